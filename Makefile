@@ -1,0 +1,31 @@
+# Everything here sets itself up: a virtual environment beside the code, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo compare test lint types clean
+
+demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
+	$(BIN)/floragrad train
+
+compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table and one picture
+	$(BIN)/floragrad compare
+
+test: $(READY)  ## every test, on every core
+	$(BIN)/python -m pytest -n auto
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build src/*.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

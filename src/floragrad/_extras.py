@@ -1,0 +1,26 @@
+"""What to say when an optional dependency is missing."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or say which extra of floragrad installs it.
+
+    Args:
+        module: The module to import, for example ``"torch"``.
+        extra: The extra of this distribution that names it, for example ``"torch"``.
+
+    Raises:
+        ImportError: ``module`` itself is not installed. Any other failure inside it is raised as it is.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ImportError(
+            f"{module} is not installed, and this part of floragrad needs it: "
+            f"pip install 'floragrad[{extra}]'",
+            name=error.name,
+        ) from error
