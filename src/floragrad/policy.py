@@ -1,0 +1,228 @@
+"""Which tensors are compressed, to what shape, and how many bytes that takes.
+
+Everything here is decided from a GLOBAL shape and a few settings; no framework is imported. The optimizers
+allocate exactly the buffers that :attr:`TensorPlan.buffers` lists, so predicted and actual bytes are one
+thing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Final, Literal, NamedTuple
+
+Projection = Literal["sign", "adaptive", "gaussian"]
+StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
+EmbeddingMomentum = Literal["none", "full", "compressed"]
+Kind = Literal["matrix", "vocabulary", "vector"]
+Momentum = Literal["sketch", "whole", "none"]
+
+SMALL_KERNEL: Final = 32
+"""A tensor of three or more dimensions whose last one is below this is a convolution."""
+VOCABULARY_ASPECT: Final = 4
+"""A matrix whose longer side is more than this many times the shorter one is vocabulary-like."""
+QUANTIZATION_BLOCK: Final = 64
+"""Columns of a row that share one scale in ``int8`` and ``int4`` storage."""
+
+_ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+
+
+class MatrixView(NamedTuple):
+    """A tensor seen as ``batch`` matrices of ``rows`` x ``columns``."""
+
+    batch: int
+    rows: int
+    columns: int
+
+    @property
+    def aspect(self) -> float:
+        """The longer side of one matrix over its shorter side."""
+        return max(self.rows, self.columns) / min(self.rows, self.columns)
+
+
+class Buffer(NamedTuple):
+    """One state tensor: its shape and the name of its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contiguous tensor."""
+        return prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def matrix_view(shape: Sequence[int]) -> MatrixView | None:
+    """The matrices that a tensor is compressed as, or None for what is never compressed.
+
+    A 2-D tensor is itself. With three or more dimensions, a small last one (below 32: a convolution) gives
+    the view ``(shape[0], prod(shape[1:]))``, any other (stacked experts) a batch of matrices over the
+    leading dimensions. 0-D, 1-D and empty tensors have no view.
+
+    Args:
+        shape: The tensor's global shape.
+
+    Example:
+        >>> matrix_view((64, 3, 7, 7))
+        MatrixView(batch=1, rows=64, columns=147)
+        >>> matrix_view((8, 4096, 1024))
+        MatrixView(batch=8, rows=4096, columns=1024)
+        >>> matrix_view((4096,)) is None
+        True
+    """
+    if len(shape) < 2 or 0 in shape:
+        return None
+    if len(shape) > 2 and shape[-1] < SMALL_KERNEL:
+        return MatrixView(1, shape[0], prod(shape[1:]))
+    return MatrixView(prod(shape[:-2]), shape[-2], shape[-1])
+
+
+def storage(leading: tuple[int, ...], width: int, state_dtype: StateDtype) -> dict[str, Buffer]:
+    """The buffers that hold rows of ``width`` numbers: ``data``, and ``scale`` where it is low-bit.
+
+    Args:
+        leading: The dimensions before the last.
+        width: Numbers in a row.
+        state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"int4"`` (two numbers in a byte).
+    """
+    if state_dtype in ("float32", "bfloat16"):
+        return {"data": Buffer((*leading, width), state_dtype)}
+    data = Buffer((*leading, width), "int8")
+    if state_dtype == "int4":
+        data = Buffer((*leading, ceil(width / 2)), "uint8")
+    return {"data": data, "scale": Buffer((*leading, ceil(width / QUANTIZATION_BLOCK)), "float32")}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What is kept for one tensor, decided by :func:`plan_tensor`.
+
+    Attributes:
+        shape: The tensor's global shape.
+        view: Its matrix view; None where it has none.
+        ratio: ρ, the columns that share one number of the momentum; 1 keeps every column.
+        width: k, the columns of the momentum: ``ceil(columns / ratio)``.
+        momentum: ``"sketch"`` (ρ ≥ 2), ``"whole"`` (every column) or ``"none"``.
+        factored: Whether the second moment is a row and a column (else it is as large as the tensor).
+        projection: The kind of projection.
+        state_dtype: How the momentum is stored.
+        reason: Why the momentum is not a sketch; empty where it is one.
+    """
+
+    shape: tuple[int, ...]
+    view: MatrixView | None
+    ratio: int
+    width: int
+    momentum: Momentum
+    factored: bool
+    projection: Projection
+    state_dtype: StateDtype
+    reason: str
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The dimensions of the state before its last one."""
+        if self.view is None:
+            return self.shape[:-1]
+        return (*self.shape[:-2], self.view.rows) if self.view.batch > 1 else (self.view.rows,)
+
+    @property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """Every state tensor by its key in ``optimizer.state[parameter]``."""
+        buffers = {"step": Buffer((), "float32")}
+        if self.momentum != "none":
+            if self.view is None:
+                buffers["exp_avg"] = Buffer(self.shape, "float32")
+            else:
+                stored = storage(self.leading, self.width, self.state_dtype)
+                buffers |= {_MOMENTUM_KEYS[key]: buffer for key, buffer in stored.items()}
+        if self.momentum == "sketch" and self.projection == "adaptive" and self.view is not None:
+            buffers["projection_weight"] = Buffer((*self.leading[:-1], self.view.columns), "float32")
+        if self.factored and self.view is not None:
+            buffers["row_var"] = Buffer(self.leading, "float32")
+            buffers["col_var"] = Buffer((*self.leading[:-1], self.view.columns), "float32")
+        else:
+            buffers["variance"] = Buffer(self.shape, "float32")
+        return buffers
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+_MOMENTUM_KEYS: Final = {"data": "exp_avg", "scale": "exp_avg_scale"}
+
+
+def plan_tensor(
+    shape: Sequence[int],
+    *,
+    rank: int | None = 128,
+    ratio: int | None = None,
+    projection: Projection = "sign",
+    beta1: float | None = 0.9,
+    factorize_second_moment: bool = True,
+    embedding_momentum: EmbeddingMomentum = "none",
+    state_dtype: StateDtype = "int8",
+    kind: Kind | None = None,
+) -> TensorPlan:
+    """Decide what is kept for one tensor.
+
+    With a view of m x n, ρ = ``ratio`` or min(m, n) // ``rank`` (at least 1), and the momentum has
+    k = ceil(n / ρ) columns: m·k ≈ rank · max(m, n) numbers.
+
+    Args:
+        shape: The tensor's global shape.
+        rank: r, of which the ratio is derived; ignored where ``ratio`` is given.
+        ratio: ρ itself.
+        projection: The kind of projection; ``"adaptive"`` stores one weight per column.
+        beta1: None or 0 keeps no momentum.
+        factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
+        embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"`` or ``"compressed"``.
+        state_dtype: How the momentum of tensors with a view is stored.
+        kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+
+    Example:
+        >>> plan = plan_tensor((3072, 768), rank=128, state_dtype="float32")
+        >>> plan.ratio, plan.width, plan.state_bytes == 4 * (1 + 3072 * 128 + 3072 + 768)
+        (6, 128, True)
+    """
+    shape = tuple(shape)
+    view = matrix_view(shape)
+    columns = shape[-1] if shape else 1
+    chosen = 1
+    momentum: Momentum = "whole"
+    if not beta1:
+        momentum, reason = "none", "beta1 keeps no momentum"
+    elif view is None:
+        reason = "empty" if 0 in shape else "vector: kept whole, in float32"
+    else:
+        columns = view.columns
+        chosen = ratio if ratio is not None else max(1, min(view.rows, view.columns) // (rank or 1))
+        momentum, chosen, reason = _matrix_momentum(view, chosen, rank, ratio, embedding_momentum, kind)
+    width = ceil(columns / chosen)
+    factored = view is not None and factorize_second_moment
+    return TensorPlan(shape, view, chosen, width, momentum, factored, projection, state_dtype, reason)
+
+
+def _matrix_momentum(
+    view: MatrixView,
+    chosen: int,
+    rank: int | None,
+    ratio: int | None,
+    embedding_momentum: EmbeddingMomentum,
+    kind: Kind | None,
+) -> tuple[Momentum, int, str]:
+    """What a tensor with a view keeps: the kind of momentum, ρ, and why it is not a sketch."""
+    by_aspect = kind is None and view.aspect > VOCABULARY_ASPECT
+    if (kind == "vocabulary" or by_aspect) and embedding_momentum != "compressed":
+        why = f"vocabulary-like, aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else "vocabulary"
+        if embedding_momentum == "none":
+            return "none", 1, f"{why}: no momentum"
+        return "whole", 1, f"{why}: every column kept"
+    chosen = min(chosen, view.columns)
+    if chosen >= 2:
+        return "sketch", chosen, ""
+    if ratio is not None:
+        return "whole", 1, f"ratio {ratio}: every column kept"
+    smaller = min(view.rows, view.columns)
+    return "whole", 1, f"rank {rank} > {smaller} // 2: every column kept"

@@ -1,0 +1,82 @@
+"""What a checkpoint must agree on before its state is read, and how its tensors come back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import TensorPlan
+from floragrad.torch.options import LAYOUT_OPTIONS
+
+Group = dict[str, Any]
+
+
+def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
+    """The packed groups, those with Gaussian projections with their kind of device recorded."""
+    return [
+        {**packed, "device_type": _device_types(group)} if group["projection"] == "gaussian" else packed
+        for packed, group in zip(saved, groups, strict=True)
+    ]
+
+
+def check_loadable(
+    state_dict: Mapping[str, Any], groups: Sequence[Group], plans: Mapping[Tensor, TensorPlan]
+) -> None:
+    """Refuse a state that this optimizer would decode in a foreign basis or cannot hold.
+
+    Raises:
+        ValueError: Naming the option or tensor that differs, both values, and what to do.
+    """
+    saved_groups = state_dict["param_groups"]
+    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=False)):
+        _check_options(number, saved, group)
+        for key, param in zip(saved["params"], group["params"], strict=False):
+            if key in state_dict["state"]:
+                _check_tensors(key, state_dict["state"][key], plans[param])
+
+
+def exact_state(saved: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the saved tensors in their own dtypes, on ``device`` (the step stays on the CPU)."""
+    return {key: value.to("cpu" if key == "step" else device, copy=True) for key, value in saved.items()}
+
+
+def _check_options(number: int, saved: Group, group: Group) -> None:
+    for option in LAYOUT_OPTIONS:
+        if option not in saved:
+            raise ValueError(
+                f"group {number} of the loaded state has no {option!r}: it was not written by Flora, "
+                "and other optimizers' states cannot be converted; start with a fresh state"
+            )
+        if saved[option] != group[option]:
+            raise ValueError(
+                f"group {number} of the loaded state was written with {option}={saved[option]!r}, this optimizer "
+                f"has {option}={group[option]!r}: its momentum would be decoded in a foreign basis; "
+                f"build Flora with {option}={saved[option]!r}, or start with a fresh state"
+            )
+    if bool(saved["beta1"]) != bool(group["beta1"]):
+        raise ValueError(
+            f"group {number} of the loaded state was written with beta1={saved['beta1']!r}, this optimizer has "
+            f"beta1={group['beta1']!r}: one of them keeps a momentum, the other none; build Flora with "
+            f"beta1={saved['beta1']!r}, or start with a fresh state"
+        )
+    if "device_type" in saved and saved["device_type"] != _device_types(group):
+        raise ValueError(
+            f"group {number} of the loaded state has Gaussian projections drawn on {saved['device_type']}, this "
+            f"optimizer's parameters are on {_device_types(group)}, whose generator draws others; "
+            "load it on the same kind of device, or train with projection='sign', which is the same on all"
+        )
+
+
+def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
+    expected = {name: buffer.shape for name, buffer in plan.buffers.items()}
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if found != expected:
+        raise ValueError(
+            f"the loaded state of parameter {key} has {found}, this optimizer's parameter of shape "
+            f"{plan.shape} needs {expected}: it belongs to another model"
+        )
+
+
+def _device_types(group: Group) -> str:
+    return ",".join(sorted({param.device.type for param in group["params"]}))

@@ -1,0 +1,335 @@
+"""The optimizer class: when the update runs and where its state lives."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
+from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
+from floragrad.torch.options import DEFAULT_RANK, plan_of, resolve_group
+from floragrad.torch.report import Report, report_row
+from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Flora(torch.optim.Optimizer):
+    r"""Adafactor whose momentum is kept as a random projection, redrawn every ``kappa`` steps.
+
+    For a matrix G (m x n), with P (k x n) drawn from a seed::
+
+        row ← β₂ row + (1 − β₂) mean_n(G² + eps1)      col ← β₂ col + (1 − β₂) mean_m(G² + eps1)
+        U = G · rsqrt(row / mean(row)) · rsqrt(col)    β₂ = 1 − t^decay_rate
+        M ← β₁ transfer(M) + (1 − β₁) U Pᵀ             D = U + (M − U Pᵀ)(P Pᵀ)⁻¹ P
+        W ← W − α·weight_decay·W − α·D / max(1, rms(D) / clip_threshold)
+
+    M is m x k with k ≈ n·rank / min(m, n): the only large state. Compression is along the last dimension of
+    the tensor's matrix view; 0-D and 1-D tensors are kept whole, and vocabulary-like tensors (aspect ratio
+    above 4) keep no momentum unless asked to. :meth:`report` says what happened to each tensor, and why.
+
+    Args:
+        params: Tensors, (name, tensor) pairs, or groups of either; see :func:`floragrad.param_groups`. Any
+            option below may be set per group. A group may also say which ``kind`` its tensors are
+            (``"matrix"`` or ``"vocabulary"``), where the aspect ratio would be a guess.
+        lr: Learning rate, a number or a tensor of one element, in AdamW's units (see ``scale_parameter``).
+            None with ``relative_step``.
+        rank: r of the paper; ρ = min(m, n) // r columns share one number of the momentum.
+        kappa: Steps between two projections. ``"adaptive"`` wants a smaller one: 100.
+        eps: Added to squared gradients; least parameter scale.
+        clip_threshold: Bound on the root mean square of an update.
+        decay_rate: Exponent of the second moment's decay.
+        beta1: Decay of the momentum; None or 0 keeps none and allocates nothing.
+        weight_decay: Decoupled, times the step size.
+        scale_parameter: Multiply ``lr`` by max(eps2, rms(W)), as Adafactor and flora-opt do by default.
+        relative_step: Derive the step size from the step: min(1e-2, 1/√t).
+        warmup_init: With ``relative_step``: min(1e-6·t, 1/√t).
+        factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
+        seed: Of projections and of rounding. The same seed gives the same numbers.
+        ratio: ρ itself, the same for every tensor; instead of ``rank``.
+        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more) or ``"gaussian"`` (the paper's).
+        residual: Momentum inside the sketched subspace and the fresh gradient outside it, as above; False is
+            the paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
+        embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"``, ``"compressed"``.
+        state_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, the
+            last three rounded stochastically, so that the average stays unbiased.
+        stochastic_rounding: Round bfloat16 parameters stochastically; float16 ones round to nearest.
+        compile: Run the update under ``torch.compile``.
+
+    Raises:
+        ValueError: An option has a wrong value, options contradict each other, or a parameter is complex.
+
+    NaN and infinite gradients propagate into parameters and state, as in ``torch.optim``; use a
+    ``GradScaler`` or check the gradient norm where they can occur.
+
+    Deviations from the paper: the factored second moment is Adafactor's but acts on the matrix view; sign
+    projections replace Gaussian ones; the residual estimator replaces the unbiased one; momentum is stored
+    in 8 bits. ``Flora(params, lr, rank, projection="gaussian", state_dtype="float32",
+    embedding_momentum="compressed", scale_parameter=True)`` is the paper's.
+
+    Example:
+        >>> model = torch.nn.Linear(512, 512)
+        >>> optimizer = Flora(model.parameters(), lr=1e-3, rank=64)
+        >>> model(torch.ones(4, 512)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.report().compressed
+        1
+
+    Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024,
+    algorithm 2; Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor | None = None,
+        rank: int | None = DEFAULT_RANK,
+        kappa: int = 1000,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = 0.9,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+        factorize_second_moment: bool = True,
+        seed: int = 0,
+        *,
+        ratio: int | None = None,
+        projection: Projection = "sign",
+        residual: bool | None = None,
+        embedding_momentum: EmbeddingMomentum = "none",
+        state_dtype: StateDtype | torch.dtype = "int8",
+        stochastic_rounding: bool = True,
+        compile: bool = False,  # noqa: A002 - torch's word
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "kappa": kappa,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "factorize_second_moment": factorize_second_moment,
+            "seed": seed,
+            "ratio": ratio,
+            "projection": projection,
+            "residual": residual,
+            "embedding_momentum": embedding_momentum,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "compile": compile,
+        }
+        self._plans: dict[Tensor, TensorPlan] = {}
+        self._incoming: dict[int, dict[str, Any]] | None = None
+        super().__init__(params, defaults)
+        self._warn_if_nothing_compressed()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its state is allocated at once.
+
+        Args:
+            param_group: ``params`` and any options of the constructor.
+
+        Raises:
+            ValueError: As in the constructor; the optimizer is left as it was.
+        """
+        group = dict(param_group)
+        group["params"] = _without_repetition(group["params"])
+        group = resolve_group(group, self.defaults)
+        super().add_param_group(group)
+        try:
+            self._plan_group(len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for param in group["params"]:
+            if param.requires_grad:
+                self._state_of(param, group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Computes the gradients anew and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse; nothing has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        index = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.numel() > 0:
+                    self._step_one(param, group, index)
+                index += 1
+        return loss
+
+    def report(self) -> Report:
+        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
+
+        Example:
+            >>> optimizer = Flora([torch.nn.Parameter(torch.zeros(512, 512))], lr=1e-3, rank=64)
+            >>> report = optimizer.report()
+            >>> report.rows[0].ratio, report.state_bytes < report.adamw_bytes / 20
+            (8, True)
+        """
+        rows = []
+        for group in self.param_groups:
+            names = group.get("param_names", [None] * len(group["params"]))
+            for name, param in zip(names, group["params"], strict=True):
+                rows.append(report_row(name or f"parameter {len(rows)}", param, self._plans[param]))
+        return Report(tuple(rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
+        saved = super().state_dict()
+        return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, every tensor in the dtype that it was saved in.
+
+        Args:
+            state_dict: From :meth:`state_dict` of an optimizer with the same layout.
+
+        Raises:
+            ValueError: The state belongs to another optimizer, or to other ``rank``, ``kappa``, ``seed``,
+                ``projection``, … than this one's; nothing has been changed then.
+        """
+        # Registered last, so that it sees what the caller's own hooks have made of the state.
+        last = self.register_load_state_dict_pre_hook(lambda _, given: self._accept(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._incoming = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        for number in range(len(self.param_groups)):
+            self._plan_group(number)
+        incoming = self.__dict__.setdefault("_incoming", None)
+        if incoming is not None:
+            self._restore(incoming)
+
+    def _accept(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
+        check_loadable(state_dict, self.param_groups, self._plans)
+        self._incoming = state_dict["state"]
+
+    def _restore(self, incoming: dict[int, dict[str, Any]]) -> None:
+        """Replace what the base class cast to the parameters' dtypes by the tensors as they were saved."""
+        index = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state.pop(param, None)
+                if index in incoming:
+                    self.state[param] = exact_state(incoming[index], param.device)
+                elif param.requires_grad:
+                    self._state_of(param, group)
+                index += 1
+
+    def _plan_group(self, number: int) -> None:
+        """Decide what is kept for the parameters of one group."""
+        group = self.param_groups[number]
+        for position, param in enumerate(group["params"]):
+            if param.is_complex():
+                name = group.get("param_names", {position: f"number {position} of group {number}"})[position]
+                raise ValueError(
+                    f"parameter {name} is complex ({param.dtype}): Flora updates real tensors; "
+                    "give torch.view_as_real of it"
+                )
+            self._plans[param] = plan_of(param.shape, group)
+
+    def _index_of(self, param: Tensor) -> int:
+        position = 0
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each is param:
+                    return position
+                position += 1
+        raise KeyError("not a parameter of this optimizer")
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state, allocated if it is new, on the device where the parameter is now."""
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state.update(initial_state(self._plans[param], group, self._index_of(param), param.device))
+        for key, value in state.items():
+            if key != "step" and value.device != param.device:
+                self._follow(param, group)
+                break
+        return state
+
+    def _follow(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Bring the state to the device that the model was moved to after the optimizer was made."""
+        state = self.state[param]
+        if any(value.is_meta for value in state.values()):
+            state.update(initial_state(self._plans[param], group, self._index_of(param), param.device))
+            return
+        for key, value in state.items():
+            if key != "step":
+                state[key] = value.to(param.device)
+
+    def _check_gradients(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.is_sparse:
+                    name = group.get("param_names", {position: f"number {position} of group {number}"})[position]
+                    raise RuntimeError(
+                        f"the gradient of parameter {name} is sparse: Flora takes dense gradients; "
+                        "give sparse=False to its embedding"
+                    )
+
+    def _step_one(self, param: Tensor, group: dict[str, Any], index: int) -> None:
+        state = self._state_of(param, group)
+        state["step"] += 1
+        at = TensorStep(self._plans[param], group, index, int(state["step"].item()), param.device)
+        step_tensor(param, param.grad, state, at)
+
+    def _warn_if_nothing_compressed(self) -> None:
+        """Say once why no momentum is a sketch, where the options meant some to be."""
+        meant = any(group["beta1"] and group["ratio"] != 1 for group in self.param_groups)
+        report = self.report()
+        if not meant or report.compressed or not report.rows:
+            return
+        reasons = ", ".join(f"{row.name} ({row.reason})" for row in report.rows[:5])
+        more = f", and {len(report.rows) - 5} more" if len(report.rows) > 5 else ""
+        warnings.warn(f"Flora compresses no momentum here: {reasons}{more}", UserWarning, stacklevel=3)
+
+
+def _without_repetition(params: Any) -> list[Any]:
+    """The parameters in order, each once: tied weights are updated once."""
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, set):
+        raise TypeError("parameters must be in an order: give a list, not a set")
+    seen: set[int] = set()
+    once = []
+    for item in params:
+        tensor = item[1] if isinstance(item, tuple) else item
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            once.append(item)
+    return once

@@ -1,0 +1,215 @@
+"""Projections of rows: encode n columns as k, decode k as n, carry a sketch from one projection to the next.
+
+All of them act on the last dimension alone: rows never mix, so a shard of rows is projected by itself.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from math import ceil
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """Independent random streams of one tensor."""
+
+    MOMENTUM = 0
+    ACCUMULATOR = 1
+    STATE_ROUNDING = 2
+    PARAMETER_ROUNDING = 3
+    ADAPTIVE_NOISE = 4
+
+
+class Projection(Protocol):
+    """P, k x n, with E[PᵀP] = I or orthonormal rows. The update takes one of these, never a seed."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """X Pᵀ: (..., n) to (..., k)."""
+        ...
+
+    def decode(self, sketch: Tensor) -> Tensor:
+        """Z P: (..., k) to (..., n)."""
+        ...
+
+    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X + Z (P Pᵀ)⁻¹ P, in a new tensor."""
+        ...
+
+    def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
+        """Z, written under ``previous``, as this projection would have written it.
+
+        Decodes with ``previous`` (orthogonally: with its (P Pᵀ)⁻¹) and encodes with this one.
+        """
+        ...
+
+    def matrix(self) -> Tensor:
+        """P as a dense float32 matrix, (..., k, n), for tests and for looking at."""
+        ...
+
+
+def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Philox:
+    """The counter-based generator of one tensor's stream at one epoch or step.
+
+    The numbers depend on the four arguments alone: not on the device, the order of calls, or how many
+    devices share the tensor.
+
+    Args:
+        seed: The optimizer's seed, 0 to 2**64 - 1.
+        index: The tensor's position in the optimizer.
+        counter: The epoch for projections, the step for rounding.
+        stream: Which of the tensor's streams.
+    """
+    return np.random.Philox(key=[seed, index], counter=[0, counter, int(stream), 0])
+
+
+def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> Tensor:
+    """n independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
+    words = philox(seed, index, epoch, stream).random_raw(ceil(n / 64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=n)
+    return torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
+
+
+def bucket_sizes(n: int, k: int) -> Tensor:
+    """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
+    return torch.full((k,), float(n // k)).add_((torch.arange(k) < n % k).float())
+
+
+@dataclass(frozen=True)
+class BucketProjection:
+    """Columns dealt into k buckets, bucket(j) = j mod k; P[bucket(j), j] = weight[j].
+
+    With random signs for weights this is a balanced count sketch: P Pᵀ is the diagonal of bucket sizes, and
+    encoding is a signed sum of contiguous slices of the row, decoding a signed tiling. With learnt weights
+    of norm 1 in each bucket the rows of P are orthonormal. No matrix is built, no product taken.
+
+    Attributes:
+        weight: (n,), or (batch, 1, n) where every matrix of a batch has its own.
+        gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
+    """
+
+    weight: Tensor
+    gram: Tensor
+
+    @classmethod
+    def signs(cls, n: int, k: int, signs: Tensor) -> "BucketProjection":
+        """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
+        return cls(signs, bucket_sizes(n, k).to(signs.device))
+
+    @classmethod
+    def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
+        """Of weights with norm 1 in each bucket: orthonormal rows."""
+        return cls(weight, torch.ones(k, device=weight.device))
+
+    def _slices(self) -> Iterator[slice]:
+        n, k = self.weight.shape[-1], self.gram.shape[-1]
+        return (slice(start, min(start + k, n)) for start in range(0, n, k))
+
+    def encode(self, rows: Tensor) -> Tensor:
+        sketch: Tensor | None = None
+        for part in self._slices():
+            if sketch is None:
+                sketch = rows[..., part] * self.weight[..., part]
+            else:
+                width = part.stop - part.start
+                sketch[..., :width].addcmul_(rows[..., part], self.weight[..., part])
+        assert sketch is not None
+        return sketch
+
+    def decode(self, sketch: Tensor) -> Tensor:
+        return torch.cat([self._tile(sketch, part) for part in self._slices()], dim=-1)
+
+    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        total, scaled = rows.clone(), sketch / self.gram
+        for part in self._slices():
+            width = part.stop - part.start
+            total[..., part].addcmul_(scaled[..., :width], self.weight[..., part])
+        return total
+
+    def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
+        # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
+        assert isinstance(previous, BucketProjection)
+        overlap = self.encode(previous.weight)
+        return sketch * (overlap / previous.gram if orthogonal else overlap)
+
+    def matrix(self) -> Tensor:
+        n, k = self.weight.shape[-1], self.gram.shape[-1]
+        buckets = torch.nn.functional.one_hot(torch.arange(n, device=self.weight.device) % k, k)
+        return buckets.T * self.weight
+
+    def _tile(self, sketch: Tensor, part: slice) -> Tensor:
+        return sketch[..., : part.stop - part.start] * self.weight[..., part]
+
+
+@dataclass(frozen=True)
+class GaussianProjection:
+    """The paper's P ~ N(0, 1/k), regenerated on ``device`` piece by piece whenever it is used.
+
+    Attributes:
+        n: Columns of a row.
+        k: Columns of a sketch.
+        seed: Seeds the device's generator, whose numbers differ between kinds of device.
+        device: Where the pieces are drawn.
+        piece: Rows of P that exist at a time.
+    """
+
+    n: int
+    k: int
+    seed: int
+    device: torch.device
+    piece: int
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        for start in range(0, self.k, self.piece):
+            part = slice(start, min(start + self.piece, self.k))
+            drawn = torch.randn(part.stop - start, self.n, generator=generator, device=self.device)
+            yield part, drawn.mul_(self.k**-0.5)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        sketch = rows.new_empty(*rows.shape[:-1], self.k)
+        for part, drawn in self._pieces():
+            sketch[..., part] = rows @ drawn.T
+        return sketch
+
+    def decode(self, sketch: Tensor) -> Tensor:
+        rows = sketch.new_zeros(*sketch.shape[:-1], self.n)
+        for part, drawn in self._pieces():
+            rows.view(-1, self.n).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
+        return rows
+
+    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
+
+    def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
+        if orthogonal:
+            raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
+        return self.encode(previous.decode(sketch))
+
+    def matrix(self) -> Tensor:
+        return torch.cat([drawn for _, drawn in self._pieces()])
+
+
+def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
+    """Vᵀ(V w) in every bucket, summed over the rows: (..., rows, n) to (..., 1, n).
+
+    The sums of row blocks (or of shards) add up to that of the whole matrix.
+    """
+    sketch = projection.encode(rows)
+    parts = []
+    for part in projection._slices():
+        width = part.stop - part.start
+        parts.append((rows[..., part] * sketch[..., :width]).sum(-2, keepdim=True))
+    return torch.cat(parts, dim=-1)
+
+
+def normalise_buckets(weight: Tensor, k: int, fallback: Tensor) -> Tensor:
+    """``weight`` (..., n) with norm 1 in each of k buckets; ``fallback`` in buckets that are zero."""
+    n = weight.shape[-1]
+    slots = ceil(n / k)
+    padded = torch.nn.functional.pad(weight, (0, slots * k - n)).unflatten(-1, (slots, k))
+    norm = torch.linalg.vector_norm(padded, dim=-2, keepdim=True).expand_as(padded).flatten(-2)[..., :n]
+    return torch.where(norm == 0, fallback, weight / norm)

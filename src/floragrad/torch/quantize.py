@@ -1,0 +1,103 @@
+"""Few-bit storage whose rounding is unbiased.
+
+A row is cut into blocks of 64 columns that never cross into the next row; each block has one float32 scale,
+its largest absolute value over the largest integer (127 or 7). Rounding is stochastic: x is stored as one of
+its two neighbours on the grid, chosen so that the stored value is x in the mean. So a running average, or a
+sum over many micro-batches, of stored values is unbiased, which rounding to nearest is not: small addends
+vanish there. The price is noise of at most scale²/4 of variance in each number.
+
+Stochastic rounding in this use: Gupta et al., "Deep learning with limited numerical precision", ICML 2015.
+"""
+
+from math import ceil
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import QUANTIZATION_BLOCK, StateDtype
+
+LARGEST: Final = {"int8": 127, "int4": 7}
+"""The largest integer of each low-bit format; the grid is symmetric."""
+
+
+def random_bits(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Independent 16-bit integers, uniform over -32768 ... 32767, as int16 on the generator's device.
+
+    One 64-bit draw serves four of them.
+    """
+    words = torch.empty(ceil(shape.numel() / 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: shape.numel()].view(shape)
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """(..., k) as (..., blocks, 64), padded with zeros."""
+    blocks = ceil(values.shape[-1] / QUANTIZATION_BLOCK)
+    missing = blocks * QUANTIZATION_BLOCK - values.shape[-1]
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.unflatten(-1, (blocks, QUANTIZATION_BLOCK))
+
+
+def _per_column(scale: Tensor, width: int) -> Tensor:
+    """(..., blocks) as (..., width)."""
+    repeated = scale.unsqueeze(-1).expand(*scale.shape, QUANTIZATION_BLOCK).flatten(-2)
+    return repeated[..., :width]
+
+
+def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Store float32 rows in 8 or 4 bits; the mean over ``bits`` of what is stored is ``values``.
+
+    q = ⌊x / scale + u⌋ with u uniform in (0, 1), so E[q]·scale = x and Var[q·scale] ≤ scale²/4. What is not
+    finite makes its block not finite.
+
+    Args:
+        values: (..., k), float32.
+        state_dtype: ``"int8"`` or ``"int4"``.
+        bits: (..., k), int16, from :func:`random_bits`.
+
+    Returns:
+        The payload, int8 of (..., k) or uint8 of (..., ceil(k/2)), and the scales, float32 of
+        (..., ceil(k/64)). In a byte of ``int4``, the low half holds column j, the high one ceil(k/2) + j.
+    """
+    largest = LARGEST[state_dtype]
+    scale = _blocks(values).abs().amax(-1).div_(largest)
+    # A block of zeros has scale 0: divide it by 1 instead.
+    divisor = _per_column(torch.where(scale == 0, 1.0, scale), values.shape[-1])
+    uniform = bits.float().add_(32768.5).mul_(2.0**-16)
+    integers = values.div(divisor).add_(uniform).floor_().clamp_(-largest, largest).to(torch.int8)
+    return (integers if state_dtype == "int8" else _pack(integers)), scale
+
+
+def dequantize(payload: Tensor, scale: Tensor, state_dtype: StateDtype, width: int) -> Tensor:
+    """The float32 rows (..., width) that :func:`quantize` stored."""
+    integers = payload if state_dtype == "int8" else _unpack(payload, width)
+    return integers.float().mul_(_per_column(scale, width))
+
+
+def _pack(integers: Tensor) -> Tensor:
+    half = ceil(integers.shape[-1] / 2)
+    low, high = integers[..., :half], integers[..., half:]
+    high = torch.nn.functional.pad(high, (0, half - high.shape[-1]))
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
+def _unpack(payload: Tensor, width: int) -> Tensor:
+    signed = payload.view(torch.int8)
+    # A shift to the left and back extends the sign of the low half.
+    return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)[..., :width]
+
+
+def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
+    """Float32 rounded to one of its two bfloat16 neighbours, unbiased.
+
+    Adding 16 random bits below the last bit that bfloat16 keeps, then cutting, rounds up with a probability
+    equal to the part that is cut off. NaN and infinities stay what they are.
+
+    Args:
+        values: float32, any shape.
+        bits: int16, the same shape, from :func:`random_bits`.
+    """
+    pattern = values.contiguous().view(torch.int32)
+    carried = (pattern + (bits.to(torch.int32) & 0xFFFF)) & -0x10000
+    return torch.where(values.isfinite(), carried.view(torch.float32), values).bfloat16()

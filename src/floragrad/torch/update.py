@@ -1,0 +1,82 @@
+"""The update as pure functions of tensors: what is computed, not when, nor how its state is stored.
+
+Each function takes any number of rows of a matrix view, (..., rows, n), so a tensor can be put through in
+blocks of rows. All maths is float32 (float64 parameters keep their own precision when they are written).
+Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Stern, ICML 2018); deviations are
+listed in ``docs/method.md``.
+"""
+
+from torch import Tensor, promote_types
+from torch import float32 as _float32
+
+from floragrad.torch.projection import Projection
+
+
+def square_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of G² along the rows, (..., rows, 1), and along the columns, (..., 1, n)."""
+    squares = grad.float().square()
+    return squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
+
+
+def moving_average(average: Tensor, value: Tensor, beta: Tensor) -> Tensor:
+    """β·average + (1 − β)·value."""
+    return average * beta + value * (1 - beta)
+
+
+def factors(row_var: Tensor, col_var: Tensor) -> tuple[Tensor, Tensor]:
+    """What G is multiplied by for U: rsqrt(row / mean(row)), (..., m, 1), and rsqrt(col), (..., 1, n)."""
+    return (row_var / row_var.mean(-2, keepdim=True)).rsqrt(), col_var.rsqrt()
+
+
+def normalise(grad: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
+    """U: the gradient times every scale, in float32."""
+    update = grad.float()
+    for scale in scales:
+        update = update * scale
+    return update
+
+
+def momentum_step(
+    update: Tensor,
+    momentum: Tensor,
+    projection: Projection | None,
+    previous: Projection | None,
+    beta1: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """D and the next M.
+
+    With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
+
+        M ← β₁ transfer(M) + (1 − β₁) encode(U)        D = U + (M − encode(U)) (P Pᵀ)⁻¹ P
+
+    otherwise the paper's unbiased estimator, M read in the basis that it was written in::
+
+        D = (1 − β₁) U + β₁ decode_old(M)              M ← β₁ transfer(M) + (1 − β₁) encode(U)
+
+    Args:
+        update: U, (..., rows, n).
+        momentum: M, (..., rows, k).
+        projection: P of this step; None at ρ = 1, where both estimators are plain momentum.
+        previous: P of the step before where this step opens a new epoch, else None.
+        beta1: β₁.
+        residual: Which estimator.
+    """
+    if projection is None:
+        momentum = momentum * beta1 + update * (1 - beta1)
+        return momentum, momentum
+    carried = momentum
+    if previous is not None:
+        carried = projection.transfer(momentum, previous, orthogonal=residual)
+    sketch = projection.encode(update)
+    following = carried * beta1 + sketch * (1 - beta1)
+    if residual:
+        return projection.add_orthogonal(update, following - sketch), following
+    reading = projection if previous is None else previous
+    return update * (1 - beta1) + reading.decode(momentum) * beta1, following
+
+
+def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:
+    """keep·W − size·D, in float32 (or the parameter's precision where that is higher)."""
+    exact = param.to(promote_types(param.dtype, _float32))
+    return exact * keep - direction * size
