@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
-
 from floragrad.policy import VOCABULARY_ASPECT, Kind, matrix_view
+from torch import Tensor, nn
 
 _MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 

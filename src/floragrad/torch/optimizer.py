@@ -2,18 +2,29 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor
-
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.options import DEFAULT_RANK, plan_of, resolve_group
 from floragrad.torch.report import Report, report_row
 from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
+from torch import Tensor
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter stands: its position in the optimizer, its group, its plan."""
+
+    index: int
+    name: str
+    group: Group
+    plan: TensorPlan
 
 
 class Flora(torch.optim.Optimizer):
@@ -104,7 +115,7 @@ class Flora(torch.optim.Optimizer):
         embedding_momentum: EmbeddingMomentum = "none",
         state_dtype: StateDtype | torch.dtype = "int8",
         stochastic_rounding: bool = True,
-        compile: bool = False,  # noqa: A002 - torch's word
+        compile: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -128,7 +139,7 @@ class Flora(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "compile": compile,
         }
-        self._plans: dict[Tensor, TensorPlan] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._incoming: dict[int, dict[str, Any]] | None = None
         super().__init__(params, defaults)
         self._warn_if_nothing_compressed()
@@ -147,13 +158,13 @@ class Flora(torch.optim.Optimizer):
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         try:
-            self._plan_group(len(self.param_groups) - 1)
+            self._place(group)
         except ValueError:
             self.param_groups.pop()
             raise
         for param in group["params"]:
             if param.requires_grad:
-                self._state_of(param, group)
+                self._state_of(param)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -176,14 +187,36 @@ class Flora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.numel() > 0:
-                    self._step_one(param, group, index)
-                index += 1
+        for param, slot in self._slots.items():
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(
+                    f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
+                    "give sparse=False to its embedding"
+                )
+        for param in self._slots:
+            if param.grad is not None:
+                self.step_parameter(param)
         return loss
+
+    @torch.no_grad()
+    def step_parameter(self, param: Tensor) -> None:
+        """Update one parameter from its ``.grad``, for updates layer by layer; :meth:`step` calls it for all.
+
+        Hooks on :meth:`step` are not run. The result does not depend on the order of parameters.
+
+        Args:
+            param: A parameter of this optimizer, with a dense gradient.
+
+        Raises:
+            ValueError: It has no gradient.
+        """
+        slot, state = self._slots[param], self._state_of(param)
+        if param.grad is None:
+            raise ValueError(f"{slot.name} has no gradient to be updated with")
+        state["step"] += 1
+        if param.numel() > 0:
+            at = TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device)
+            step_tensor(param, param.grad, state, at)
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
@@ -194,12 +227,7 @@ class Flora(torch.optim.Optimizer):
             >>> report.rows[0].ratio, report.state_bytes < report.adamw_bytes / 20
             (8, True)
         """
-        rows = []
-        for group in self.param_groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            for name, param in zip(names, group["params"], strict=True):
-                rows.append(report_row(name or f"parameter {len(rows)}", param, self._plans[param]))
-        return Report(tuple(rows))
+        return Report(tuple(report_row(slot.name, param, slot.plan) for param, slot in self._slots.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
@@ -226,87 +254,52 @@ class Flora(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
-        for number in range(len(self.param_groups)):
-            self._plan_group(number)
+        self._slots = {}
+        for group in self.param_groups:
+            self._place(group)
         incoming = self.__dict__.setdefault("_incoming", None)
         if incoming is not None:
             self._restore(incoming)
 
     def _accept(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
-        check_loadable(state_dict, self.param_groups, self._plans)
+        check_loadable(
+            state_dict, self.param_groups, {param: slot.plan for param, slot in self._slots.items()}
+        )
         self._incoming = state_dict["state"]
 
     def _restore(self, incoming: dict[int, dict[str, Any]]) -> None:
         """Replace what the base class cast to the parameters' dtypes by the tensors as they were saved."""
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.state.pop(param, None)
-                if index in incoming:
-                    self.state[param] = exact_state(incoming[index], param.device)
-                elif param.requires_grad:
-                    self._state_of(param, group)
-                index += 1
+        self.state.clear()
+        for param, slot in self._slots.items():
+            if slot.index in incoming:
+                self.state[param] = exact_state(incoming[slot.index], param.device)
+            elif param.requires_grad:
+                self._state_of(param)
 
-    def _plan_group(self, number: int) -> None:
-        """Decide what is kept for the parameters of one group."""
-        group = self.param_groups[number]
-        for position, param in enumerate(group["params"]):
+    def _place(self, group: Group) -> None:
+        """Give every parameter of a group its slot, or none if one of them cannot be updated."""
+        first = len(self._slots)
+        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        for name, param in zip(names, group["params"], strict=True):
             if param.is_complex():
-                name = group.get("param_names", {position: f"number {position} of group {number}"})[position]
                 raise ValueError(
-                    f"parameter {name} is complex ({param.dtype}): Flora updates real tensors; "
-                    "give torch.view_as_real of it"
+                    f"{name} is complex ({param.dtype}): Flora updates real tensors; give torch.view_as_real of it"
                 )
-            self._plans[param] = plan_of(param.shape, group)
+        for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            self._slots[param] = _Slot(first + offset, name, group, plan_of(param.shape, group))
 
-    def _index_of(self, param: Tensor) -> int:
-        position = 0
-        for group in self.param_groups:
-            for each in group["params"]:
-                if each is param:
-                    return position
-                position += 1
-        raise KeyError("not a parameter of this optimizer")
-
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""
         state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state.update(initial_state(self._plans[param], group, self._index_of(param), param.device))
+        slot = self._slots[param]
+        # The model may have left the meta device, or moved to another, after the optimizer was made.
+        if not state or any(value.is_meta for value in state.values()):
+            state.update(initial_state(slot.plan, slot.group, slot.index, param.device))
         for key, value in state.items():
             if key != "step" and value.device != param.device:
-                self._follow(param, group)
-                break
-        return state
-
-    def _follow(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Bring the state to the device that the model was moved to after the optimizer was made."""
-        state = self.state[param]
-        if any(value.is_meta for value in state.values()):
-            state.update(initial_state(self._plans[param], group, self._index_of(param), param.device))
-            return
-        for key, value in state.items():
-            if key != "step":
                 state[key] = value.to(param.device)
-
-    def _check_gradients(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.is_sparse:
-                    name = group.get("param_names", {position: f"number {position} of group {number}"})[position]
-                    raise RuntimeError(
-                        f"the gradient of parameter {name} is sparse: Flora takes dense gradients; "
-                        "give sparse=False to its embedding"
-                    )
-
-    def _step_one(self, param: Tensor, group: dict[str, Any], index: int) -> None:
-        state = self._state_of(param, group)
-        state["step"] += 1
-        at = TensorStep(self._plans[param], group, index, int(state["step"].item()), param.device)
-        step_tensor(param, param.grad, state, at)
+        return state
 
     def _warn_if_nothing_compressed(self) -> None:
         """Say once why no momentum is a sketch, where the options meant some to be."""

@@ -5,7 +5,6 @@ from math import isfinite
 from typing import Any, Final, get_args
 
 import torch
-
 from floragrad.policy import EmbeddingMomentum, Kind, Projection, StateDtype, TensorPlan, plan_tensor
 
 
@@ -56,7 +55,9 @@ def _is_lr(value: Any) -> bool:
 
 
 def _is_eps(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v >= 0 for v in value)
+    return (
+        isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v >= 0 for v in value)
+    )
 
 
 def _one_of(*allowed: Any) -> tuple[Callable[[Any], bool], str]:

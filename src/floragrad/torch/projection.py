@@ -10,6 +10,7 @@ from math import ceil
 from typing import Protocol
 
 import numpy as np
+
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Phi
 
 
 def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> Tensor:
-    """n independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
+    """N independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
     words = philox(seed, index, epoch, stream).random_raw(ceil(n / 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=n)
     return torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
@@ -109,6 +110,7 @@ class BucketProjection:
         return (slice(start, min(start + k, n)) for start in range(0, n, k))
 
     def encode(self, rows: Tensor) -> Tensor:
+        """X Pᵀ."""
         sketch: Tensor | None = None
         for part in self._slices():
             if sketch is None:
@@ -120,9 +122,11 @@ class BucketProjection:
         return sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
+        """Z P."""
         return torch.cat([self._tile(sketch, part) for part in self._slices()], dim=-1)
 
     def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X + Z (P Pᵀ)⁻¹ P."""
         total, scaled = rows.clone(), sketch / self.gram
         for part in self._slices():
             width = part.stop - part.start
@@ -130,12 +134,14 @@ class BucketProjection:
         return total
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
+        """Z as this projection would have written it."""
         # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
         assert isinstance(previous, BucketProjection)
         overlap = self.encode(previous.weight)
         return sketch * (overlap / previous.gram if orthogonal else overlap)
 
     def matrix(self) -> Tensor:
+        """P, dense."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         buckets = torch.nn.functional.one_hot(torch.arange(n, device=self.weight.device) % k, k)
         return buckets.T * self.weight
@@ -170,26 +176,31 @@ class GaussianProjection:
             yield part, drawn.mul_(self.k**-0.5)
 
     def encode(self, rows: Tensor) -> Tensor:
+        """X Pᵀ."""
         sketch = rows.new_empty(*rows.shape[:-1], self.k)
         for part, drawn in self._pieces():
             sketch[..., part] = rows @ drawn.T
         return sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
+        """Z P."""
         rows = sketch.new_zeros(*sketch.shape[:-1], self.n)
         for part, drawn in self._pieces():
             rows.view(-1, self.n).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
         return rows
 
     def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """Refused: Gaussian rows are not orthogonal."""
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
+        """Z as this projection would have written it."""
         if orthogonal:
             raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
         return self.encode(previous.decode(sketch))
 
     def matrix(self) -> Tensor:
+        """P, dense."""
         return torch.cat([drawn for _, drawn in self._pieces()])
 
 
@@ -210,6 +221,6 @@ def normalise_buckets(weight: Tensor, k: int, fallback: Tensor) -> Tensor:
     """``weight`` (..., n) with norm 1 in each of k buckets; ``fallback`` in buckets that are zero."""
     n = weight.shape[-1]
     slots = ceil(n / k)
-    padded = torch.nn.functional.pad(weight, (0, slots * k - n)).unflatten(-1, (slots, k))
+    padded = torch.nn.functional.pad(weight, (0, slots * k - n)).reshape(*weight.shape[:-1], slots, k)
     norm = torch.linalg.vector_norm(padded, dim=-2, keepdim=True).expand_as(padded).flatten(-2)[..., :n]
     return torch.where(norm == 0, fallback, weight / norm)

@@ -13,9 +13,8 @@ from math import ceil
 from typing import Final
 
 import torch
-from torch import Tensor
-
 from floragrad.policy import QUANTIZATION_BLOCK, StateDtype
+from torch import Tensor
 
 LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
@@ -36,7 +35,7 @@ def _blocks(values: Tensor) -> Tensor:
     blocks = ceil(values.shape[-1] / QUANTIZATION_BLOCK)
     missing = blocks * QUANTIZATION_BLOCK - values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
-    return padded.unflatten(-1, (blocks, QUANTIZATION_BLOCK))
+    return padded.reshape(*values.shape[:-1], blocks, QUANTIZATION_BLOCK)
 
 
 def _per_column(scale: Tensor, width: int) -> Tensor:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
-
 from floragrad.policy import MatrixView, Momentum, TensorPlan
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -120,4 +119,11 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
         view = f"{stack}{row.view.rows} x {row.view.columns}"
     ratio = str(row.ratio) if row.momentum == "sketch" else "-"
     kept = "sketch" if row.momentum == "sketch" else row.reason
-    return (row.name, "x".join(map(str, row.shape)) or "scalar", view, ratio, format_bytes(row.state_bytes), kept)
+    return (
+        row.name,
+        "x".join(map(str, row.shape)) or "scalar",
+        view,
+        ratio,
+        format_bytes(row.state_bytes),
+        kept,
+    )

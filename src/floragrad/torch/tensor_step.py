@@ -12,8 +12,6 @@ from math import ceil
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.projection import (
@@ -27,6 +25,7 @@ from floragrad.torch.projection import (
     random_signs,
 )
 from floragrad.torch.quantize import dequantize, quantize, random_bits, round_to_bfloat16
+from torch import Tensor
 
 BLOCK_ELEMENTS: Final = 2**18
 """Elements of a block of rows on the CPU: 1 MiB of float32, so that a block's passes stay in cache."""
@@ -226,7 +225,9 @@ def _descend(param: Tensor, directions: list[Tensor], squares: Tensor, at: Tenso
         param.copy_(params.view(param.shape))
 
 
-def _block_descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor, bits: Tensor | None) -> Tensor:
+def _block_descend(
+    param: Tensor, direction: Tensor, keep: Tensor, size: Tensor, bits: Tensor | None
+) -> Tensor:
     moved = pure.descend(param, direction, keep, size)
     return moved if bits is None else round_to_bfloat16(moved, bits)
 

@@ -6,10 +6,9 @@ Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Ster
 listed in ``docs/method.md``.
 """
 
+from floragrad.torch.projection import Projection
 from torch import Tensor, promote_types
 from torch import float32 as _float32
-
-from floragrad.torch.projection import Projection
 
 
 def square_sums(grad: Tensor) -> tuple[Tensor, Tensor]:

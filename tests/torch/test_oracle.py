@@ -1,0 +1,60 @@
+"""Every path equals the float64 oracle, step by step, over 25 steps and two epoch changes."""
+
+import numpy as np
+import pytest
+
+import torch
+from floragrad import Flora
+from floragrad.torch import tensor_step
+from tests.torch.cases import CASES, STEPS, Case
+from tests.torch.oracle import reference_trajectory
+
+TOLERANCE = 1e-5
+
+
+def trajectory(case: Case, gradients: list[torch.Tensor], **changes: object) -> list[np.ndarray]:
+    param = case.parameter()
+    optimizer = Flora([param], **case.all_options(**changes))
+    after = []
+    for grad in gradients:
+        param.grad = grad.clone()
+        optimizer.step()
+        after.append(param.detach().double().numpy().copy())
+    return after
+
+
+def assert_same_course(case: Case, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for step, (ours, oracle) in enumerate(zip(found, expected, strict=True), start=1):
+        error = np.abs(ours.reshape(oracle.shape) - oracle).max() / np.abs(oracle).max()
+        assert error < TOLERANCE, f"{case} leaves the oracle at step {step}: relative error {error:.2e}"
+
+
+@pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle(case: Case) -> None:
+    gradients = case.gradients()
+    assert_same_course(case, trajectory(case, gradients), reference_trajectory(case, gradients))
+
+
+@pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle_in_small_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, and of several matrices of a stack, meet the same oracle."""
+    gradients = case.gradients()
+    expected = reference_trajectory(case, gradients)
+    for elements in (1, 200, 1500):
+        monkeypatch.setattr(tensor_step, "BLOCK_ELEMENTS", elements)
+        assert_same_course(case, trajectory(case, gradients), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_missing_gradient_leaves_parameter_and_state_alone(case: Case) -> None:
+    param = case.parameter()
+    optimizer = Flora([param], **case.all_options())
+    before = {key: value.clone() for key, value in optimizer.state[param].items()}
+    start = param.detach().clone()
+    for _ in range(STEPS):
+        optimizer.step()
+    assert torch.equal(param, start)
+    assert all(torch.equal(before[key], value) for key, value in optimizer.state[param].items())
