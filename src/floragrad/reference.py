@@ -124,7 +124,7 @@ def step_size(param: Array, state: State, options: Options) -> float:
     else:
         assert options.lr is not None
         lr = options.lr
-    return lr * max(options.eps[1], rms(param)) if options.scale_parameter else lr
+    return float(lr * max(options.eps[1], rms(param)) if options.scale_parameter else lr)
 
 
 def rms(values: Array) -> float:

@@ -21,18 +21,21 @@ def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) ->
 
 def check_loadable(
     state_dict: Mapping[str, Any], groups: Sequence[Group], plans: Mapping[Tensor, TensorPlan]
-) -> None:
-    """Refuse a state that this optimizer would decode in a foreign basis or cannot hold.
+) -> dict[Tensor, Mapping[str, Any]]:
+    """The saved state of each parameter; a state that would be decoded in a foreign basis is refused.
 
     Raises:
         ValueError: Naming the option or tensor that differs, both values, and what to do.
     """
-    saved_groups = state_dict["param_groups"]
-    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=False)):
+    states = {}
+    # Groups or parameters that are too few or too many are torch.optim's to refuse.
+    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):
         _check_options(number, saved, group)
         for key, param in zip(saved["params"], group["params"], strict=False):
             if key in state_dict["state"]:
-                _check_tensors(key, state_dict["state"][key], plans[param])
+                states[param] = state_dict["state"][key]
+                _check_tensors(key, states[param], plans[param])
+    return states
 
 
 def exact_state(saved: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -41,29 +44,30 @@ def exact_state(saved: Mapping[str, Any], device: torch.device) -> dict[str, Any
 
 
 def _check_options(number: int, saved: Group, group: Group) -> None:
+    where = f"group {number} of the loaded state"
     for option in LAYOUT_OPTIONS:
         if option not in saved:
             raise ValueError(
-                f"group {number} of the loaded state has no {option!r}: it was not written by Flora, "
-                "and other optimizers' states cannot be converted; start with a fresh state"
+                f"{where} has no {option!r}: it was not written by Flora, and other optimizers' states "
+                "cannot be converted; start with a fresh state"
             )
         if saved[option] != group[option]:
             raise ValueError(
-                f"group {number} of the loaded state was written with {option}={saved[option]!r}, this optimizer "
-                f"has {option}={group[option]!r}: its momentum would be decoded in a foreign basis; "
+                f"{where} was written with {option}={saved[option]!r}, this optimizer has "
+                f"{option}={group[option]!r}: its momentum would be decoded in a foreign basis; "
                 f"build Flora with {option}={saved[option]!r}, or start with a fresh state"
             )
     if bool(saved["beta1"]) != bool(group["beta1"]):
         raise ValueError(
-            f"group {number} of the loaded state was written with beta1={saved['beta1']!r}, this optimizer has "
-            f"beta1={group['beta1']!r}: one of them keeps a momentum, the other none; build Flora with "
-            f"beta1={saved['beta1']!r}, or start with a fresh state"
+            f"{where} was written with beta1={saved['beta1']!r}, this optimizer has "
+            f"beta1={group['beta1']!r}: one of them keeps a momentum, the other none; "
+            f"build Flora with beta1={saved['beta1']!r}, or start with a fresh state"
         )
     if "device_type" in saved and saved["device_type"] != _device_types(group):
         raise ValueError(
-            f"group {number} of the loaded state has Gaussian projections drawn on {saved['device_type']}, this "
-            f"optimizer's parameters are on {_device_types(group)}, whose generator draws others; "
-            "load it on the same kind of device, or train with projection='sign', which is the same on all"
+            f"{where} has Gaussian projections drawn on {saved['device_type']}, this optimizer's "
+            f"parameters are on {_device_types(group)}, whose generator draws others; load it on the same "
+            "kind of device, or train with projection='sign', which is the same on all"
         )
 
 

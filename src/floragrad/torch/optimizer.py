@@ -1,7 +1,7 @@
 """The optimizer class: when the update runs and where its state lives."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -60,7 +60,7 @@ class Flora(torch.optim.Optimizer):
         factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
         seed: Of projections and of rounding. The same seed gives the same numbers.
         ratio: ρ itself, the same for every tensor; instead of ``rank``.
-        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more) or ``"gaussian"`` (the paper's).
+        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more), ``"gaussian"`` (the paper's).
         residual: Momentum inside the sketched subspace and the fresh gradient outside it, as above; False is
             the paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
         embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"``, ``"compressed"``.
@@ -140,7 +140,7 @@ class Flora(torch.optim.Optimizer):
             "compile": compile,
         }
         self._slots: dict[Tensor, _Slot] = {}
-        self._incoming: dict[int, dict[str, Any]] | None = None
+        self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self._warn_if_nothing_compressed()
 
@@ -235,7 +235,7 @@ class Flora(torch.optim.Optimizer):
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, every tensor in the dtype that it was saved in.
+        """Load a state, every tensor in the dtype that it was saved in; ``compile`` stays as it is here.
 
         Args:
             state_dict: From :meth:`state_dict` of an optimizer with the same layout.
@@ -261,19 +261,23 @@ class Flora(torch.optim.Optimizer):
         if incoming is not None:
             self._restore(incoming)
 
-    def _accept(self, state_dict: dict[str, Any]) -> None:
+    def _accept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
-        check_loadable(
-            state_dict, self.param_groups, {param: slot.plan for param, slot in self._slots.items()}
-        )
-        self._incoming = state_dict["state"]
+        plans = {param: slot.plan for param, slot in self._slots.items()}
+        self._incoming = check_loadable(state_dict, self.param_groups, plans)
+        own = [{"compile": group["compile"]} for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        return {
+            **state_dict,
+            "param_groups": [{**one, **kept} for one, kept in zip(saved, own, strict=False)],
+        }
 
-    def _restore(self, incoming: dict[int, dict[str, Any]]) -> None:
+    def _restore(self, incoming: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Replace what the base class cast to the parameters' dtypes by the tensors as they were saved."""
         self.state.clear()
-        for param, slot in self._slots.items():
-            if slot.index in incoming:
-                self.state[param] = exact_state(incoming[slot.index], param.device)
+        for param in self._slots:
+            if param in incoming:
+                self.state[param] = exact_state(incoming[param], param.device)
             elif param.requires_grad:
                 self._state_of(param)
 
@@ -283,9 +287,7 @@ class Flora(torch.optim.Optimizer):
         names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
         for name, param in zip(names, group["params"], strict=True):
             if param.is_complex():
-                raise ValueError(
-                    f"{name} is complex ({param.dtype}): Flora updates real tensors; give torch.view_as_real of it"
-                )
+                raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
         for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             self._slots[param] = _Slot(first + offset, name, group, plan_of(param.shape, group))
 

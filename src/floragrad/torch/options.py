@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Final, get_args
 
 import torch
@@ -41,11 +42,15 @@ _PLAN_OPTIONS: Final = (
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_integer(value, 1)
 
 
 def _is_lr(value: Any) -> bool:
@@ -86,7 +91,7 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "relative_step": _FLAG,
     "warmup_init": _FLAG,
     "factorize_second_moment": _FLAG,
-    "seed": (lambda value: _is_count(value + 1 if _is_number(value) else value), "an integer >= 0"),
+    "seed": (lambda value: _is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
     "projection": _one_of(*get_args(Projection)),
     "residual": _one_of(None, True, False),
     "embedding_momentum": _one_of(*get_args(EmbeddingMomentum)),

@@ -3,9 +3,10 @@
 All of them act on the last dimension alone: rows never mix, so a shard of rows is projected by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from math import ceil
 from typing import Protocol
 
@@ -159,7 +160,7 @@ class GaussianProjection:
         k: Columns of a sketch.
         seed: Seeds the device's generator, whose numbers differ between kinds of device.
         device: Where the pieces are drawn.
-        piece: Rows of P that exist at a time.
+        piece: Rows of P that may exist at a time; a P of no more rows is drawn once and kept.
     """
 
     n: int
@@ -168,7 +169,14 @@ class GaussianProjection:
     device: torch.device
     piece: int
 
-    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+    @cached_property
+    def _whole(self) -> list[tuple[slice, Tensor]]:
+        return list(self._drawn())
+
+    def _pieces(self) -> Iterable[tuple[slice, Tensor]]:
+        return self._whole if self.k <= self.piece else self._drawn()
+
+    def _drawn(self) -> Iterator[tuple[slice, Tensor]]:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         for start in range(0, self.k, self.piece):
             part = slice(start, min(start + self.piece, self.k))

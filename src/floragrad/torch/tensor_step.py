@@ -31,6 +31,8 @@ BLOCK_ELEMENTS: Final = 2**18
 """Elements of a block of rows on the CPU: 1 MiB of float32, so that a block's passes stay in cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
 """The same elsewhere, where a launch costs more than a pass over memory."""
+WHOLE_ELEMENTS: Final = 2**14
+"""A tensor of up to so many elements is one block: its temporaries take less than its launches."""
 ADAPTIVE_NOISE: Final = 0.1
 """Norm of the seeded noise, relative to the weights', that lets adaptive buckets leave a saddle."""
 
@@ -69,19 +71,20 @@ class TensorStep:
 
     @property
     def view(self) -> MatrixView:
-        """The tensor as (batch, rows, columns); a tensor without a view is a single row."""
-        return self.plan.view or MatrixView(1, 1, max(1, torch.Size(self.plan.shape).numel()))
+        """The tensor as (batch, rows, columns); one without a view is a single column."""
+        return self.plan.view or MatrixView(1, torch.Size(self.plan.shape).numel(), 1)
 
     def blocks(self) -> Iterator[Block]:
-        """Batches and rows of the view, a block at a time; the whole of it when compiled."""
+        """Batches and rows of the view, a block at a time; the whole of it when compiled or small."""
         batch, rows, columns = self.view
-        budget = BLOCK_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
-        if self.group["compile"]:
-            budget = batch * rows * columns
+        budget = total = batch * rows * columns
+        if total > WHOLE_ELEMENTS and not self.group["compile"]:
+            largest = BLOCK_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+            budget = min(largest, total // 8)
         height = max(1, min(rows, budget // columns))
         if self.plan.momentum == "sketch" and self.plan.projection == "gaussian":
-            # Its matrix is drawn again for every block: a few large ones.
-            height = ceil(rows / 4)
+            # Its matrix is drawn again for every block: as few blocks as two buffers allow.
+            height = ceil(rows / 8)
         depth = max(1, budget // (rows * columns)) if height == rows else 1
         for first in range(0, batch, depth):
             for top in range(0, rows, height):

@@ -72,7 +72,7 @@ def momentum_step(
     if residual:
         return projection.add_orthogonal(update, following - sketch), following
     reading = projection if previous is None else previous
-    return update * (1 - beta1) + reading.decode(momentum) * beta1, following
+    return reading.decode(momentum).mul_(beta1).add_(update, alpha=1 - beta1), following
 
 
 def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""What a step of one tensor holds beside its state, measured."""
+
+import pytest
+import torch
+
+from floragrad import Flora
+from tests.torch.cases import CASES, Case
+from tests.torch.memory import LiveBytes
+
+LARGE = {
+    1: (2**15,),
+    2: (384, 256),
+    3: (4, 96, 256),
+    4: (64, 32, 8, 8),
+}
+
+
+def large_case(case: Case) -> tuple[int, ...]:
+    """A shape of the same kind, large against a block of rows and against its own rows and columns."""
+    if "vocabulary" in case.name:
+        return (2048, 64)
+    if case.shape and case.shape[0] < case.shape[-1] and len(case.shape) == 2:
+        return (256, 384)
+    return LARGE[len(case.shape)]
+
+
+def test_the_counter_counts() -> None:
+    with LiveBytes() as memory:
+        first = torch.zeros(1000)
+        view = first[:10]
+        second = first + 1
+        assert memory.live == memory.peak == 8000
+        del first
+        assert memory.live == 8000, "a view keeps its storage alive"
+        del view, second
+        assert memory.live == 0
+        torch.ones(500)
+    assert memory.peak == 8000
+
+
+@pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape], ids=str)
+def test_a_step_needs_at_most_two_buffers(case: Case, state_dtype: str, dtype: torch.dtype) -> None:
+    """Two float32 buffers of the tensor's size at a time; none outlives the step."""
+    shape = large_case(case)
+    param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+    optimizer = Flora([param], **case.all_options(state_dtype=state_dtype, kappa=2))
+    buffer = 4 * param.numel()
+    for _ in range(3):  # the second step opens an epoch
+        param.grad = torch.randn(shape).to(dtype)
+        with LiveBytes() as memory:
+            optimizer.step()
+            assert memory.live == 0, "a buffer outlives the step"
+        assert memory.peak <= 2 * buffer, f"{memory.peak / buffer:.2f} buffers"
+
+
+def test_no_buffer_outlives_its_tensors_turn() -> None:
+    """With many tensors the peak is that of the largest alone, not the sum."""
+    params = [torch.nn.Parameter(torch.zeros(256, 384)) for _ in range(6)]
+    optimizer = Flora(params, lr=1e-3, rank=32)
+    peaks = []
+    for count in (1, 6):
+        for param in params[:count]:
+            param.grad = torch.randn(param.shape)
+        with LiveBytes() as memory:
+            optimizer.step()
+        peaks.append(memory.peak)
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("beta1", [None, 0])
+def test_no_momentum_allocates_none(beta1: float | None) -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Flora([param], lr=1e-3, rank=8, beta1=beta1)
+    param.grad = torch.randn(64, 64)
+    optimizer.step()
+    assert set(optimizer.state[param]) == {"step", "row_var", "col_var"}
+
+
+def test_a_vocabulary_keeps_no_momentum() -> None:
+    param = torch.nn.Parameter(torch.zeros(640, 64))
+    with pytest.warns(UserWarning, match="vocabulary-like"):
+        optimizer = Flora([param], lr=1e-3, rank=8)
+    assert set(optimizer.state[param]) == {"step", "row_var", "col_var"}
