@@ -1,0 +1,63 @@
+"""The ``floragrad`` command: parse, call, and turn expected errors into one line."""
+
+import sys
+from collections.abc import Sequence
+
+from floragrad._extras import require
+
+FAILURE = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code.
+
+    0: done. 1: the training diverged. 2: the request cannot be met, said in one line. 130: stopped by Ctrl-C
+    (143: by SIGTERM); what can be continued is saved.
+
+    Args:
+        arguments: What follows ``floragrad``; None reads ``sys.argv``.
+    """
+    try:
+        require("typer", "train")
+    except ImportError as error:
+        return _fail(str(error), USAGE_ERROR)
+    return _run(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    from floragrad.train.commands import app
+    from floragrad.train.errors import DivergenceError, StoppedError, UserError
+
+    try:
+        result = app(arguments, prog_name="floragrad", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error), USAGE_ERROR)
+    except DivergenceError as error:
+        return _fail(str(error), FAILURE)
+    except StoppedError as error:
+        return _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("stopped before there was anything to save", INTERRUPTED)
+    except _option_error() as error:
+        return _fail(f"{error.format_message()}: see floragrad --help", USAGE_ERROR)  # type: ignore[attr-defined]
+    return result if isinstance(result, int) else 0
+
+
+def _option_error() -> type[Exception]:
+    """The base of all errors in options: click's, which newer versions of typer carry in themselves."""
+    import typer
+
+    return next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print("floragrad:", " ".join(message.split()), file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The commands of ``floragrad``: each takes its options, and calls what does the work.
+
+What trains is imported inside the commands, so that ``--help`` and errors in options need no torch.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from floragrad._version import __version__
+from floragrad.train import environment, options
+from floragrad.train.config import RunConfig, option_name
+from floragrad.train.errors import UserError
+from floragrad.train.presets import LEARNING_RATES, PRESETS
+
+if TYPE_CHECKING:
+    from floragrad.train.folder import RunFolder
+
+T = TypeVar("T")
+
+TRAIN_HELP = (
+    "Train a causal language model, with Flora unless you say otherwise.\n\n"
+    "Says first what the optimizer keeps and last what came out. Writes a folder with the configuration, the "
+    "metrics (JSON lines), the newest checkpoint, the tokenizer, a summary, and the loss as a picture. "
+    "Ctrl-C saves, and **--resume** continues as if nothing had happened, bit for bit."
+)
+TRAIN_EXAMPLES = (
+    "**floragrad train** trains a tiny Llama on Python's source, in about two minutes on two cores.\n\n"
+    "**floragrad train --optimizer adamw** is the same run without Flora.\n\n"
+    "**floragrad train --text books/ --model small --steps 5000** reads everything below a folder.\n\n"
+    "**floragrad train --model 60m --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1** "
+    "streams a dataset.\n\n"
+    "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run."
+)
+COMPARE_HELP = (
+    "Do the same training run with several optimizers, one after another.\n\n"
+    "Everything but the optimizer is the same: weights, batches, schedule, parameter groups. With several "
+    "learning rates each optimizer tries them all on the first seed, and its best goes on to the others. "
+    "Writes one table (table.md, table.json) and one picture (comparison.png), with the runs beside them. "
+    "Ctrl-C saves, and **--resume** continues; runs that are finished are not done again."
+)
+COMPARE_EXAMPLES = (
+    "**floragrad compare** runs Flora, AdamW and Adafactor on the default job.\n\n"
+    "**floragrad compare --lrs 1e-3,2e-3,4e-3 --embedding-lrs 5e-3,1e-2 --seeds 0,1,2** is a fair fight.\n\n"
+    "**floragrad compare --optimizers flora,adamw --model small --text books/** is another job.\n\n"
+    "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison."
+)
+
+app = typer.Typer(
+    help="Train language models with an optimizer whose memory grows sublinearly with the model.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"floragrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _floragrad(
+    context: typer.Context,
+    _version: bool = typer.Option(
+        False, "--version", callback=_say_version, is_eager=True, help="Say the version."
+    ),
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(help=TRAIN_HELP, epilog=TRAIN_EXAMPLES)
+def train(
+    model: options.Model = None,
+    text: options.TextFiles = None,
+    dataset: options.DatasetName = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_split: options.DatasetSplit = None,
+    text_column: options.TextColumn = None,
+    max_megabytes: options.MaxMegabytes = None,
+    vocab_size: options.VocabSize = None,
+    sequence_length: options.SequenceLength = None,
+    dtype: options.Dtype = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.LearningRate = None,
+    embedding_lr: options.EmbeddingLearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    rank: options.Rank = None,
+    kappa: options.Kappa = None,
+    projection: options.Projection = None,
+    state_dtype: options.StateDtype = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
+    warmup_steps: options.WarmupSteps = None,
+    max_grad_norm: options.MaxGradNorm = None,
+    seed: options.Seed = None,
+    eval_every: options.EvalEvery = None,
+    eval_blocks: options.EvalBlocks = None,
+    out: options.Out = None,
+    resume: options.Resume = None,
+    save_every: options.SaveEvery = None,
+    keep_checkpoint: options.KeepCheckpoint = None,
+    threads: options.Threads = None,
+) -> None:
+    """Train, or continue what stopped."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    if resume is not None:
+        _only(given, "resume")
+        _continue_training(resume)
+        return
+    config = RunConfig.resolve(**_fields(given))
+    environment.prepare(hub=config.uses_hub)
+    from floragrad.train.run import begin
+
+    _train(begin(config, out or _new_name(f"{Path(config.model).name}-{config.optimizer}")))
+
+
+@app.command(help=COMPARE_HELP, epilog=COMPARE_EXAMPLES)
+def compare(
+    model: options.Model = None,
+    text: options.TextFiles = None,
+    dataset: options.DatasetName = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_split: options.DatasetSplit = None,
+    text_column: options.TextColumn = None,
+    max_megabytes: options.MaxMegabytes = None,
+    vocab_size: options.VocabSize = None,
+    sequence_length: options.SequenceLength = None,
+    dtype: options.Dtype = None,
+    optimizers: options.Optimizers = None,
+    lrs: options.LearningRateGrid = None,
+    embedding_lrs: options.EmbeddingLearningRateGrid = None,
+    weight_decay: options.WeightDecay = None,
+    rank: options.Rank = None,
+    kappa: options.Kappa = None,
+    projection: options.Projection = None,
+    state_dtype: options.StateDtype = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
+    warmup_steps: options.WarmupSteps = None,
+    max_grad_norm: options.MaxGradNorm = None,
+    seeds: options.Seeds = None,
+    eval_every: options.EvalEvery = None,
+    eval_blocks: options.EvalBlocks = None,
+    out: options.CompareOut = None,
+    resume: options.Resume = None,
+    save_every: options.SaveEvery = None,
+    keep_checkpoint: options.KeepCheckpoint = None,
+    threads: options.Threads = None,
+) -> None:
+    """Compare, or continue what stopped."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    if resume is not None:
+        _only(given, "resume")
+    grid = ("optimizers", "seeds", "lrs", "embedding_lrs")
+    fields = _fields({name: value for name, value in given.items() if name not in grid})
+    hub = resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
+    environment.prepare(hub=hub)
+    from floragrad.train import compare as comparison
+
+    if resume is not None:
+        comparison.compare(resume, Console())
+    else:
+        plan = comparison.Plan(
+            optimizers=_list(optimizers or ",".join(LEARNING_RATES), "optimizers", str),
+            seeds=_list(seeds or "0", "seeds", int),
+            lrs=None if lrs is None else _list(lrs, "lrs", float),
+            embedding_lrs=None if embedding_lrs is None else _list(embedding_lrs, "embedding_lrs", float),
+            options={"keep_checkpoint": False, "threads": environment.default_threads(), **fields},
+            command=shlex.join(["floragrad", *sys.argv[1:]]),
+        )
+        out = out or _new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")
+        comparison.begin(plan, out)
+        comparison.compare(out, Console())
+
+
+def _continue_training(path: Path) -> None:
+    from floragrad.train.folder import RunFolder
+
+    folder = RunFolder.open(path)
+    summary = folder.summary()
+    if summary is not None:
+        from floragrad.train.display import Display
+
+        Display(Console()).summary(summary, str(path))
+        return
+    environment.prepare(hub=folder.config.uses_hub and not folder.checkpoints())
+    _train(folder)
+
+
+def _train(folder: "RunFolder") -> None:
+    from floragrad.train.display import Display
+    from floragrad.train.run import train
+
+    display = Display(Console())
+    display.say(f"run folder: {folder.path}")
+    display.summary(train(folder, display), str(folder.path))
+
+
+def _only(given: dict[str, Any], allowed: str) -> None:
+    """Refuse options beside ``--resume``."""
+    others = [f"--{name.replace('_', '-')}" for name in given if name != allowed]
+    if others:
+        raise UserError(
+            f"--resume continues with the options that were given then, not {', '.join(others)}: "
+            "give it alone"
+        )
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """The options as fields of a configuration."""
+    fields = {name: value for name, value in given.items() if name not in ("out", "resume")}
+    if "text" in fields:
+        fields["text"] = tuple(fields["text"])
+    if "model" in fields and fields["model"] not in PRESETS and Path(fields["model"]).is_dir():
+        fields["model"] = str(Path(fields["model"]).resolve())
+    return fields
+
+
+def _list(text: str, name: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The values of an option that takes several, with commas between them."""
+    try:
+        values = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(
+            f"{option_name(name)} {text!r} cannot be read ({error}): give numbers, as in 1,2"
+        ) from error
+    if not values:
+        raise UserError(f"{option_name(name)} is empty: give at least one, with commas between several")
+    return values
+
+
+def _new_name(name: str) -> Path:
+    """A folder below ``runs`` that is not there yet."""
+    stem = f"{name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    candidates = (Path("runs", stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))
+    return next(path for path in candidates if not path.exists())

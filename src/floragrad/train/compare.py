@@ -1,0 +1,228 @@
+"""The same run with several optimizers, one after another."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from floragrad.train.comparison_table import Best, as_json, as_markdown
+from floragrad.train.config import FLORA_OPTIONS, RunConfig, option_name
+from floragrad.train.display import comparison
+from floragrad.train.errors import StoppedError, UserError
+from floragrad.train.figures import draw_comparison
+from floragrad.train.folder import CONFIG, CORPUS, RunFolder, check_free, new_folder, write_text
+from floragrad.train.interrupt import StopRequest
+from floragrad.train.presets import LEARNING_RATES
+from floragrad.train.run import check_model, write_corpus
+
+PLAN, RUNS, TABLE, RESULTS, FIGURE = "comparison.json", "runs", "table.md", "table.json", "comparison.png"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        optimizers: Their names.
+        seeds: The first one runs the grid, the others each optimizer's best setting.
+        lrs: The learning rates of the grid; None: each optimizer's default.
+        embedding_lrs: Those of the vocabulary-like tensors; None: the default multiple of each ``lr``.
+        options: The other fields of :class:`RunConfig` that were given.
+        command: The command that made this comparison.
+    """
+
+    optimizers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...] | None
+    embedding_lrs: tuple[float, ...] | None
+    options: dict[str, Any]
+    command: str
+
+    def grid(self, optimizer: str) -> list[RunConfig]:
+        """Every setting of one optimizer, with the first seed.
+
+        Raises:
+            UserError: One of them is not allowed.
+        """
+        flora = optimizer == "flora"
+        options = {name: value for name, value in self.options.items() if flora or name not in FLORA_OPTIONS}
+        return [
+            replace(
+                RunConfig.resolve(
+                    **options, optimizer=optimizer, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr
+                ),
+                prepared=f"../../{CORPUS}",
+            )
+            for lr in self.lrs or (None,)
+            for embedding_lr in self.embedding_lrs or (None,)
+        ]
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        settings = len(self.lrs or (None,)) * len(self.embedding_lrs or (None,))
+        return len(self.optimizers) * (settings + len(self.seeds) - 1)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """The plan of the comparison in ``folder``.
+
+        Raises:
+            UserError: There is none.
+        """
+        if not (folder / PLAN).is_file():
+            raise UserError(
+                f"--resume {folder} holds no comparison: give a folder that floragrad compare has made"
+            )
+        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        for where in (values, values["options"]):
+            where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
+        return cls(**values)
+
+
+def begin(plan: Plan, out: Path) -> None:
+    """Make the folder of a new comparison: its plan, and the text and tokenizer that all its runs share.
+
+    Raises:
+        UserError: The comparison cannot be done; then there is no folder.
+    """
+    check_plan(plan)
+    check_free(out, "compare")
+    configs = [config for optimizer in plan.optimizers for config in plan.grid(optimizer)]
+    for config in {config.optimizer: config for config in configs}.values():
+        check_model(config)
+    with new_folder(out, "compare") as folder:
+        write_corpus(configs[0], folder / CORPUS)
+        (folder / RUNS).mkdir()
+        write_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        UserError: An optimizer is unknown or named twice, or an option belongs to none of them.
+    """
+    for optimizer in plan.optimizers:
+        if optimizer not in LEARNING_RATES:
+            raise UserError(f"--optimizers {optimizer!r} is unknown: choose from {', '.join(LEARNING_RATES)}")
+    for name, values in (("optimizers", plan.optimizers), ("seeds", plan.seeds)):
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
+    for name in FLORA_OPTIONS:
+        if name in plan.options and "flora" not in plan.optimizers:
+            raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
+
+
+def compare(folder: Path, console: Console) -> None:
+    """Do what is left of the comparison in ``folder``, then write its table and its picture.
+
+    Raises:
+        StoppedError: A signal has stopped it; what was done is kept.
+        UserError: A run cannot be done.
+    """
+    plan, stop = Plan.load(folder), StopRequest()
+    runner = _Runner(folder, plan.runs, console, stop)
+    with stop.listening():
+        bests = [_best(plan, optimizer, runner) for optimizer in plan.optimizers]
+    finished = [best for best in bests if best.loss is not None]
+    numbers = as_json(bests, plan.command)
+    write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
+    if finished:
+        curves = {best.optimizer: RunFolder(best.first_run).metrics() for best in finished}
+        sizes = {best.optimizer: best.state_bytes for best in finished}
+        draw_comparison(curves, sizes, finished[0].title, folder / FIGURE)
+    write_text(folder / TABLE, as_markdown(bests, numbers))
+    comparison(console, numbers["rows"], numbers["step_time_of"])
+    console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
+
+
+def _best(plan: Plan, optimizer: str, runner: "_Runner") -> Best:
+    """Run an optimizer's grid, and its best setting on the other seeds."""
+    grid = plan.grid(optimizer)
+    results = [runner.run(config) for config in grid]
+    order = sorted(zip(results, grid, strict=True), key=lambda pair: _loss(pair[0]))
+    result, config = order[0]
+    seeds = [result]
+    if result["validation_loss"] is not None:
+        seeds += [runner.run(replace(config, seed=seed)) for seed in plan.seeds[1:]]
+    return Best(config, runner.path(config), plan.seeds, seeds, list(zip(grid, results, strict=True)))
+
+
+def _loss(summary: dict[str, Any]) -> float:
+    loss = summary["validation_loss"]
+    return float("inf") if loss is None else float(loss)
+
+
+class _Runner:
+    """Does the runs that are not done yet, each in a process of its own."""
+
+    def __init__(self, folder: Path, total: int, console: Console, stop: StopRequest) -> None:
+        self._folder = folder
+        self._total = total
+        self._console = console
+        self._stop = stop
+        self._number = 0
+
+    def path(self, config: RunConfig) -> Path:
+        """Where a run lies."""
+        return self._folder / RUNS / _name(config)
+
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        """The summary of a run, which is done first if need be."""
+        self._number += 1
+        path = self.path(config)
+        if not path.is_dir():
+            with new_folder(path, "compare") as new:
+                write_text(new / CONFIG, config.to_json())
+        run = RunFolder.open(path)
+        if run.summary() is None:
+            self._train(path, f"{self._number}/{self._total} {_name(config)}")
+        summary = run.summary()
+        assert summary is not None
+        loss = summary["validation_loss"]
+        outcome = (
+            f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
+        )
+        self._console.print(
+            f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False
+        )
+        return summary
+
+    def _train(self, path: Path, title: str) -> None:
+        if self._stop.signum is not None:
+            raise StoppedError(self._folder, "compare", self._stop.signum)
+        with self._worker(path, title) as process:
+            exit_code = process.wait()
+        if self._stop.signum is not None and exit_code != 0:
+            raise StoppedError(self._folder, "compare", self._stop.signum)
+        if exit_code != 0:
+            raise UserError(
+                f"the run {path} ended with exit code {exit_code}, and said why above: then continue "
+                f"with floragrad compare --resume {self._folder}"
+            )
+
+    @contextlib.contextmanager
+    def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """A process that trains the run, in a session of its own: signals reach it through us, once."""
+        command = [sys.executable, "-m", "floragrad.train.worker", str(path), title]
+        process = subprocess.Popen(command, start_new_session=True)
+        self._stop.forward = process.send_signal
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            self._stop.forward = None
+
+
+def _name(config: RunConfig) -> str:
+    return f"{config.optimizer}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"

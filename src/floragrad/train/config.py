@@ -1,0 +1,237 @@
+"""What a run is: every choice, resolved and checked before anything is read or written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, Final
+
+from floragrad.train.environment import default_threads
+from floragrad.train.errors import UserError
+from floragrad.train.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
+
+FLORA_OPTIONS: Final = ("rank", "kappa", "projection", "state_dtype")
+CHOICES: Final = {
+    "optimizer": tuple(LEARNING_RATES),
+    "projection": ("sign", "adaptive", "gaussian"),
+    "state_dtype": ("float32", "bfloat16", "int8", "int4"),
+    "dtype": ("float32", "bfloat16"),
+}
+SMALLEST: Final = {
+    "steps": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "sequence_length": 2,
+    "vocab_size": 257,  # the 256 bytes and the end of a text
+    "warmup_steps": 0,
+    "rank": 1,
+    "kappa": 1,
+    "eval_every": 1,
+    "eval_blocks": 1,
+    "save_every": 1,
+    "threads": 1,
+    "seed": 0,
+}
+LARGEST: Final = {"seed": 2**32 - 1}
+POSITIVE: Final = ("lr", "embedding_lr", "max_megabytes")
+NOT_NEGATIVE: Final = ("weight_decay", "max_grad_norm")
+STANDARD_LIBRARY_MEGABYTES: Final = 4.0
+DATASET_MEGABYTES: Final = 200.0
+
+
+def option_name(field: str) -> str:
+    """The command-line option that sets ``field``."""
+    return "--" + field.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. Make it with :meth:`resolve`, which fills in the defaults and checks every value.
+
+    The fields are the options of ``floragrad train``; their help says what each one means. ``prepared`` is
+    set by ``floragrad compare`` only: the folder, relative to the run's, whose text and tokenizer it reads.
+    """
+
+    model: str
+    optimizer: str
+    text: tuple[str, ...]
+    dataset: str | None
+    dataset_config: str | None
+    dataset_split: str | None
+    text_column: str | None
+    max_megabytes: float | None
+    vocab_size: int | None
+    sequence_length: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    steps: int
+    lr: float
+    embedding_lr: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    rank: int | None
+    kappa: int | None
+    projection: str | None
+    state_dtype: str | None
+    dtype: str
+    seed: int
+    eval_every: int
+    eval_blocks: int
+    save_every: int
+    keep_checkpoint: bool
+    threads: int
+    prepared: str | None = None
+
+    @classmethod
+    def resolve(cls, **given: Any) -> "RunConfig":
+        """The configuration of what the user gave, with a default for everything else.
+
+        Args:
+            **given: Values by field name; None, or nothing, means the default.
+
+        Raises:
+            UserError: A value is out of range, or two options contradict each other.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None and value != ()}
+        _check_values(chosen)
+        _check_conflicts(chosen)
+        config = cls(**{**_defaults(chosen), **chosen})
+        if config.warmup_steps >= config.steps:
+            raise UserError(
+                f"--warmup-steps {config.warmup_steps} leaves none of the {config.steps} steps for the full "
+                f"learning rate: give at most {config.steps - 1}, or more --steps"
+            )
+        return config
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.gradient_accumulation_steps * self.sequence_length
+
+    @property
+    def uses_hub(self) -> bool:
+        """Whether the Hugging Face hub may be asked for the model or the text."""
+        names = (self.dataset, None if self.model in PRESETS else self.model)
+        return any(name is not None and not Path(name).is_dir() for name in names)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, one field a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: It is no such object.
+        """
+        try:
+            values = json.loads(text)
+            return replace(cls(**values), text=tuple(values["text"]))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise UserError(
+                f"config.json is not a run's configuration ({error}); its fields are {names}"
+            ) from error
+
+
+def learning_rates(model: str, optimizer: str) -> LearningRates:
+    """The default learning rates of an optimizer on a model."""
+    if model in PRESETS:
+        return LEARNING_RATES[optimizer]
+    return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
+
+
+def default_rank(hidden_size: int) -> int:
+    """A quarter of the hidden size, as the GaLore paper has it for its larger models."""
+    return max(1, hidden_size // 4)
+
+
+def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field's default, given what was chosen."""
+    model, optimizer = chosen.get("model", "tiny"), chosen.get("optimizer", "flora")
+    preset = PRESETS.get(model)
+    steps = chosen.get("steps", preset.steps if preset else 1000)
+    rates = learning_rates(model, optimizer)
+    flora = optimizer == "flora"
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "text": (),
+        "dataset": None,
+        "dataset_config": None,
+        "dataset_split": "train" if "dataset" in chosen else None,
+        "text_column": "text" if "dataset" in chosen else None,
+        "max_megabytes": _default_megabytes(chosen, model),
+        "vocab_size": preset.vocab_size if preset else None,
+        "sequence_length": preset.sequence_length if preset else 256,
+        "batch_size": preset.batch_size if preset else 8,
+        "gradient_accumulation_steps": 1,
+        "steps": steps,
+        "lr": rates.lr,
+        "embedding_lr": chosen.get("lr", rates.lr) * (rates.embedding_lr / rates.lr),
+        "warmup_steps": steps // 10,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "rank": default_rank(preset.hidden_size) if flora and preset else 128 if flora else None,
+        "kappa": (100 if chosen.get("projection") == "adaptive" else 1000) if flora else None,
+        "projection": "sign" if flora else None,
+        "state_dtype": "int8" if flora else None,
+        "dtype": "float32",
+        "seed": 0,
+        "eval_every": min(1000, max(1, steps // 10)),
+        "eval_blocks": 128,
+        "save_every": min(1000, max(1, steps // 4)),
+        "keep_checkpoint": True,
+        "threads": default_threads(),
+    }
+
+
+def _default_megabytes(chosen: Mapping[str, Any], model: str) -> float | None:
+    if "dataset" in chosen:
+        return DATASET_MEGABYTES
+    return STANDARD_LIBRARY_MEGABYTES if model == "tiny" and "text" not in chosen else None
+
+
+def _check_values(chosen: Mapping[str, Any]) -> None:
+    for name, allowed in CHOICES.items():
+        if name in chosen and chosen[name] not in allowed:
+            raise UserError(
+                f"{option_name(name)} {chosen[name]!r} is unknown: choose one of {', '.join(allowed)}"
+            )
+    for name, smallest in SMALLEST.items():
+        if name in chosen and not smallest <= chosen[name] <= LARGEST.get(name, chosen[name]):
+            limit = f" and at most {LARGEST[name]}" if name in LARGEST else ""
+            raise UserError(
+                f"{option_name(name)} is {chosen[name]}: give a whole number of at least {smallest}{limit}"
+            )
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        if name not in chosen:
+            continue
+        value = chosen[name]
+        if not isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
+            allowed_values = "above 0" if name in POSITIVE else "of 0 or more"
+            raise UserError(f"{option_name(name)} is {value}: give a number {allowed_values}")
+
+
+def _check_conflicts(chosen: Mapping[str, Any]) -> None:
+    if "text" in chosen and "dataset" in chosen:
+        raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
+    for name in ("dataset_config", "dataset_split", "text_column"):
+        if name in chosen and "dataset" not in chosen:
+            raise UserError(
+                f"{option_name(name)} belongs to --dataset, which is not given: add it, or leave it out"
+            )
+    if "vocab_size" in chosen and chosen.get("model", "tiny") not in PRESETS:
+        raise UserError(
+            f"--vocab-size does not apply to --model {chosen['model']}, which has a tokenizer of its own: "
+            "leave it out"
+        )
+    optimizer = chosen.get("optimizer", "flora")
+    for name in FLORA_OPTIONS:
+        if name in chosen and optimizer != "flora":
+            raise UserError(
+                f"{option_name(name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
+            )

@@ -1,0 +1,150 @@
+"""The process and the machine: threads, device, quiet libraries, memory, versions."""
+
+import logging
+import os
+import platform
+import socket
+import sys
+import warnings
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from floragrad._extras import require
+from floragrad.train.errors import UserError
+
+MODULES = ("torch", "tokenizers", "transformers", "accelerate", "psutil", "datasets", "matplotlib")
+MOST_THREADS = 8
+"""Small models get slower, not faster, with more threads than this."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use: by its affinity, and by its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.is_file():
+        quota, period = quota_file.read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def default_threads() -> int:
+    """Threads for torch: OMP_NUM_THREADS where it is set, else the cores there are, up to a bound."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else min(available_cores(), MOST_THREADS)
+
+
+def prepare(hub: bool) -> None:
+    """Make the process ready to train, before torch is imported: one device, no foreign output.
+
+    Args:
+        hub: Whether the Hugging Face hub will be asked for something.
+
+    Raises:
+        UserError: An extra is missing, or the process is one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes, and floragrad trains in one: start it "
+            "without torchrun, or pass floragrad.Flora to your own Trainer"
+        )
+    # With several visible devices the Trainer would wrap the model in DataParallel.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    # What cuBLAS needs to be deterministic; a run that cannot be repeated cannot be resumed bit for bit.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if hub and not _hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        for module in MODULES:
+            require(module, "train")
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    _silence()
+
+
+def _silence() -> None:
+    """Leave the screen to us: what goes wrong reaches the user as an exception, not as a log line."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", module=r"(transformers|datasets|accelerate|huggingface_hub|torch)\b")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    for name in ("huggingface_hub", "accelerate", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached. Where it cannot, its client would try again for half a minute."""
+    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True  # the user has decided already, or a proxy answers in its place
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def configure_torch(threads: int) -> None:
+    """Set torch's threads, and choose deterministic kernels wherever there are some."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def memory_bytes() -> int:
+    """Memory in use now: the GPU's allocations, or the process's resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(import_module("psutil").Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory ever used: the GPU's allocations, or the process's resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: its peak is inherited from the process that started this one.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    memory = import_module("psutil").Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {"python": platform.python_version(), "floragrad": version("floragrad"), **found}
+
+
+def machine() -> str:
+    """The machine in a few words: the processor, the cores, the GPU."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    words = f"{processor}, {available_cores()} cores"
+    return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words

@@ -1,0 +1,34 @@
+"""What ends a run on purpose."""
+
+import signal
+from pathlib import Path
+
+
+class UserError(Exception):
+    """The request cannot be met. The message is one line: what was given, what is allowed, what to do."""
+
+
+class DivergenceError(Exception):
+    """The training loss stopped being a finite number.
+
+    Attributes:
+        step: The step at which it did.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not a finite number any more at step {step}: give a lower --lr")
+        self.step = step
+
+
+class StoppedError(Exception):
+    """A signal ended the run after its step was finished and everything was saved.
+
+    Attributes:
+        folder: The folder that continues it.
+        exit_code: 128 + the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, folder: Path, command: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped and saved; continue with: floragrad {command} --resume {folder}")
+        self.folder = folder
+        self.exit_code = 128 + signum

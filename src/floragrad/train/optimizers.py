@@ -1,0 +1,71 @@
+"""The optimizers of ``--optimizer``, all on the same parameter groups."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.optimization import Adafactor
+
+from floragrad import Flora, param_groups
+from floragrad.policy import matrix_view
+from floragrad.train.config import RunConfig
+from floragrad.train.errors import UserError
+from floragrad.train.models import empty_model
+
+
+def optimizer_class(
+    config: RunConfig, model: torch.nn.Module
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and its arguments, as the Trainer takes them.
+
+    AdamW has torch's defaults, in its fused form. Adafactor is Hugging Face's, with momentum, and with
+    learning rates that mean what they mean in AdamW.
+    """
+    groups = param_groups(
+        model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay
+    )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW, {"params": groups, "lr": config.lr, "fused": True}
+    if config.optimizer == "adafactor":
+        settings = {"beta1": 0.9, "scale_parameter": False, "relative_step": False}
+        return Adafactor, {"params": groups, "lr": config.lr, **settings}
+    flora = {name: getattr(config, name) for name in ("rank", "kappa", "projection", "state_dtype", "seed")}
+    return Flora, {"params": groups, "lr": config.lr, **flora}
+
+
+def check_rank(config: RunConfig, vocab_size: int) -> None:
+    """Refuse a rank at which Flora would compress nothing, before anything is read or written.
+
+    Raises:
+        UserError: It is such a rank.
+    """
+    if config.optimizer != "flora":
+        return
+    groups = param_groups(empty_model(config, vocab_size), lr=config.lr)
+    shapes = [
+        parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]
+    ]
+    views = [view for view in map(matrix_view, shapes) if view is not None]
+    widest = max((min(view.rows, view.columns) for view in views), default=0)
+    if config.rank is not None and widest < 2 * config.rank:
+        raise UserError(
+            f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "
+            f"{config.model} is {widest}, and a sketch needs half of it or less: give at most {widest // 2}"
+        )
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Every tensor that the optimizer keeps between steps."""
+    states: list[Mapping[str, Any]] = list(optimizer.state.values())
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state, measured from its tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(optimizer))
+
+
+def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that AdamW's state takes for the same parameters: two numbers each, and a step a tensor."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return sum(2 * parameter.numel() * parameter.element_size() + 4 for parameter in parameters)

@@ -1,0 +1,49 @@
+"""The Llama sizes that ``--model`` knows by name, and the defaults that go with them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of Llama, and the job that it is trained on by default.
+
+    The sizes from 60m up are those of the GaLore paper (arXiv 2403.03507, appendix), and so are their steps.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    layers: int
+    vocab_size: int
+    sequence_length: int
+    batch_size: int
+    steps: int
+
+
+PRESETS = {
+    "tiny": Preset(192, 512, 6, 3, 2048, 128, 8, 500),
+    "small": Preset(384, 1024, 6, 6, 8192, 256, 16, 2000),
+    "60m": Preset(512, 1376, 8, 8, 32000, 256, 32, 10_000),
+    "130m": Preset(768, 2048, 12, 12, 32000, 256, 32, 20_000),
+    "350m": Preset(1024, 2736, 16, 24, 32000, 256, 32, 60_000),
+    "1b": Preset(2048, 5461, 32, 24, 32000, 256, 32, 100_000),
+}
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """One optimizer's default learning rates: of hidden matrices, and of the embedding and output head."""
+
+    lr: float
+    embedding_lr: float
+
+
+LEARNING_RATES = {
+    "flora": LearningRates(2e-3, 1e-2),
+    "adamw": LearningRates(2e-3, 1e-2),
+    "adafactor": LearningRates(2e-3, 1e-2),
+}
+"""The best of the grid in docs/training.md, on the default job. The keys are the optimizers there are."""
+
+FINE_TUNING_LEARNING_RATE = 5e-5
+"""The default for a model given by name or folder, whose weights are trained already (transformers' own)."""

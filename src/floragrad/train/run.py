@@ -1,0 +1,181 @@
+"""A training run from its beginning to its end."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from floragrad.train import environment
+from floragrad.train.callbacks import Recorder, Schedule, perplexity
+from floragrad.train.config import RunConfig
+from floragrad.train.corpus import Corpus, prepare_corpus
+from floragrad.train.display import Display
+from floragrad.train.errors import DivergenceError, StoppedError
+from floragrad.train.figures import draw_run
+from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
+from floragrad.train.interrupt import StopRequest
+from floragrad.train.models import build_model, model_config, rebuild_model
+from floragrad.train.optimizers import adamw_bytes, check_rank, optimizer_class, state_bytes
+from floragrad.train.presets import PRESETS
+from floragrad.train.sources import read_documents
+
+
+def begin(config: RunConfig, out: Path) -> RunFolder:
+    """Make the folder of a new run: its configuration, its text and its tokenizer.
+
+    Raises:
+        UserError: The run cannot be done; then there is no folder.
+    """
+    check_free(out, "train")
+    check_model(config)
+    with new_folder(out, "train") as folder:
+        write_corpus(config, folder / CORPUS)
+        write_text(folder / CONFIG, config.to_json())
+    return RunFolder(out)
+
+
+def check_model(config: RunConfig) -> None:
+    """Find out that the model cannot be trained before any text is read.
+
+    Raises:
+        UserError: There is no such model, or the rank compresses none of it.
+    """
+    preset = PRESETS.get(config.model)
+    vocab_size = config.vocab_size if preset is not None else model_config(config, 0).vocab_size
+    assert vocab_size is not None
+    check_rank(config, vocab_size)
+
+
+def write_corpus(config: RunConfig, folder: Path) -> Corpus:
+    """Read, tokenize and pack the text of a run into a new folder."""
+    documents = read_documents(config)
+    folder.mkdir()
+    return prepare_corpus(config, documents, folder)
+
+
+def train(folder: RunFolder, display: Display) -> dict[str, Any]:
+    """Train the run in ``folder`` from where it stands to its end. Returns its summary.
+
+    SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread.
+
+    Raises:
+        StoppedError: A signal has stopped it; everything is saved.
+        DivergenceError: The loss is no finite number any more; the newest checkpoint is from before that.
+        UserError: Another process is training the same run.
+    """
+    stop = StopRequest()
+    with folder.locked(), stop.listening():
+        config, step = folder.config, folder.rewind()
+        environment.configure_torch(config.threads)
+        corpus = Corpus.load(folder.corpus)
+        trainer, recorder = _trainer(config, folder, corpus, step, stop, display)
+        _introduce(trainer, corpus, config, step, display)
+        try:
+            trainer.train(resume_from_checkpoint=str(folder.checkpoints()[-1][1]) if step else None)
+        finally:
+            display.end()
+        if recorder.diverged_at is not None:
+            raise DivergenceError(recorder.diverged_at)
+        if stop.signum is not None and trainer.state.global_step < config.steps:
+            raise StoppedError(folder.path, "train", stop.signum)
+        return _finish(folder, config, trainer, recorder)
+
+
+def _trainer(
+    config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, stop: StopRequest, display: Display
+) -> tuple[Any, Recorder]:
+    """The Trainer, and the callback that writes everything down."""
+    set_seed(config.seed)
+    if step:
+        model = rebuild_model(config, folder.checkpoints()[-1][1])
+    else:
+        model = build_model(config, corpus.facts.vocab_size)
+    recorder = Recorder(config, folder, corpus.tokenizer, display)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, folder, step),
+        train_dataset=corpus.train_blocks(config),
+        eval_dataset=corpus.validation_blocks(config),
+        data_collator=default_data_collator,
+        optimizer_cls_and_kwargs=optimizer_class(config, model),
+        callbacks=[Schedule(config, stop), recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, recorder
+
+
+def _arguments(config: RunConfig, folder: RunFolder, step: int) -> TrainingArguments:
+    """The Trainer's settings. Evaluating, saving and logging are ours; the blocks come shuffled already."""
+    return TrainingArguments(
+        output_dir=str(folder.staging),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        train_sampling_strategy="sequential",
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        eval_on_start=step == 0,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+def _introduce(trainer: Any, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
+    """Say what is about to happen."""
+    facts = corpus.facts
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    skipped = f", {facts.skipped} files that are not text left out" if facts.skipped else ""
+    display.say(
+        f"{config.model}: {parameters:,} parameters in {config.dtype}, on {environment.machine()}\n"
+        f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
+        f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
+        f"vocabulary {facts.vocab_size:,}"
+    )
+    if step:
+        display.say(f"continuing after step {step}")
+
+
+def _finish(folder: RunFolder, config: RunConfig, trainer: Any, recorder: Recorder) -> dict[str, Any]:
+    """Write the figure and the summary of a run that has made all its steps."""
+    metrics = folder.metrics()
+    evaluations = [line for line in metrics if "validation_loss" in line]
+    first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
+    optimizer = trainer.optimizer.optimizer
+    on_gpu = torch.cuda.is_available()
+    draw_run(metrics, f"{config.model} with {config.optimizer}", folder.path / FIGURE)
+    if not config.keep_checkpoint:
+        folder.drop_checkpoints()
+    summary = {
+        "model": config.model,
+        "optimizer": config.optimizer,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "steps": config.steps,
+        "tokens": config.steps * config.tokens_per_step,
+        "first_validation_loss": first,
+        "validation_loss": last,
+        "validation_loss_change": last / first - 1,
+        "first_perplexity": perplexity(first),
+        "perplexity": perplexity(last),
+        "optimizer_state_bytes": state_bytes(optimizer),
+        "adamw_state_bytes": adamw_bytes(optimizer),
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "peak_memory_of": "GPU" if on_gpu else "process",
+        "seconds": recorder.seconds,
+        "step_seconds": median(line["step_seconds"] for line in metrics if "step_seconds" in line),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
+    folder.write_summary(summary)
+    return summary
