@@ -24,6 +24,7 @@ def main(path: Path, title: str) -> int:
 
         train(folder, Display(Console(), title, brief=True))
     except DivergenceError as error:
+        folder.drop_checkpoints()
         folder.write_summary(
             {"optimizer": config.optimizer, "validation_loss": None, "diverged_at": error.step}
         )
