@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 import torch
+
 from floragrad import Flora
 from floragrad.torch import tensor_step
 from tests.torch.cases import CASES, STEPS, Case

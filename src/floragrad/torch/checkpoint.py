@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from floragrad.policy import TensorPlan
 from floragrad.torch.options import LAYOUT_OPTIONS
-from torch import Tensor
 
 Group = dict[str, Any]
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from floragrad.policy import VOCABULARY_ASPECT, Kind, matrix_view
 from torch import Tensor, nn
+
+from floragrad.policy import VOCABULARY_ASPECT, Kind, matrix_view
 
 _MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
@@ -20,9 +21,9 @@ def param_groups(
 
     Sorts by the type of the module that owns a parameter first, by shape second:
 
-    * ``"vocabulary"``: embeddings, the model's output head (tied to an embedding, with as many outputs as an
-      embedding has rows, or what ``get_output_embeddings()`` returns), and, outside the layers that torch
-      knows as matrices, what has an aspect ratio above 4. They want a learning rate of their own.
+    * ``"vocabulary"``: embeddings, the model's output head (tied to an embedding, of the shape of a tall one,
+      or what ``get_output_embeddings()`` returns), and, outside the layers that torch knows as matrices, what
+      has an aspect ratio above 4. They want a learning rate of their own.
     * ``"matrix"``: everything else with a matrix view.
     * ``"vector"``: biases, norms, scalars: no weight decay.
 
@@ -59,7 +60,7 @@ def param_groups(
 
 def _kinds(model: nn.Module) -> dict[Tensor, Kind]:
     """What every trainable parameter is; vocabulary wins where owners disagree."""
-    heads, vocabularies = _declared_embeddings(model), _vocabulary_sizes(model)
+    heads, vocabularies = _declared_embeddings(model), _vocabulary_shapes(model)
     kinds: dict[Tensor, Kind] = {}
     for module, param in _owned(model):
         kind = _kind(module, param, heads, vocabularies)
@@ -75,23 +76,23 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
                 yield module, param
 
 
-def _kind(module: nn.Module, param: Tensor, heads: list[nn.Module], vocabularies: set[int]) -> Kind:
+def _kind(module: nn.Module, param: Tensor, heads: list[nn.Module], vocabularies: set[tuple[int, ...]]) -> Kind:
     view = matrix_view(param.shape)
     if view is None:
         return "vector"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or any(module is head for head in heads):
         return "vocabulary"
     if isinstance(module, nn.Linear):
-        return "vocabulary" if module.out_features in vocabularies else "matrix"
+        return "vocabulary" if tuple(param.shape) in vocabularies else "matrix"
     if isinstance(module, _MATRIX_MODULES):
         return "matrix"
     return "vocabulary" if view.aspect > VOCABULARY_ASPECT else "matrix"
 
 
-def _vocabulary_sizes(model: nn.Module) -> set[int]:
-    """Rows of the embeddings that are tall: a linear layer with as many outputs is their output head."""
+def _vocabulary_shapes(model: nn.Module) -> set[tuple[int, ...]]:
+    """Shapes of the tall embeddings: a linear layer of the same shape is an output head."""
     return {
-        module.num_embeddings
+        (module.num_embeddings, module.embedding_dim)
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         and module.num_embeddings > VOCABULARY_ASPECT * module.embedding_dim

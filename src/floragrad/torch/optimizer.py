@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+from torch import Tensor
+
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.options import DEFAULT_RANK, plan_of, resolve_group
 from floragrad.torch.report import Report, report_row
 from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
-from torch import Tensor
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -321,10 +322,16 @@ def _without_repetition(params: Any) -> list[Any]:
     if isinstance(params, set):
         raise TypeError("parameters must be in an order: give a list, not a set")
     seen: set[int] = set()
-    once = []
-    for item in params:
+    items, once = list(params), []
+    for item in items:
         tensor = item[1] if isinstance(item, tuple) else item
         if id(tensor) not in seen:
             seen.add(id(tensor))
             once.append(item)
+    if len(once) < len(items):
+        warnings.warn(
+            "a parameter group with duplicate parameters: each of them is kept, and updated, once",
+            UserWarning,
+            stacklevel=2,
+        )
     return once

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any, Final, get_args
 
 import torch
+
 from floragrad.policy import EmbeddingMomentum, Kind, Projection, StateDtype, TensorPlan, plan_tensor
 
 
@@ -46,7 +47,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 2**63
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
 def _is_count(value: Any) -> bool:
@@ -60,9 +61,7 @@ def _is_lr(value: Any) -> bool:
 
 
 def _is_eps(value: Any) -> bool:
-    return (
-        isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v >= 0 for v in value)
-    )
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v >= 0 for v in value)
 
 
 def _one_of(*allowed: Any) -> tuple[Callable[[Any], bool], str]:
@@ -75,7 +74,7 @@ def _one_of(*allowed: Any) -> tuple[Callable[[Any], bool], str]:
 _FLAG: Final = _one_of(True, False)
 
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "lr": (_is_lr, "a number >= 0, a tensor of one element, or None with relative_step=True"),
+    "lr": (_is_lr, "a number >= 0, or None with relative_step=True; a Tensor lr must be 1-element"),
     "rank": (lambda value: value is None or _is_count(value), "an integer >= 1"),
     "ratio": (lambda value: value is None or _is_count(value), "an integer >= 1, or None to go by rank"),
     "kappa": (_is_count, "an integer >= 1"),

@@ -11,9 +11,11 @@ from math import ceil
 from typing import Protocol
 
 import numpy as np
-
 import torch
 from torch import Tensor
+
+from floragrad.policy import MatrixView
+from floragrad.policy import Projection as ProjectionKind
 
 
 class Stream(IntEnum):
@@ -70,7 +72,12 @@ def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Phi
 
 def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> Tensor:
     """N independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
-    words = philox(seed, index, epoch, stream).random_raw(ceil(n / 64))
+    return signs_from(philox(seed, index, epoch, stream), n)
+
+
+def signs_from(source: np.random.Philox, n: int) -> Tensor:
+    """N signs from a generator of :func:`philox`."""
+    words = source.random_raw(ceil(n / 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=n)
     return torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
 
@@ -210,6 +217,24 @@ class GaussianProjection:
     def matrix(self) -> Tensor:
         """P, dense."""
         return torch.cat([drawn for _, drawn in self._pieces()])
+
+
+def draw_projection(
+    kind: ProjectionKind, view: MatrixView, width: int, source: np.random.Philox, device: torch.device
+) -> Projection:
+    """A projection of a view's columns to ``width``, drawn at random.
+
+    Args:
+        kind: ``"sign"`` or ``"gaussian"``.
+        view: The tensor as (batch, rows, columns).
+        width: k.
+        source: From :func:`philox`, for one tensor at one epoch; of ``"gaussian"`` it is only the seed.
+        device: Where the projection is used.
+    """
+    if kind == "gaussian":
+        piece = max(1, view.batch * view.rows // 8)
+        return GaussianProjection(view.columns, width, int(source.random_raw()) >> 1, device, piece)
+    return BucketProjection.signs(view.columns, width, signs_from(source, view.columns).to(device))
 
 
 def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
