@@ -127,9 +127,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         self._write(state.global_step, validation_loss=loss, perplexity=perplexity(loss))
         self._display.evaluation(state.global_step, loss, perplexity(loss))
 
-    def on_save(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any
-    ) -> None:
+    def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:
         """Complete the checkpoint with the tokenizer, then put it in its place."""
         self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{state.global_step}")
         self._folder.publish(state.global_step)

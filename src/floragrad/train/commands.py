@@ -70,9 +70,7 @@ def _say_version(asked: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _floragrad(
     context: typer.Context,
-    _version: bool = typer.Option(
-        False, "--version", callback=_say_version, is_eager=True, help="Say the version."
-    ),
+    _version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="Say the version."),
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -213,8 +211,7 @@ def _only(given: dict[str, Any], allowed: str) -> None:
     others = [f"--{name.replace('_', '-')}" for name in given if name != allowed]
     if others:
         raise UserError(
-            f"--resume continues with the options that were given then, not {', '.join(others)}: "
-            "give it alone"
+            f"--resume continues with the options that were given then, not {', '.join(others)}: give it alone"
         )
 
 
@@ -233,9 +230,7 @@ def _list(text: str, name: str, kind: Callable[[str], T]) -> tuple[T, ...]:
     try:
         values = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise UserError(
-            f"{option_name(name)} {text!r} cannot be read ({error}): give numbers, as in 1,2"
-        ) from error
+        raise UserError(f"{option_name(name)} {text!r} cannot be read ({error}): give numbers, as in 1,2") from error
     if not values:
         raise UserError(f"{option_name(name)} is empty: give at least one, with commas between several")
     return values

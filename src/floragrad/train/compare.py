@@ -54,9 +54,7 @@ class Plan:
         options = {name: value for name, value in self.options.items() if flora or name not in FLORA_OPTIONS}
         return [
             replace(
-                RunConfig.resolve(
-                    **options, optimizer=optimizer, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr
-                ),
+                RunConfig.resolve(**options, optimizer=optimizer, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
                 prepared=f"../../{CORPUS}",
             )
             for lr in self.lrs or (None,)
@@ -77,9 +75,7 @@ class Plan:
             UserError: There is none.
         """
         if not (folder / PLAN).is_file():
-            raise UserError(
-                f"--resume {folder} holds no comparison: give a folder that floragrad compare has made"
-            )
+            raise UserError(f"--resume {folder} holds no comparison: give a folder that floragrad compare has made")
         values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         for where in (values, values["options"]):
             where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
@@ -187,12 +183,8 @@ class _Runner:
         summary = run.summary()
         assert summary is not None
         loss = summary["validation_loss"]
-        outcome = (
-            f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
-        )
-        self._console.print(
-            f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False
-        )
+        outcome = f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
+        self._console.print(f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False)
         return summary
 
     def _train(self, path: Path, title: str) -> None:

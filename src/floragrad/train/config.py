@@ -132,9 +132,7 @@ class RunConfig:
             return replace(cls(**values), text=tuple(values["text"]))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             names = ", ".join(field.name for field in fields(cls))
-            raise UserError(
-                f"config.json is not a run's configuration ({error}); its fields are {names}"
-            ) from error
+            raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
 
 
 def learning_rates(model: str, optimizer: str) -> LearningRates:
@@ -198,15 +196,11 @@ def _default_megabytes(chosen: Mapping[str, Any], model: str) -> float | None:
 def _check_values(chosen: Mapping[str, Any]) -> None:
     for name, allowed in CHOICES.items():
         if name in chosen and chosen[name] not in allowed:
-            raise UserError(
-                f"{option_name(name)} {chosen[name]!r} is unknown: choose one of {', '.join(allowed)}"
-            )
+            raise UserError(f"{option_name(name)} {chosen[name]!r} is unknown: choose one of {', '.join(allowed)}")
     for name, smallest in SMALLEST.items():
         if name in chosen and not smallest <= chosen[name] <= LARGEST.get(name, chosen[name]):
             limit = f" and at most {LARGEST[name]}" if name in LARGEST else ""
-            raise UserError(
-                f"{option_name(name)} is {chosen[name]}: give a whole number of at least {smallest}{limit}"
-            )
+            raise UserError(f"{option_name(name)} is {chosen[name]}: give a whole number of at least {smallest}{limit}")
     for name in (*POSITIVE, *NOT_NEGATIVE):
         if name not in chosen:
             continue
@@ -221,17 +215,12 @@ def _check_conflicts(chosen: Mapping[str, Any]) -> None:
         raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
     for name in ("dataset_config", "dataset_split", "text_column"):
         if name in chosen and "dataset" not in chosen:
-            raise UserError(
-                f"{option_name(name)} belongs to --dataset, which is not given: add it, or leave it out"
-            )
+            raise UserError(f"{option_name(name)} belongs to --dataset, which is not given: add it, or leave it out")
     if "vocab_size" in chosen and chosen.get("model", "tiny") not in PRESETS:
         raise UserError(
-            f"--vocab-size does not apply to --model {chosen['model']}, which has a tokenizer of its own: "
-            "leave it out"
+            f"--vocab-size does not apply to --model {chosen['model']}, which has a tokenizer of its own: leave it out"
         )
     optimizer = chosen.get("optimizer", "flora")
     for name in FLORA_OPTIONS:
         if name in chosen and optimizer != "flora":
-            raise UserError(
-                f"{option_name(name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
-            )
+            raise UserError(f"{option_name(name)} belongs to --optimizer flora, and this is {optimizer}: leave it out")

@@ -74,9 +74,7 @@ class Corpus:
 
     def train_blocks(self, config: RunConfig) -> "Blocks":
         """What the run reads, batch after batch, to its end."""
-        return Blocks(
-            self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps
-        )
+        return Blocks(self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps)
 
     def validation_blocks(self, config: RunConfig) -> "Blocks":
         """The first held-out blocks, each once."""
@@ -100,9 +98,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         total: Tokens to serve; more than there are begin a further pass. None serves each block once.
     """
 
-    def __init__(
-        self, tokens: NDArray[Any], length: int, seed: int | None = None, total: int | None = None
-    ) -> None:
+    def __init__(self, tokens: NDArray[Any], length: int, seed: int | None = None, total: int | None = None) -> None:
         self._blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
         self._count = len(self._blocks) if total is None else total // length
         self._seed = seed
@@ -181,11 +177,7 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _tokenizer(config: RunConfig, texts: list[str]) -> Any:
-    return (
-        own_tokenizer(config.model)
-        if config.vocab_size is None
-        else train_tokenizer(texts, config.vocab_size)
-    )
+    return own_tokenizer(config.model) if config.vocab_size is None else train_tokenizer(texts, config.vocab_size)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:

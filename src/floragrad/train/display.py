@@ -86,9 +86,7 @@ class Display:
         """The last thing of a run that is finished."""
         if self._brief:
             return
-        table = Table(
-            show_header=False, title=f"{summary['model']} with {summary['optimizer']}", title_justify="left"
-        )
+        table = Table(show_header=False, title=f"{summary['model']} with {summary['optimizer']}", title_justify="left")
         for row in _summary_rows(summary):
             table.add_row(*row)
         self._console.print(table)
@@ -98,28 +96,18 @@ class Display:
 def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
     """The last thing of a comparison: its table, as wide as a terminal."""
     table = Table()
-    heads = (
-        "optimizer",
-        "lr",
-        "embedding lr",
-        "validation loss",
-        "state",
-        "of AdamW's",
-        f"step / {yardstick}'s",
-    )
-    for head in heads:
+    step = "step time" if yardstick is None else f"step / {yardstick}'s"
+    for head in ("optimizer", "lr, embedding", "validation loss", "state", "of AdamW's", step):
         table.add_column(head, justify="left" if head == "optimizer" else "right")
     for row in rows:
-        cells = [row["optimizer"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
+        cells = [row["optimizer"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
         if row["validation_loss"] is None:
             table.add_row(*cells, "diverged")
             continue
         spread = row["validation_loss_stdev"]
         loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
         share = f"{100 * row['state_of_adamw']:.1f}%"
-        table.add_row(
-            *cells, loss, megabytes(row["optimizer_state_bytes"]), share, f"{row['step_time_ratio']:.2f}"
-        )
+        table.add_row(*cells, loss, megabytes(row["optimizer_state_bytes"]), share, f"{row['step_time_ratio']:.2f}")
     console.print(table)
 
 

@@ -22,9 +22,7 @@ def draw_run(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     steps, losses = _points(metrics, "loss")
     axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(steps, _smoothed(losses), color=colour, linewidth=1.4, label="training loss, smoothed")
-    axes.plot(
-        *_points(metrics, "validation_loss"), "o-", color="#222222", markersize=4, label="validation loss"
-    )
+    axes.plot(*_points(metrics, "validation_loss"), "o-", color="#222222", markersize=4, label="validation loss")
     axes.set_title(title, loc="left")
     _finish(axes)
     _save(figure, path)
@@ -51,9 +49,7 @@ def draw_comparison(
     losses.set_title("validation loss (dots), training loss (pale)", loc="left", fontsize=10)
     _finish(losses)
     names = list(state_bytes)
-    drawn = bars.bar(
-        names, [state_bytes[name] / 1e6 for name in names], color=[COLOURS[name] for name in names]
-    )
+    drawn = bars.bar(names, [state_bytes[name] / 1e6 for name in names], color=[COLOURS[name] for name in names])
     bars.bar_label(drawn, [megabytes(state_bytes[name]) for name in names], fontsize=9, padding=2)
     bars.set_title("optimizer state, measured", loc="left", fontsize=10)
     bars.set_ylabel("MB")

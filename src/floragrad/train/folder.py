@@ -43,9 +43,7 @@ def new_folder(out: Path, command: str) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be made ({error.strerror}): give a folder you may write to"
-        ) from error
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): give a folder you may write to") from error
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -166,8 +164,6 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(
-                    f"{self.path} is being trained by another process: wait for it to end"
-                ) from error
+                raise UserError(f"{self.path} is being trained by another process: wait for it to end") from error
             yield
             os.unlink(file.name)

@@ -83,6 +83,5 @@ def _from_config(found: Any, config: RunConfig) -> Any:
         return AutoModelForCausalLM.from_config(found, dtype=DTYPES[config.dtype])
     except ValueError as error:
         raise UserError(
-            f"--model {config.model} is a {found.model_type}, and that is no causal language model: "
-            "give one that is"
+            f"--model {config.model} is a {found.model_type}, and that is no causal language model: give one that is"
         ) from error

@@ -13,17 +13,13 @@ from floragrad.train.errors import UserError
 from floragrad.train.models import empty_model
 
 
-def optimizer_class(
-    config: RunConfig, model: torch.nn.Module
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer's class and its arguments, as the Trainer takes them.
 
     AdamW has torch's defaults, in its fused form. Adafactor is Hugging Face's, with momentum, and with
     learning rates that mean what they mean in AdamW.
     """
-    groups = param_groups(
-        model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay
-    )
+    groups = param_groups(model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         return torch.optim.AdamW, {"params": groups, "lr": config.lr, "fused": True}
     if config.optimizer == "adafactor":
@@ -42,9 +38,7 @@ def check_rank(config: RunConfig, vocab_size: int) -> None:
     if config.optimizer != "flora":
         return
     groups = param_groups(empty_model(config, vocab_size), lr=config.lr)
-    shapes = [
-        parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]
-    ]
+    shapes = [parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]]
     views = [view for view in map(matrix_view, shapes) if view is not None]
     widest = max((min(view.rows, view.columns) for view in views), default=0)
     if config.rank is not None and widest < 2 * config.rank:

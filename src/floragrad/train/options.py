@@ -62,15 +62,11 @@ DatasetName = Annotated[
 ]
 DatasetConfig = Annotated[
     str | None,
-    typer.Option(
-        rich_help_panel=WHAT, metavar="NAME", help="Which configuration of the dataset.", show_default=False
-    ),
+    typer.Option(rich_help_panel=WHAT, metavar="NAME", help="Which configuration of the dataset.", show_default=False),
 ]
 DatasetSplit = Annotated[
     str | None,
-    typer.Option(
-        rich_help_panel=WHAT, metavar="NAME", help="Which split of the dataset.", show_default="train"
-    ),
+    typer.Option(rich_help_panel=WHAT, metavar="NAME", help="Which split of the dataset.", show_default="train"),
 ]
 TextColumn = Annotated[
     str | None,
@@ -237,8 +233,7 @@ Steps = Annotated[
         metavar="INTEGER",
         rich_help_panel=TRAINING,
         help="Optimizer steps.",
-        show_default=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items())
-        + ", else 1000",
+        show_default=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
     ),
 ]
 BatchSize = Annotated[

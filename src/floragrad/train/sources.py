@@ -46,9 +46,7 @@ def read_documents(config: RunConfig) -> Documents:
     elif config.text:
         documents = _from_files(list(_named_files(config.text)), ", ".join(config.text), config.max_megabytes)
     else:
-        documents = _from_files(
-            list(_standard_library()), "the standard library's source", config.max_megabytes
-        )
+        documents = _from_files(list(_standard_library()), "the standard library's source", config.max_megabytes)
     if not documents.texts:
         raise UserError(f"there is no text in {documents.source}: give files that are UTF-8 and not empty")
     return documents
@@ -81,9 +79,7 @@ def _named_files(arguments: Iterable[str]) -> Iterator[_File]:
     for argument in arguments:
         matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         if not matches:
-            raise UserError(
-                f"--text {argument} does not exist: give files, folders or patterns like 'books/*.txt'"
-            )
+            raise UserError(f"--text {argument} does not exist: give files, folders or patterns like 'books/*.txt'")
         for match in map(Path, matches):
             below = _files_below(match) if match.is_dir() else [match]
             for path in below:
@@ -121,9 +117,7 @@ def _read(file: _File) -> str | None:
         raise UserError(f"{file.path} cannot be read ({error.strerror}): give readable files") from error
     except UnicodeDecodeError as error:
         if file.named:
-            raise UserError(
-                f"{file.path} is not UTF-8 text ({error.reason}): convert it, or leave it out"
-            ) from error
+            raise UserError(f"{file.path} is not UTF-8 text ({error.reason}): convert it, or leave it out") from error
         return None
     return None if "\0" in text and not file.named else text
 
@@ -154,9 +148,7 @@ def _from_dataset(config: RunConfig) -> Documents:
 
     assert config.dataset is not None
     try:
-        rows = datasets.load_dataset(
-            config.dataset, config.dataset_config, split=config.dataset_split, streaming=True
-        )
+        rows = datasets.load_dataset(config.dataset, config.dataset_config, split=config.dataset_split, streaming=True)
         texts = _column(rows, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())

@@ -25,9 +25,7 @@ def main(path: Path, title: str) -> int:
         train(folder, Display(Console(), title, brief=True))
     except DivergenceError as error:
         folder.drop_checkpoints()
-        folder.write_summary(
-            {"optimizer": config.optimizer, "validation_loss": None, "diverged_at": error.step}
-        )
+        folder.write_summary({"optimizer": config.optimizer, "validation_loss": None, "diverged_at": error.step})
     except StoppedError as error:
         return error.exit_code
     except UserError as error:
