@@ -38,6 +38,11 @@ class MatrixView(NamedTuple):
         """The longer side of one matrix over its shorter side."""
         return max(self.rows, self.columns) / min(self.rows, self.columns)
 
+    @property
+    def numel(self) -> int:
+        """How many numbers all matrices have."""
+        return self.batch * self.rows * self.columns
+
 
 class Buffer(NamedTuple):
     """One state tensor: its shape and the name of its dtype."""

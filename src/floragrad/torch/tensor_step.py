@@ -8,24 +8,25 @@ last two D is held, one float32 buffer of the tensor's size; everything else is 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
 from typing import Any, Final
 
 import torch
+from torch import Tensor
+
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.projection import (
     BucketProjection,
-    GaussianProjection,
     Projection,
     Stream,
+    draw_projection,
     normalise_buckets,
     philox,
     power_iteration,
     random_signs,
 )
-from floragrad.torch.quantize import dequantize, quantize, random_bits, round_to_bfloat16
-from torch import Tensor
+from floragrad.torch.quantize import random_bits, round_to_bfloat16
+from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save, seeded_generator
 
 BLOCK_ELEMENTS: Final = 2**18
 """Elements of a block of rows on the CPU: 1 MiB of float32, so that a block's passes stay in cache."""
@@ -38,7 +39,13 @@ ADAPTIVE_NOISE: Final = 0.1
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
-Block = tuple[slice, slice]
+
+
+def block_elements(elements: int, device: torch.device) -> int:
+    """How many of a tensor's elements are worked on at a time: all of a small one's."""
+    if elements <= WHOLE_ELEMENTS:
+        return elements
+    return min(BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS, elements // 8)
 
 
 @dataclass(frozen=True)
@@ -76,42 +83,25 @@ class TensorStep:
 
     def blocks(self) -> Iterator[Block]:
         """Batches and rows of the view, a block at a time; the whole of it when compiled or small."""
-        batch, rows, columns = self.view
-        budget = total = batch * rows * columns
-        if total > WHOLE_ELEMENTS and not self.group["compile"]:
-            largest = BLOCK_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
-            budget = min(largest, total // 8)
-        height = max(1, min(rows, budget // columns))
-        if self.plan.momentum == "sketch" and self.plan.projection == "gaussian":
-            # Its matrix is drawn again for every block: as few blocks as two buffers allow.
-            height = ceil(rows / 8)
-        depth = max(1, budget // (rows * columns)) if height == rows else 1
-        for first in range(0, batch, depth):
-            for top in range(0, rows, height):
-                yield slice(first, min(first + depth, batch)), slice(top, min(top + height, rows))
+        gaussian = self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
+        total = self.view.numel
+        elements = total if self.group["compile"] else block_elements(total, self.device)
+        return row_blocks(self.view, elements, gaussian=gaussian)
 
     def generator(self, stream: Stream) -> torch.Generator:
         """The device's generator, seeded for this tensor, step and use: nothing of it needs saving."""
-        word = philox(self.group["seed"], self.index, self.step, stream).random_raw()
-        return torch.Generator(self.device).manual_seed(int(word) >> 1)
+        return seeded_generator(self.device, self.group["seed"], self.index, self.step, stream)
 
     def projection(self, epoch: int) -> Projection:
         """The drawn projection of an epoch (signs or Gaussian)."""
-        n, k, seed = self.view.columns, self.plan.width, self.group["seed"]
-        if self.plan.projection == "gaussian":
-            word = philox(seed, self.index, epoch, Stream.MOMENTUM).random_raw()
-            piece = max(1, self.view.batch * self.view.rows // 8)
-            return GaussianProjection(n, k, int(word) >> 1, self.device, piece)
-        signs = random_signs(n, seed, self.index, epoch, Stream.MOMENTUM)
-        return BucketProjection.signs(n, k, signs.to(self.device))
+        source = philox(self.group["seed"], self.index, epoch, Stream.MOMENTUM)
+        return draw_projection(self.plan.projection, self.view, self.plan.width, source, self.device)
 
 
 def initial_state(plan: TensorPlan, group: Group, index: int, device: torch.device) -> State:
     """Every buffer of the plan: zeros, and for ``"adaptive"`` random signs over their bucket's norm."""
     state = {
-        key: torch.zeros(
-            buffer.shape, dtype=getattr(torch, buffer.dtype), device="cpu" if key == "step" else device
-        )
+        key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device="cpu" if key == "step" else device)
         for key, buffer in plan.buffers.items()
     }
     if "projection_weight" in state and device.type != "meta":
@@ -159,11 +149,9 @@ def _second_moment(grads: Tensor, state: State, at: TensorStep) -> tuple[Tensor,
     return pure.factors(row_var, col_var)
 
 
-def _directions(
-    grads: Tensor, scales: tuple[Tensor, ...], state: State, at: TensorStep
-) -> tuple[list[Tensor], Tensor]:
+def _directions(grads: Tensor, scales: tuple[Tensor, ...], state: State, at: TensorStep) -> tuple[list[Tensor], Tensor]:
     """D block by block, and the sum of its squares; the momentum's buffers move on to the next step."""
-    stored = _Stored(state, at)
+    stored = _stored(state, at)
     projection, previous = _projections(grads, scales, stored, state, at)
     run = _maybe_compiled(_block_direction, at)
     beta1, residual = at.group["beta1"], at.group["residual"]
@@ -204,9 +192,9 @@ def _block_direction(
     update = pure.normalise(grad, scales)
     if not kept:
         return update, (), update.square().sum()
-    momentum = _load(kept, dtype, width)
+    momentum = load(kept, dtype, width)
     direction, following = pure.momentum_step(update, momentum, projection, previous, beta1, residual)
-    return direction, _save(following, dtype, bits), direction.square().sum()
+    return direction, save(following, dtype, bits), direction.square().sum()
 
 
 def _descend(param: Tensor, directions: list[Tensor], squares: Tensor, at: TensorStep) -> None:
@@ -228,9 +216,7 @@ def _descend(param: Tensor, directions: list[Tensor], squares: Tensor, at: Tenso
         param.copy_(params.view(param.shape))
 
 
-def _block_descend(
-    param: Tensor, direction: Tensor, keep: Tensor, size: Tensor, bits: Tensor | None
-) -> Tensor:
+def _block_descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor, bits: Tensor | None) -> Tensor:
     moved = pure.descend(param, direction, keep, size)
     return moved if bits is None else round_to_bfloat16(moved, bits)
 
@@ -249,7 +235,7 @@ def _step_size(param: Tensor, at: TensorStep) -> Tensor:
 
 
 def _projections(
-    grads: Tensor, scales: tuple[Tensor, ...], stored: "_Stored", state: State, at: TensorStep
+    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, state: State, at: TensorStep
 ) -> tuple[Projection | None, Projection | None]:
     """P of this step, and P of the step before where it differs."""
     if at.plan.momentum != "sketch":
@@ -268,7 +254,7 @@ def _projections(
 
 
 def _learnt_weight(
-    grads: Tensor, scales: tuple[Tensor, ...], stored: "_Stored", previous: BucketProjection, at: TensorStep
+    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, previous: BucketProjection, at: TensorStep
 ) -> Tensor:
     """Two power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
     weight, width, beta1 = previous.weight, at.plan.width, at.group["beta1"]
@@ -278,7 +264,7 @@ def _learnt_weight(
         learner, grown = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
         for where in at.blocks():
             update = pure.normalise(grads[where], _scales_of(scales, where))
-            old = _of_batch(previous, where).decode(_load(stored.read(where), stored.dtype, width))
+            old = _of_batch(previous, where).decode(load(stored.read(where), stored.dtype, width))
             blended = old * beta1 + update * (1 - beta1)
             grown[where[0]] += power_iteration(blended, _of_batch(learner, where))
         weight = normalise_buckets(grown, width, weight)
@@ -292,46 +278,17 @@ def adaptive_noise(n: int, k: int, seed: int, index: int, epoch: int) -> Tensor:
     return uniform.mul_(ADAPTIVE_NOISE * (3 * k / n) ** 0.5).float()
 
 
-class _Stored:
-    """The momentum's buffers, read and written a block at a time."""
-
-    def __init__(self, state: State, at: TensorStep) -> None:
-        batch, rows, _ = at.view
-        keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
-        self._buffers = [state[key].view(batch, rows, -1) for key in keys]
-        self._width = at.plan.width if at.plan.view else at.view.columns
-        self.dtype: StateDtype = at.plan.state_dtype if at.plan.view else "float32"
-        rounded = bool(keys) and self.dtype != "float32"
-        self._generator = at.generator(Stream.STATE_ROUNDING) if rounded else None
-
-    def read(self, where: Block) -> tuple[Tensor, ...]:
-        return tuple(buffer[where] for buffer in self._buffers)
-
-    def write(self, where: Block, values: tuple[Tensor, ...]) -> None:
-        for buffer, value in zip(self._buffers, values, strict=True):
-            buffer[where] = value
-
-    def bits(self, where: Block) -> Tensor | None:
-        """Random bits to round one block with; None where nothing is rounded."""
-        if self._generator is None:
-            return None
-        batch, rows = (part.stop - part.start for part in where)
-        return random_bits(torch.Size((batch, rows, self._width)), self._generator)
-
-
-def _load(kept: tuple[Tensor, ...], dtype: StateDtype, width: int) -> Tensor:
-    if dtype in ("int8", "int4"):
-        payload, scale = kept
-        return dequantize(payload, scale, dtype, width)
-    return kept[0].float()
-
-
-def _save(values: Tensor, dtype: StateDtype, bits: Tensor | None) -> tuple[Tensor, ...]:
-    if bits is None:
-        return (values,)
-    if dtype == "bfloat16":
-        return (round_to_bfloat16(values, bits),)
-    return quantize(values, dtype, bits)
+def _stored(state: State, at: TensorStep) -> StoredRows:
+    """The momentum's buffers; a tensor without a view keeps its own in float32."""
+    batch, rows, columns = at.view
+    keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
+    dtype: StateDtype = at.plan.state_dtype if at.plan.view else "float32"
+    return StoredRows(
+        tuple(state[key].view(batch, rows, -1) for key in keys),
+        at.plan.width if at.plan.view else columns,
+        dtype,
+        at.generator(Stream.STATE_ROUNDING) if keys and dtype != "float32" else None,
+    )
 
 
 def _scales_of(scales: tuple[Tensor, ...], where: Block) -> tuple[Tensor, ...]:
