@@ -110,15 +110,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         )
         self._display.step(state.global_step, logs["loss"], speed, memory)
         if not isfinite(logs["loss"]):
-            self.diverged_at = state.global_step
-            control.should_training_stop = True
-            control.should_evaluate = control.should_save = False
+            self._diverged(state, control)
 
     def on_evaluate(
         self,
         _args: TrainingArguments,
         state: TrainerState,
-        _control: TrainerControl,
+        control: TrainerControl,
         metrics: dict[str, float],
         **_kwargs: Any,
     ) -> None:
@@ -126,11 +124,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         loss = metrics["eval_loss"]
         self._write(state.global_step, validation_loss=loss, perplexity=perplexity(loss))
         self._display.evaluation(state.global_step, loss, perplexity(loss))
+        if not isfinite(loss):
+            self._diverged(state, control)
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:
         """Complete the checkpoint with the tokenizer, then put it in its place."""
         self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{state.global_step}")
         self._folder.publish(state.global_step)
+
+    def _diverged(self, state: TrainerState, control: TrainerControl) -> None:
+        """Stop, and save nothing of a model that is lost."""
+        self.diverged_at = state.global_step
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False
 
     def _write(self, step: int, **values: float | None) -> None:
         known = {name: value if value is None or isfinite(value) else None for name, value in values.items()}

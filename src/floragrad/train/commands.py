@@ -171,10 +171,12 @@ def compare(
         comparison.compare(resume, Console())
     else:
         plan = comparison.Plan(
-            optimizers=_list(optimizers or ",".join(LEARNING_RATES), "optimizers", str),
-            seeds=_list(seeds or "0", "seeds", int),
-            lrs=None if lrs is None else _list(lrs, "lrs", float),
-            embedding_lrs=None if embedding_lrs is None else _list(embedding_lrs, "embedding_lrs", float),
+            optimizers=_list(
+                ",".join(LEARNING_RATES) if optimizers is None else optimizers, "optimizers", str, "flora,adamw"
+            ),
+            seeds=_list("0" if seeds is None else seeds, "seeds", int, "0,1,2"),
+            lrs=_rates(lrs, "lrs"),
+            embedding_lrs=_rates(embedding_lrs, "embedding_lrs"),
             options={"keep_checkpoint": False, "threads": environment.default_threads(), **fields},
             command=shlex.join(["floragrad", *sys.argv[1:]]),
         )
@@ -225,15 +227,20 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _list(text: str, name: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+def _list(text: str, name: str, kind: Callable[[str], T], example: str) -> tuple[T, ...]:
     """The values of an option that takes several, with commas between them."""
+    wrong = UserError(f"{option_name(name)} {text!r} cannot be read: give a list with commas, like {example}")
     try:
         values = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise UserError(f"{option_name(name)} {text!r} cannot be read ({error}): give numbers, as in 1,2") from error
+        raise wrong from error
     if not values:
-        raise UserError(f"{option_name(name)} is empty: give at least one, with commas between several")
+        raise wrong
     return values
+
+
+def _rates(text: str | None, name: str) -> tuple[float, ...] | None:
+    return None if text is None else _list(text, name, float, "1e-3,2e-3")
 
 
 def _new_name(name: str) -> Path:

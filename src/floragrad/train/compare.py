@@ -15,13 +15,13 @@ from floragrad.train.comparison_table import Best, as_json, as_markdown
 from floragrad.train.config import FLORA_OPTIONS, RunConfig, option_name
 from floragrad.train.display import comparison
 from floragrad.train.errors import StoppedError, UserError
-from floragrad.train.figures import draw_comparison
-from floragrad.train.folder import CONFIG, CORPUS, RunFolder, check_free, new_folder, write_text
+from floragrad.train.figures import comparison_figure, save
+from floragrad.train.folder import CONFIG, CORPUS, PLAN, RunFolder, check_free, new_folder, write_text
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.presets import LEARNING_RATES
 from floragrad.train.run import check_model, write_corpus
 
-PLAN, RUNS, TABLE, RESULTS, FIGURE = "comparison.json", "runs", "table.md", "table.json", "comparison.png"
+RUNS, TABLE, RESULTS, FIGURE = "runs", "table.md", "table.json", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def begin(plan: Plan, out: Path) -> None:
         UserError: The comparison cannot be done; then there is no folder.
     """
     check_plan(plan)
-    check_free(out, "compare")
+    check_free(out)
     configs = [config for optimizer in plan.optimizers for config in plan.grid(optimizer)]
     for config in {config.optimizer: config for config in configs}.values():
         check_model(config)
-    with new_folder(out, "compare") as folder:
+    with new_folder(out) as folder:
         write_corpus(configs[0], folder / CORPUS)
         (folder / RUNS).mkdir()
         write_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
@@ -133,7 +133,7 @@ def compare(folder: Path, console: Console) -> None:
     if finished:
         curves = {best.optimizer: RunFolder(best.first_run).metrics() for best in finished}
         sizes = {best.optimizer: best.state_bytes for best in finished}
-        draw_comparison(curves, sizes, finished[0].title, folder / FIGURE)
+        save(comparison_figure(curves, sizes, finished[0].title), folder / FIGURE)
     write_text(folder / TABLE, as_markdown(bests, numbers))
     comparison(console, numbers["rows"], numbers["step_time_of"])
     console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
@@ -175,7 +175,7 @@ class _Runner:
         self._number += 1
         path = self.path(config)
         if not path.is_dir():
-            with new_folder(path, "compare") as new:
+            with new_folder(path) as new:
                 write_text(new / CONFIG, config.to_json())
         run = RunFolder.open(path)
         if run.summary() is None:

@@ -14,8 +14,8 @@ SMOOTHING = 0.95
 DOTS_PER_INCH = 150
 
 
-def draw_run(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw a run's training loss, smoothed, and its validation loss over the steps."""
+def run_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """A run's training loss, smoothed, and its validation loss over the steps."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     colour = COLOURS["flora"]
@@ -25,19 +25,18 @@ def draw_run(metrics: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     axes.plot(*_points(metrics, "validation_loss"), "o-", color="#222222", markersize=4, label="validation loss")
     axes.set_title(title, loc="left")
     _finish(axes)
-    _save(figure, path)
+    return figure
 
 
-def draw_comparison(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], state_bytes: Mapping[str, int], title: str, path: Path
-) -> None:
-    """Draw each optimizer's losses over the steps, and beside them a bar of its state.
+def comparison_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], state_bytes: Mapping[str, int], title: str
+) -> Figure:
+    """Each optimizer's losses over the steps, and beside them a bar of its state.
 
     Args:
         curves: Metrics of one run by optimizer.
         state_bytes: Measured bytes of the optimizer's state, by optimizer.
         title: Over the picture.
-        path: The PNG to write.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
@@ -55,7 +54,14 @@ def draw_comparison(
     bars.set_ylabel("MB")
     bars.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left")
-    _save(figure, path)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
+    temporary.replace(path)
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -79,9 +85,3 @@ def _finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
-    temporary.replace(path)

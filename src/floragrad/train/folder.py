@@ -15,7 +15,7 @@ from floragrad.train.config import RunConfig
 from floragrad.train.errors import UserError
 
 CONFIG, METRICS, SUMMARY, FIGURE = "config.json", "metrics.jsonl", "summary.json", "loss.png"
-CORPUS, STAGING, LOCK = "corpus", ".staging", ".lock"
+PLAN, CORPUS, STAGING = "comparison.json", "corpus", ".staging"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -27,17 +27,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, command: str) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
 
     Args:
         out: What it will be called. It may exist if it is empty.
-        command: The command whose ``--resume`` continues what lies in such a folder.
 
     Raises:
         UserError: ``out`` holds something already, or cannot be made.
     """
-    check_free(out, command)
+    check_free(out)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ def new_folder(out: Path, command: str) -> Iterator[Path]:
         raise
 
 
-def check_free(out: Path, command: str) -> None:
+def check_free(out: Path) -> None:
     """Refuse a folder that holds something.
 
     Raises:
@@ -64,11 +63,12 @@ def check_free(out: Path, command: str) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give the name of a new folder")
-    if out.is_dir() and (out / CONFIG).is_file():
-        raise UserError(
-            f"--out {out} holds a run already: continue it with floragrad {command} --resume {out}, or give "
-            "the name of a new folder"
-        )
+    for name, command in ((CONFIG, "train"), (PLAN, "compare")):
+        if (out / name).is_file():
+            raise UserError(
+                f"--out {out} holds another run: continue that one with floragrad {command} --resume {out}, or "
+                "give the name of a new folder"
+            )
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: give the name of a new folder")
 
@@ -155,15 +155,16 @@ class RunFolder:
         Raises:
             UserError: Another process is at it.
         """
-        try:
-            import fcntl
-        except ModuleNotFoundError:  # Windows has none; there the folder goes unguarded
+        if os.name != "posix":  # Windows cannot lock a folder; there it goes unguarded
             yield
             return
-        with open(self.path / LOCK, "w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.path} is being trained by another process: wait for it to end") from error
+        import fcntl
+
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
-            os.unlink(file.name)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path} is being trained by another process: wait for it to end") from error
+        finally:
+            os.close(descriptor)

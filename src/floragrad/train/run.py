@@ -13,7 +13,7 @@ from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus, prepare_corpus
 from floragrad.train.display import Display
 from floragrad.train.errors import DivergenceError, StoppedError
-from floragrad.train.figures import draw_run
+from floragrad.train.figures import run_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.models import build_model, model_config, rebuild_model
@@ -28,9 +28,9 @@ def begin(config: RunConfig, out: Path) -> RunFolder:
     Raises:
         UserError: The run cannot be done; then there is no folder.
     """
-    check_free(out, "train")
+    check_free(out)
     check_model(config)
-    with new_folder(out, "train") as folder:
+    with new_folder(out) as folder:
         write_corpus(config, folder / CORPUS)
         write_text(folder / CONFIG, config.to_json())
     return RunFolder(out)
@@ -88,10 +88,11 @@ def _trainer(
 ) -> tuple[Any, Recorder]:
     """The Trainer, and the callback that writes everything down."""
     set_seed(config.seed)
-    if step:
-        model = rebuild_model(config, folder.checkpoints()[-1][1])
-    else:
-        model = build_model(config, corpus.facts.vocab_size)
+    model = (
+        build_model(config, corpus.facts.vocab_size)
+        if step == 0
+        else rebuild_model(config, folder.checkpoints()[-1][1])
+    )
     recorder = Recorder(config, folder, corpus.tokenizer, display)
     trainer = Trainer(
         model=model,
@@ -154,7 +155,7 @@ def _finish(folder: RunFolder, config: RunConfig, trainer: Any, recorder: Record
     first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
     optimizer = trainer.optimizer.optimizer
     on_gpu = torch.cuda.is_available()
-    draw_run(metrics, f"{config.model} with {config.optimizer}", folder.path / FIGURE)
+    save(run_figure(metrics, f"{Path(config.model).name} with {config.optimizer}"), folder.path / FIGURE)
     if not config.keep_checkpoint:
         folder.drop_checkpoints()
     summary = {

@@ -1,0 +1,30 @@
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.support import write_texts
+
+
+@pytest.fixture(autouse=True)
+def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a run sets for its whole process, and keep the hub away."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with twelve texts of random words."""
+    return write_texts(tmp_path_factory.mktemp("texts") / "words")

@@ -1,0 +1,123 @@
+"""A corpus, a model and runs that take a second."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, GPT2Config
+
+from floragrad.cli import main
+from floragrad.train.config import RunConfig
+from floragrad.train.corpus import train_tokenizer
+from floragrad.train.display import Display
+from floragrad.train.folder import RunFolder
+from floragrad.train.run import begin, train
+
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "it",
+    "was",
+    "for",
+    "on",
+    "as",
+    "with",
+    "at",
+    "by",
+    "from",
+    "model",
+    "token",
+    "step",
+    "loss",
+    "rate",
+    "sketch",
+    "sign",
+]
+TIMES = ("seconds", "step_seconds", "memory_bytes")
+"""Columns of the metrics that differ between two runs of the same thing."""
+FAST = {"steps": 8, "batch_size": 2, "sequence_length": 16, "vocab_size": 300, "eval_blocks": 4, "threads": 1}
+"""A run that takes about a second."""
+
+
+def write_texts(folder: Path, documents: int = 12, words: int = 400) -> Path:
+    """Write files of random words, always the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(0)
+    for number in range(documents):
+        text = " ".join(generator.choices(WORDS, k=words))
+        (folder / f"document{number:02d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_gpt2(folder: Path, texts: Path, dropout: float = 0.2) -> Path:
+    """A folder with a small GPT-2's configuration and tokenizer. Its dropout draws random numbers."""
+    tokenizer = train_tokenizer([path.read_text(encoding="utf-8") for path in sorted(texts.iterdir())], 300)
+    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes, **rates).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def fast_config(texts: Path, **options: Any) -> RunConfig:
+    """A configuration of a run that takes about a second."""
+    fast = dict(FAST)
+    if options.get("model", "tiny") != "tiny":
+        del fast["vocab_size"]
+    return RunConfig.resolve(text=(str(texts),), **{**fast, **options})
+
+
+def quiet() -> Display:
+    """A display that shows nothing."""
+    return Display(Console(quiet=True))
+
+
+def run(config: RunConfig, out: Path) -> RunFolder:
+    """Begin a run and train it to its end."""
+    folder = begin(config, out)
+    train(folder, quiet())
+    return folder
+
+
+def timeless(folder: RunFolder) -> list[dict[str, Any]]:
+    """The metrics without what differs from run to run."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in folder.metrics()]
+
+
+def newest(folder: RunFolder) -> Path:
+    """The newest checkpoint."""
+    return folder.checkpoints()[-1][1]
+
+
+def saved_state(folder: RunFolder) -> list[torch.Tensor]:
+    """The tensors of the optimizer's state in the newest checkpoint."""
+    state = torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state"]
+    return [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+
+
+def tree(folder: Path) -> list[str]:
+    """Everything below a folder, to see that nothing was made or lost."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def command(*arguments: object) -> int:
+    """Run the command line in this process."""
+    return main([str(argument) for argument in arguments])
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A tokenizer as a user loads it."""
+    return AutoTokenizer.from_pretrained(folder)
