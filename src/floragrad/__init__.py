@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from floragrad._version import __version__
 
 if TYPE_CHECKING:
-    from floragrad.torch import Flora, param_groups
+    from floragrad.torch import Flora, GradientAccumulator, param_groups
 
-__all__ = ["Flora", "__version__", "param_groups"]
+__all__ = ["Flora", "GradientAccumulator", "__version__", "param_groups"]
 
-_TORCH_NAMES = ("Flora", "param_groups")
+_TORCH_NAMES = ("Flora", "GradientAccumulator", "param_groups")
 
 
 def __getattr__(name: str) -> Any:

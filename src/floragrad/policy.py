@@ -233,3 +233,83 @@ def _matrix_momentum(
         return "whole", 1, f"ratio {ratio}: every column kept"
     smaller = min(view.rows, view.columns)
     return "whole", 1, f"rank {rank} > {smaller} // 2: every column kept"
+
+
+@dataclass(frozen=True)
+class AccumulatorPlan:
+    """What a window of gradient accumulation keeps for one tensor, decided by :func:`plan_accumulator`.
+
+    Attributes:
+        shape: The tensor's global shape.
+        view: Its matrices; a tensor without a matrix view is one column.
+        ratio: ρ, the columns that share one number; 1 keeps every column.
+        width: k, the columns of the sketch: ``ceil(columns / ratio)``.
+        state_dtype: How the sketch is stored.
+        reason: Why it is not as asked for; empty where it is.
+    """
+
+    shape: tuple[int, ...]
+    view: MatrixView
+    ratio: int
+    width: int
+    state_dtype: StateDtype
+    reason: str
+
+    @property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """Every tensor that is kept: ``data``, and where it is rounded ``scale`` and ``noise``."""
+        buffers = storage(self.view[:2], self.width, self.state_dtype)
+        if self.state_dtype != "float32":
+            buffers["noise"] = Buffer((), "float32")
+        return buffers
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of the tensor's gradient in float32."""
+        return 4 * self.view.numel
+
+
+def plan_accumulator(
+    shape: Sequence[int],
+    *,
+    ratio: int = 1,
+    rank: int | None = None,
+    state_dtype: StateDtype = "int4",
+    kind: Kind | None = None,
+) -> AccumulatorPlan:
+    """Decide what is kept of one tensor's gradient between the micro-batches of a window.
+
+    Vocabulary-like tensors keep every column, in few bits. What has no matrix view, and what few bits would
+    not make smaller, is summed exactly, in float32.
+
+    Args:
+        shape: The tensor's global shape.
+        ratio: ρ.
+        rank: r, of which the ratio is derived where given: min(m, n) // r, at least 1.
+        state_dtype: How the sketch is stored.
+        kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+
+    Example:
+        >>> plan = plan_accumulator((768, 3072))
+        >>> plan.state_bytes == 768 * (3072 // 2 + 4 * 3072 // 64) + 4
+        True
+    """
+    shape = tuple(shape)
+    view = matrix_view(shape)
+    if view is None:
+        return AccumulatorPlan(shape, MatrixView(1, prod(shape), 1), 1, 1, "float32", "vector: summed exactly")
+    chosen = ratio if rank is None else max(1, min(view.rows, view.columns) // rank)
+    chosen, reason = min(chosen, view.columns), ""
+    by_aspect = kind is None and view.aspect > VOCABULARY_ASPECT
+    if chosen > 1 and (kind == "vocabulary" or by_aspect):
+        why = f", aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else ""
+        chosen, reason = 1, f"vocabulary-like{why}: every column kept"
+    plan = AccumulatorPlan(shape, view, chosen, ceil(view.columns / chosen), state_dtype, reason)
+    if state_dtype != "float32" and plan.state_bytes >= plan.exact_bytes:
+        return AccumulatorPlan(shape, view, 1, view.columns, "float32", "small: summed exactly")
+    return plan

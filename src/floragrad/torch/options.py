@@ -101,6 +101,17 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
 }
 
 
+def check_option(name: str, value: Any) -> None:
+    """Refuse a wrong value of one option.
+
+    Raises:
+        ValueError: Naming the option, the value and what is allowed.
+    """
+    is_valid, allowed = _CHECKS[name]
+    if not is_valid(value):
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
 def state_dtype_name(value: Any) -> Any:
     """``torch.float32`` and ``torch.bfloat16`` by their names; anything else as it is."""
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(value, value)
@@ -122,9 +133,8 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     if resolved["ratio"] is not None and isinstance(resolved["rank"], _DefaultRank):
         resolved["rank"] = None
     resolved["state_dtype"] = state_dtype_name(resolved["state_dtype"])
-    for name, (is_valid, allowed) in _CHECKS.items():
-        if not is_valid(resolved[name]):
-            raise ValueError(f"{name}={resolved[name]!r}: must be {allowed}")
+    for name in _CHECKS:
+        check_option(name, resolved[name])
     _check_together(resolved)
     if resolved["rank"] is not None:
         resolved["rank"] = int(resolved["rank"])

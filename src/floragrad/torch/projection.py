@@ -26,6 +26,7 @@ class Stream(IntEnum):
     STATE_ROUNDING = 2
     PARAMETER_ROUNDING = 3
     ADAPTIVE_NOISE = 4
+    ACCUMULATOR_ROUNDING = 5
 
 
 class Projection(Protocol):
@@ -39,8 +40,8 @@ class Projection(Protocol):
         """Z P: (..., k) to (..., n)."""
         ...
 
-    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X + Z (P Pᵀ)⁻¹ P, in a new tensor."""
+    def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X ← X + Z (P Pᵀ)⁻¹ P, in place."""
         ...
 
     def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
@@ -133,13 +134,13 @@ class BucketProjection:
         """Z P."""
         return torch.cat([self._tile(sketch, part) for part in self._slices()], dim=-1)
 
-    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X + Z (P Pᵀ)⁻¹ P."""
-        total, scaled = rows.clone(), sketch / self.gram
+    def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X ← X + Z (P Pᵀ)⁻¹ P."""
+        scaled = sketch / self.gram
         for part in self._slices():
             width = part.stop - part.start
-            total[..., part].addcmul_(scaled[..., :width], self.weight[..., part])
-        return total
+            rows[..., part].addcmul_(scaled[..., :width], self.weight[..., part])
+        return rows
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
         """Z as this projection would have written it."""
@@ -204,7 +205,7 @@ class GaussianProjection:
             rows.view(-1, self.n).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
         return rows
 
-    def add_orthogonal(self, rows: Tensor, sketch: Tensor) -> Tensor:
+    def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
         """Refused: Gaussian rows are not orthogonal."""
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 

@@ -1,11 +1,13 @@
 """What was compressed, what was not, why, and in how many bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from floragrad.policy import MatrixView, Momentum, TensorPlan
 from torch import Tensor
+
+from floragrad.policy import MatrixView, Momentum, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,7 @@ class Report:
     def __str__(self) -> str:
         header = ("parameter", "shape", "view", "ρ", "state", "kept")
         cells = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(header) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
-            for line in cells
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, "", *self._totals()])
+        return "\n".join([*format_table(cells), "", *self._totals()])
 
     def _totals(self) -> list[str]:
         tensors = "1 tensor" if len(self.rows) == 1 else f"{len(self.rows)} tensors"
@@ -94,6 +90,17 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         adafactor_bytes=_adafactor_bytes(plan.shape, param.dtype),
         reason=plan.reason,
     )
+
+
+def format_table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first row the header; the last column is not padded."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
+        for line in cells
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
 
 
 def format_bytes(count: int) -> str:

@@ -1,0 +1,440 @@
+"""Gradient accumulation that never holds a gradient: when gradients are folded, and when a window ends."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from floragrad.policy import Projection, StateDtype
+from floragrad.torch.accumulation_finish import Finish, Materialise, Release
+from floragrad.torch.accumulation_report import AccumulatorReport, accumulator_row
+from floragrad.torch.accumulation_settings import (
+    Settings,
+    as_optimizers,
+    can_release,
+    check_clip,
+    check_release,
+    check_single_process,
+)
+from floragrad.torch.accumulation_slots import Slots
+from floragrad.torch.accumulation_window import Slot, Window, exactly
+
+
+class GradientAccumulator:
+    r"""The mean gradient of a window of micro-batches, kept as sketches in few bits.
+
+    As soon as the backward pass has a gradient gᵢ, it is folded into its tensor's sketch and freed; P is drawn
+    anew for every window::
+
+        C ← round(C + wᵢ encode(gᵢ))       wᵢ = 1 / steps       Ĝ = decode(C)
+
+    Rounding is stochastic and P random, so that Ĝ is the exact mean of the gradients in the mean, and its norm
+    is known from ‖C‖ before anything is decoded. Vectors are summed exactly, in float32; vocabulary-like
+    tensors keep every column.
+
+    A window ends in one of two ways. With *release* (Flora, or an optimizer for each parameter), :meth:`step`
+    decodes, updates and frees one tensor after the other. Otherwise the mean is left in ``.grad``, for any
+    optimizer. Do not divide the loss by ``steps``.
+
+    Args:
+        optimizer: Flora, any other optimizer, or a list of optimizers.
+        steps: N, the micro-batches of a window. With 1 nothing is kept: plain gradient release.
+        ratio: ρ, the columns of a matrix that share one number; 1 keeps every column.
+        rank: Go by rank instead: ρ = min(m, n) // rank.
+        state_dtype: Storage of the sketches: ``"int4"``, ``"int8"``, ``"bfloat16"`` or ``"float32"``.
+        projection: ``"sign"``, or ``"gaussian"`` (the paper's).
+        seed: Of projections and rounding.
+        release: None releases where the optimizer can update one parameter at a time; False leaves the mean in
+            ``.grad`` with every optimizer.
+        clip: With release: whether the norm is needed before the update, to clip by it, to log it, or for a
+            scaler. True folds the last gradients as well and updates in :meth:`step`; False updates inside the
+            last backward pass, and the last gradients are used whole. None: True, but False with ``steps=1``
+            and no scaler.
+        scaler: Of fp16 training: :meth:`backward` scales the loss, :meth:`step` skips the window where a
+            gradient was not finite; ``scaler.update()`` stays yours to call.
+
+    Raises:
+        ValueError: An option has a wrong value, or options contradict each other.
+        TypeError: ``optimizer`` is none.
+        RuntimeError: A parameter has an accumulator already, or several processes train together.
+
+    Example:
+        >>> from floragrad import Flora
+        >>> model = torch.nn.Linear(256, 256)
+        >>> accumulator = GradientAccumulator(Flora(model.parameters(), lr=1e-3, rank=32), steps=4)
+        >>> for batch in torch.ones(8, 2, 256):
+        ...     accumulator.backward(model(batch).square().mean())
+        ...     if accumulator.complete:
+        ...         norm = accumulator.clip_grad_norm_(1.0)
+        ...         updated = accumulator.step()
+        >>> report = accumulator.report()
+        >>> report.state_bytes < report.exact_bytes / 6
+        True
+        >>> accumulator.close()
+
+    Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, algorithm 1.
+    Deviations: signs instead of Gaussian numbers, few bits instead of few columns by default, the last gradient
+    used whole where possible, vocabulary-like tensors not projected.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer],
+        steps: int,
+        *,
+        ratio: int = 1,
+        rank: int | None = None,
+        state_dtype: StateDtype | torch.dtype = "int4",
+        projection: Projection = "sign",
+        seed: int = 0,
+        release: bool | None = None,
+        clip: bool | None = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        self._settings = Settings.checked(
+            steps=steps, ratio=ratio, rank=rank, state_dtype=state_dtype, projection=projection, seed=seed
+        )
+        check_single_process()
+        optimizers = as_optimizers(optimizer)
+        release = can_release(optimizers) if release is None else release
+        if release:
+            check_release(optimizers)
+        check_clip(clip, release, scaler)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        needs_norm = (steps > 1 or self._scaler is not None) if clip is None else clip
+        sketched = steps > 1 or (release and needs_norm)
+        self._window = Window(steps)
+        self._slots = Slots(optimizers, self._settings, sketched, self._fold)
+        self._finish: Finish = (
+            Release(self._slots, optimizers, needs_norm, self._scaler)
+            if release
+            else Materialise(self._slots, optimizers, self._scaler)
+        )
+        self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the window has all its micro-batches and waits for :meth:`step`."""
+        return self._window.ended
+
+    @property
+    def steps(self) -> int:
+        """N, the micro-batches of a window."""
+        return self._settings.steps
+
+    @property
+    def releases(self) -> bool:
+        """Whether tensors are updated one at a time; else ``.grad`` holds the mean when a window is complete."""
+        return self._finish.is_release
+
+    def backward(self, loss: Tensor, weight: float | None = None) -> None:
+        """Run the backward pass of one micro-batch; gradients are folded and freed on the way.
+
+        Inside :meth:`micro_batch` it is one of several passes of that micro-batch.
+
+        Args:
+            loss: Of one element.
+            weight: What this micro-batch's gradient is multiplied by in the window's sum. None: 1/steps, and
+                the window gives the mean, a shorter one too. Where the loss is normalised over the whole window
+                already, as with Hugging Face's ``num_items_in_batch``: 1. With n of the window's T tokens and a
+                mean loss: n/T.
+
+        Raises:
+            RuntimeError: The window is complete, or a pass of it broke off.
+            ValueError: Weights are given for some micro-batches of a window only.
+        """
+        if self._window.is_open and not self._window.failed:
+            if weight is not None:
+                raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
+            self._run_backward(loss)
+            return
+        with self.micro_batch(weight=weight):
+            self._run_backward(loss)
+
+    @contextmanager
+    def micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> Iterator[None]:
+        """A micro-batch whose backward passes are run by somebody else, or are several.
+
+        Args:
+            weight: As in :meth:`backward`.
+            last: Whether it ends the window; None goes by ``steps``.
+
+        Raises:
+            RuntimeError: As in :meth:`backward`.
+            ValueError: As in :meth:`backward`.
+        """
+        self.begin_micro_batch(weight=weight, last=last)
+        try:
+            yield
+        except BaseException:
+            self._window.failed = True
+            raise
+        self.end_micro_batch()
+
+    def begin_micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> None:
+        """Expect gradients from now on; for loops that cannot use :meth:`micro_batch`."""
+        self._check_quiet()
+        self._settle()
+        window = self._window
+        if window.ended:
+            raise RuntimeError("the window is complete: step() before the next micro-batch, or zero_grad() to drop it")
+        if window.seen == 0:
+            self._slots.adopt()
+            self._check_no_gradients()
+        given = weight is not None
+        if window.weighted not in (None, given):
+            raise ValueError(
+                f"weight={weight!r} in micro-batch {window.seen + 1}: give one for every micro-batch of a "
+                "window, or for none"
+            )
+        window.last = window.seen + 1 >= self.steps if last is None else last
+        if self.steps == 1 and not window.last:
+            raise ValueError("last=False with steps=1: construct the accumulator with more steps")
+        window.weighted = given
+        window.weight = 1 / self.steps if weight is None else float(weight)
+
+    def end_micro_batch(self) -> None:
+        """No more gradients of this micro-batch; the last one completes the window."""
+        window = self._window
+        if not window.is_open:
+            raise RuntimeError("end_micro_batch() without begin_micro_batch()")
+        if window.last:
+            with exactly(self._slots.device):
+                self._finish.end(window)
+            window.ended = True
+        window.weight = None
+        window.seen += 1
+
+    def flush(self) -> bool:
+        """End the window early, at the end of an epoch; clip and step as ever if it returns True.
+
+        Without weights the window gives the mean of the micro-batches that there were.
+
+        Returns:
+            Whether there is a window to step.
+        """
+        self._check_quiet()
+        window = self._window
+        if window.seen and not window.ended:
+            with exactly(self._slots.device):
+                self._finish.end(window)
+            window.ended = True
+        return window.ended
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The global norm of the complete window's mean gradient, before clipping, of one element.
+
+        With release it is estimated from the sketches, unbiased in its square; else it is that of ``.grad``.
+
+        Raises:
+            RuntimeError: The window is not complete, or tensors were updated before the norm was known.
+        """
+        self._check_complete("grad_norm")
+        if self._window.norm is None:
+            with exactly(self._slots.device):
+                self._window.norm = self._finish.norm(self._window)
+        return self._window.norm
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the window's mean gradient so that its global norm is at most ``max_norm``.
+
+        Returns:
+            :attr:`grad_norm`.
+
+        Raises:
+            RuntimeError: As :attr:`grad_norm`.
+        """
+        norm = self.grad_norm
+        with exactly(self._slots.device):
+            self._finish.clip(self._window, max_norm)
+        return norm
+
+    def step(self) -> bool:
+        """Update the parameters with the window's mean gradient, and begin a new window.
+
+        Returns:
+            False where a scaler's window was skipped because a gradient was not finite.
+
+        Raises:
+            RuntimeError: The window is not complete.
+        """
+        self._check_complete("step()")
+        if self._scaler is not None:
+            _ = self.grad_norm  # the scaler must know whether all gradients are finite
+        with exactly(self._slots.device):
+            stepped = self._finish.step(self._window)
+        self._next_window()
+        return stepped
+
+    def zero_grad(self) -> None:
+        """Drop the window, with all that it holds; nothing happens between two windows."""
+        window = self._window
+        for slot in self._slots:
+            slot.param.grad = None
+        if window.seen or window.is_open:
+            self._next_window()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window's position and its sketches; between two windows only the position.
+
+        Raises:
+            RuntimeError: A micro-batch is open, or the window's end lies outside the sketches.
+        """
+        self._check_quiet()
+        self._settle()
+        window = self._window
+        if window.ended and self._finish.keeps_last:
+            raise RuntimeError(
+                "the window is complete and part of it lies in .grad or in updated parameters: "
+                "save after step(), or before the last micro-batch"
+            )
+        return {
+            "settings": self._settings.saved(self._slots.device),
+            "window": window.number,
+            "seen": window.seen,
+            "weighted": window.weighted,
+            "ended": window.ended,
+            "sketches": {s.index: s.sketch.state_dict() for s in self._slots if s.sketch and s.sketch.folds},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a window where another process left it.
+
+        Args:
+            state_dict: From :meth:`state_dict`, of an accumulator over the same parameters.
+
+        Raises:
+            ValueError: The window was begun with other settings, or over another model; nothing has been
+                changed then.
+            RuntimeError: A micro-batch is open.
+        """
+        self._check_quiet()
+        sketches = state_dict["sketches"]
+        self._slots.adopt()
+        slots = {slot.index: slot for slot in self._slots}
+        if state_dict["seen"]:
+            self._settings.check_saved(state_dict["settings"], self._slots.device)
+        for index, saved in sketches.items():
+            sketch = slots[index].sketch if index in slots else None
+            if sketch is None:
+                raise ValueError(f"the saved window holds parameter {index}, which is not trained here")
+            sketch.check_loadable(saved, slots[index].name)
+        self.zero_grad()
+        for index, slot in slots.items():
+            if slot.sketch is not None and index in sketches:
+                slot.sketch.load_state_dict(sketches[index])
+        self._window = Window(
+            self.steps,
+            state_dict["window"],
+            state_dict["seen"],
+            state_dict["weighted"],
+            state_dict["ended"],
+        )
+
+    def report(self) -> AccumulatorReport:
+        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table."""
+        return AccumulatorReport(
+            tuple(accumulator_row(slot.name, slot.plan, slot.sketch is not None) for slot in self._slots)
+        )
+
+    def close(self) -> None:
+        """Remove every hook and free the sketches: the model is as it was found."""
+        if self._closed:
+            return
+        if self._window.seen and not self._window.ended:
+            warnings.warn(
+                f"close() drops a window of {self._window.seen} micro-batches: flush() and step() keep it",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._let_go()
+
+    def __enter__(self) -> "GradientAccumulator":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._let_go()
+
+    def _run_backward(self, loss: Tensor) -> None:
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def _fold(self, slot: Slot) -> None:
+        """The hook: a gradient of one parameter has been added to its ``.grad``."""
+        window, grad = self._window, slot.param.grad
+        if grad is None:
+            return
+        if window.weight is None:
+            raise RuntimeError(
+                f"a gradient of {slot.name} outside a micro-batch: call accumulator.backward(loss), or run the "
+                "backward pass inside `with accumulator.micro_batch():`"
+            )
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"the gradient of {slot.name} is sparse: the accumulator takes dense gradients; "
+                "give sparse=False to its embedding"
+            )
+        with exactly(grad.device):
+            if window.last and self._finish.keeps_last:
+                self._finish.last_gradient(slot, window)
+                return
+            assert slot.sketch is not None
+            slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
+            slot.param.grad = None
+
+    def _settle(self) -> None:
+        """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
+        if self._window.ended and not self.releases and all(slot.param.grad is None for slot in self._slots):
+            self._next_window()
+
+    def _next_window(self) -> None:
+        for slot in self._slots:
+            slot.updated = False
+            if slot.sketch is not None:
+                slot.sketch.folds = 0
+        self._window = Window(self.steps, self._window.number + 1)
+
+    def _check_no_gradients(self) -> None:
+        for slot in self._slots:
+            if slot.param.grad is not None:
+                raise RuntimeError(
+                    f"{slot.name} has a gradient from before this window, which would be counted again: "
+                    "optimizer.zero_grad() first (with set_to_none=True, its default)"
+                )
+
+    def _check_quiet(self) -> None:
+        """Refuse to go on inside a micro-batch, after one that broke off, and after close()."""
+        if self._closed:
+            raise RuntimeError("the accumulator is closed: construct a new one")
+        if self._window.failed:
+            raise RuntimeError(
+                "a backward pass of this window broke off, and the window holds a part of its gradients: "
+                "zero_grad() drops the window"
+            )
+        if self._window.is_open:
+            raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
+
+    def _check_complete(self, what: str) -> None:
+        self._check_quiet()
+        if not self._window.ended:
+            raise RuntimeError(
+                f"{what} after {self._window.seen} of {self.steps} micro-batches: go on until `complete`, "
+                "or flush() to end the window early"
+            )
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._slots.release()
+        self._finish.close()

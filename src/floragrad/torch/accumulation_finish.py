@@ -1,0 +1,235 @@
+"""How a window ends: every tensor updated and freed by itself, or the mean left in ``.grad``."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from floragrad.torch.accumulation_window import Slot, Window
+from floragrad.torch.optimizer import Flora
+
+
+class Finish(Protocol):
+    """The end of a window.
+
+    Attributes:
+        keeps_last: Whether the last micro-batch's gradients are used whole; they are folded otherwise.
+        is_release: Whether tensors are updated one at a time.
+    """
+
+    keeps_last: bool
+    is_release: bool
+
+    def last_gradient(self, slot: Slot, window: Window) -> None:
+        """Deal with a gradient of the last micro-batch, where those are kept whole."""
+        ...
+
+    def end(self, window: Window) -> None:
+        """The last micro-batch has ended."""
+        ...
+
+    def norm(self, window: Window) -> Tensor:
+        """The global norm of the window's mean gradient."""
+        ...
+
+    def clip(self, window: Window, max_norm: float) -> None:
+        """Scale the window's mean gradient down to a global norm; ``window.norm`` is known."""
+        ...
+
+    def step(self, window: Window) -> bool:
+        """Update the parameters and free their gradients; False where a scaler skipped the window."""
+        ...
+
+    def close(self) -> None:
+        """Leave the optimizers as they were found."""
+        ...
+
+
+class Release:
+    """Each tensor is decoded, updated and freed before the next.
+
+    Args:
+        slots: The parameters.
+        optimizers: Flora, or one for each parameter.
+        clip: Fold the last gradient too, so that the norm is known before any tensor is updated; else tensors
+            are updated inside the last backward pass, as soon as their gradient is there.
+        scaler: Of the loss; None where it is not enabled.
+    """
+
+    is_release = True
+
+    def __init__(
+        self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], clip: bool, scaler: GradScaler | None
+    ) -> None:
+        self._slots = slots
+        self.keeps_last = not clip
+        self._scaler = scaler
+        self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
+        self._carrier: Optimizer | None = None
+        self._stepping = self._has_warned = False
+        self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
+
+    def last_gradient(self, slot: Slot, window: Window) -> None:
+        """Update the parameter at once."""
+        if slot.updated:
+            raise RuntimeError(
+                f"{slot.name} got another gradient after it was updated in the window's last backward pass: "
+                "several backward passes in a micro-batch, or a parameter shared by reentrant checkpoints; "
+                "construct the accumulator with clip=True, which updates in step()"
+            )
+        self._update(slot, window, window.mean_factor)
+        slot.updated = True
+
+    def end(self, window: Window) -> None:
+        """Nothing: what has not been updated is updated by :meth:`step`."""
+
+    def norm(self, window: Window) -> Tensor:
+        """Estimated from the sketches: unbiased in its square. The scaler learns whether it is finite."""
+        if self.keeps_last:
+            raise RuntimeError(
+                "the norm is not known: with clip=False (the default for steps=1) tensors are updated inside "
+                "the last backward pass; construct the accumulator with clip=True"
+            )
+        squares = [slot.sketch.squared_norm() for slot in self._slots if slot.sketch and slot.sketch.folds]
+        if not squares:
+            return torch.zeros(())
+        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        norm = total.clamp(min=0).sqrt() * window.mean_factor
+        return norm if self._scaler is None else self._unscaled(norm, self._scaler)
+
+    def clip(self, window: Window, max_norm: float) -> None:
+        """Remember the factor for :meth:`step`."""
+        assert window.norm is not None
+        window.clip = (max_norm / (window.norm + 1e-6)).clamp(max=1.0)
+
+    def step(self, window: Window) -> bool:
+        """Decode, update and free what has not been updated yet, tensor by tensor."""
+        factor: float | Tensor = window.clip * window.mean_factor
+        if self._scaler is not None:
+            assert window.norm is not None
+            if not bool(window.norm.isfinite()):
+                return False
+            factor = factor / self._scaler.get_scale()
+        for slot in self._slots:
+            if not slot.updated:
+                self._update(slot, window, factor)
+        if self._flora is not None:
+            # Without gradients it updates nothing; its hooks run, and schedulers see that it stepped.
+            with self._own_step():
+                self._flora.step()
+        return True
+
+    def close(self) -> None:
+        """Remove the hooks that notice a step by habit."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _update(self, slot: Slot, window: Window, factor: float | Tensor) -> None:
+        if not slot.gather(window, window.weight or 0.0, factor):
+            return
+        if isinstance(slot.optimizer, Flora):
+            slot.optimizer.step_parameter(slot.param)
+        else:
+            with self._own_step():
+                slot.optimizer.step()
+        slot.param.grad = None
+
+    def _unscaled(self, norm: Tensor, scaler: GradScaler) -> Tensor:
+        # A scaler looks for inf and NaN in the gradients of an optimizer: give it one that has the norm for
+        # its gradient. It is kept, since the scaler knows optimizers by their id.
+        if self._carrier is None:
+            self._carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros_like(norm))], lr=0.0)
+        carried = self._carrier.param_groups[0]["params"][0]
+        carried.grad = norm.clone()
+        scaler.unscale_(self._carrier)
+        unscaled, carried.grad = carried.grad, None
+        assert isinstance(unscaled, Tensor)
+        return unscaled
+
+    @contextmanager
+    def _own_step(self) -> Iterator[None]:
+        before, self._stepping = self._stepping, True
+        try:
+            yield
+        finally:
+            self._stepping = before
+
+    def _notice_habit(self, *_: Any) -> None:
+        if not self._stepping and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "optimizer.step() does nothing here: a GradientAccumulator updates the parameters of this "
+                "optimizer; call accumulator.step() alone",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+class Materialise:
+    """The window's mean is left in ``.grad``, for any optimizer, and for all that reads ``.grad``.
+
+    Args:
+        slots: The parameters.
+        optimizers: Any.
+        scaler: Of the loss; None where it is not enabled.
+    """
+
+    is_release = False
+    keeps_last = True
+
+    def __init__(self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], scaler: GradScaler | None) -> None:
+        self._slots = slots
+        self._optimizers = optimizers
+        self._scaler = scaler
+
+    def last_gradient(self, slot: Slot, window: Window) -> None:
+        """Nothing: it stays in ``.grad`` until the backward pass is over."""
+
+    def end(self, window: Window) -> None:
+        """Decode what was folded into ``.grad``."""
+        for slot in self._slots:
+            slot.gather(window, window.weight or 0.0, window.mean_factor)
+
+    def norm(self, window: Window) -> Tensor:
+        """Of what ``.grad`` holds, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
+        self._unscale(window)
+        return torch.nn.utils.get_total_norm(_gradients(self._slots))
+
+    def clip(self, window: Window, max_norm: float) -> None:
+        """Scale ``.grad``."""
+        assert window.norm is not None
+        torch.nn.utils.clip_grads_with_norm_([slot.param for slot in self._slots], max_norm, window.norm)
+
+    def step(self, window: Window) -> bool:
+        """Step every optimizer, through the scaler if there is one, and free the gradients."""
+        stepped: list[Optimizer] = []
+        if self._scaler is not None:
+            self._unscale(window)
+        for optimizer in self._optimizers:
+            handle = optimizer.register_step_post_hook(lambda each, *_: stepped.append(each))
+            if self._scaler is None:
+                optimizer.step()
+            else:
+                self._scaler.step(optimizer)
+            handle.remove()
+        for slot in self._slots:
+            slot.param.grad = None
+        return bool(stepped)
+
+    def close(self) -> None:
+        """Nothing was registered."""
+
+    def _unscale(self, window: Window) -> None:
+        if self._scaler is not None and not window.unscaled:
+            for optimizer in self._optimizers:
+                self._scaler.unscale_(optimizer)
+            window.unscaled = True
+
+
+def _gradients(slots: Iterable[Slot]) -> list[Tensor]:
+    return [slot.param.grad for slot in slots if slot.param.grad is not None]

@@ -1,0 +1,73 @@
+"""What an accumulator keeps of each gradient, why, and in how many bytes."""
+
+from dataclasses import dataclass
+
+from floragrad.policy import AccumulatorPlan, StateDtype
+from floragrad.torch.report import format_bytes, format_table
+
+
+@dataclass(frozen=True)
+class AccumulatorRow:
+    """One tensor.
+
+    Attributes:
+        name: Its name where the optimizer was given named parameters, else its position.
+        shape: Its shape.
+        ratio: ρ, 1 where every column is kept.
+        state_dtype: How its sketch is stored.
+        state_bytes: Bytes of its sketch.
+        exact_bytes: Bytes of its gradient in float32.
+        reason: Why the sketch is not as asked for; empty where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ratio: int
+    state_dtype: StateDtype
+    state_bytes: int
+    exact_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class AccumulatorReport:
+    """One row per tensor, and totals; ``str`` gives a table."""
+
+    rows: tuple[AccumulatorRow, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all sketches."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of all gradients in float32, which exact accumulation keeps."""
+        return sum(row.exact_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "ρ", "stored as", "sketch", "note")
+        lines = format_table([header, *(_cells(row) for row in self.rows)])
+        total = f"sketches {format_bytes(self.state_bytes)}"
+        if self.exact_bytes:
+            share = self.state_bytes / self.exact_bytes
+            total += f", {share:.1%} of the gradients in float32 ({format_bytes(self.exact_bytes)})"
+        return "\n".join([*lines, "", total])
+
+
+def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool) -> AccumulatorRow:
+    """The row of one parameter; ``sketched`` is False where no gradient is ever kept."""
+    return AccumulatorRow(
+        name=name,
+        shape=plan.shape,
+        ratio=plan.ratio,
+        state_dtype=plan.state_dtype,
+        state_bytes=plan.state_bytes if sketched else 0,
+        exact_bytes=plan.exact_bytes,
+        reason=plan.reason if sketched else "steps=1: nothing is kept",
+    )
+
+
+def _cells(row: AccumulatorRow) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    return row.name, shape, str(row.ratio), row.state_dtype, format_bytes(row.state_bytes), row.reason

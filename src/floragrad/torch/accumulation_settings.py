@@ -1,0 +1,173 @@
+"""What an accumulator is asked for: its options, their checks, and the optimizers that it serves."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
+from floragrad.torch.optimizer import Flora
+from floragrad.torch.options import check_option, state_dtype_name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that fix a window's sketches; a window that was begun with others cannot be finished."""
+
+    steps: int
+    ratio: int
+    rank: int | None
+    state_dtype: StateDtype
+    projection: Projection
+    seed: int
+
+    @classmethod
+    def checked(cls, **options: Any) -> "Settings":
+        """The settings of a constructor's arguments.
+
+        Raises:
+            ValueError: An option has a wrong value, or two options contradict each other.
+        """
+        settings = cls(**{**options, "state_dtype": state_dtype_name(options["state_dtype"])})
+        steps = settings.steps
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps={steps!r}: must be an integer >= 1, the micro-batches of a window")
+        for name in ("ratio", "rank", "state_dtype", "projection", "seed"):
+            check_option(name, getattr(settings, name))
+        if settings.ratio is None:
+            raise ValueError("ratio=None: must be an integer >= 1; leave it out to go by rank")
+        if settings.rank is not None and settings.ratio != 1:
+            raise ValueError(
+                f"rank={settings.rank} and ratio={settings.ratio}: give one of them "
+                "(ratio is min(m, n) // rank, the same for every tensor)"
+            )
+        if settings.projection == "adaptive":
+            raise ValueError(
+                "projection='adaptive': a learnt projection is not unbiased, and a window's sum must be; "
+                "use projection='sign'"
+            )
+        return settings
+
+    def plan(self, shape: torch.Size, kind: Kind | None) -> AccumulatorPlan:
+        """The policy's plan for one tensor."""
+        return plan_accumulator(shape, ratio=self.ratio, rank=self.rank, state_dtype=self.state_dtype, kind=kind)
+
+    def saved(self, device: torch.device) -> dict[str, Any]:
+        """As a checkpoint records them; Gaussian projections belong to a kind of device."""
+        extra = {"device_type": device.type} if self.projection == "gaussian" else {}
+        return {**asdict(self), **extra}
+
+    def check_saved(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Refuse a window that was begun with other settings.
+
+        Raises:
+            ValueError: Naming the setting, both values, and what to do.
+        """
+        for name, here in self.saved(device).items():
+            if saved.get(name) != here:
+                raise ValueError(
+                    f"the saved window was begun with {name}={saved.get(name)!r}, this accumulator has "
+                    f"{name}={here!r} and cannot finish it; construct it with {name}={saved.get(name)!r}, "
+                    "or load a state that was saved between two windows"
+                )
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One parameter of the optimizers: its position among all, its name, its kind, and whose it is."""
+
+    index: int
+    name: str
+    param: Tensor
+    kind: Kind | None
+    optimizer: Optimizer
+
+
+def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """One optimizer or several as a tuple.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: There is none.
+    """
+    optimizers = (given,) if isinstance(given, Optimizer) else given
+    if not isinstance(optimizers, Iterable):
+        raise TypeError(f"optimizer is {type(given).__name__}: give a torch.optim.Optimizer, or a list of them")
+    optimizers = tuple(optimizers)
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise TypeError(f"optimizer holds {type(each).__name__}: give torch.optim.Optimizer objects")
+    if not optimizers:
+        raise ValueError("optimizer is an empty list: give at least one")
+    return optimizers
+
+
+def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
+    """All parameters in order, the frozen ones too, so that positions stay when one is unfrozen."""
+    index = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            names = group.get("param_names") or [f"parameter {index + i}" for i in range(len(group["params"]))]
+            for name, param in zip(names, group["params"], strict=True):
+                kind = group.get("kind") if group.get("kind") in ("matrix", "vocabulary") else None
+                yield Listed(index, name, param, kind, optimizer)
+                index += 1
+
+
+def can_release(optimizers: tuple[Optimizer, ...]) -> bool:
+    """Whether every parameter can be updated by itself."""
+    single = all(sum(len(g["params"]) for g in each.param_groups) == 1 for each in optimizers)
+    return single or (len(optimizers) == 1 and isinstance(optimizers[0], Flora))
+
+
+def check_release(optimizers: tuple[Optimizer, ...]) -> None:
+    """Refuse to release with an optimizer that updates all its parameters at once.
+
+    Raises:
+        ValueError: Naming the optimizer and the ways out.
+    """
+    if not can_release(optimizers):
+        names = ", ".join(sorted({type(each).__name__ for each in optimizers}))
+        raise ValueError(
+            f"release=True with {names}: it updates all its parameters at once; give one optimizer for each "
+            "parameter ([AdamW([p], lr=...) for p in model.parameters()]), Flora, or release=False, which "
+            "decodes the window's mean into .grad"
+        )
+
+
+def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None) -> None:
+    """Refuse a ``clip`` that contradicts the way a window ends.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if clip is False and not release:
+        raise ValueError(
+            "clip=False without release: nothing is updated inside the backward pass, and .grad can always be "
+            "clipped; leave clip out"
+        )
+    if clip is False and scaler is not None and scaler.is_enabled():
+        raise ValueError(
+            "clip=False with a scaler: whether a gradient is not finite must be known before any tensor is "
+            "updated; leave clip out"
+        )
+
+
+def check_single_process() -> None:
+    """Refuse several processes, whose gradients would have to be averaged before they are folded.
+
+    Raises:
+        RuntimeError: More than one process trains.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"{distributed.get_world_size()} processes train together: each would update with its own "
+            "gradients, since they are taken before they are averaged; train in one process, or accumulate "
+            "exactly (DistributedDataParallel.no_sync)"
+        )

@@ -1,0 +1,169 @@
+"""One tensor's sum of gradients over a window, kept as a sketch: what is stored, not when."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import AccumulatorPlan
+from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.projection import Projection, Stream, draw_projection, philox
+from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save, seeded_generator
+from floragrad.torch.tensor_step import block_elements
+
+
+class GradientSketch:
+    """C ← C + w·encode(G), stored in few bits; decode(C) is the sum of w·G in the mean.
+
+    At ρ = 1 nothing is projected and only the bits are few; with float32 as well the sum is exact. The work is
+    done in blocks of rows, so that no second tensor of the gradient's size exists.
+
+    Args:
+        plan: What is kept.
+        projection: ``"sign"`` or ``"gaussian"``.
+        seed: Of projections and of rounding.
+        index: The tensor's position in the optimizer.
+        device: Where the buffers are allocated; they follow the gradients if those move.
+
+    Attributes:
+        folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
+    """
+
+    def __init__(
+        self, plan: AccumulatorPlan, projection: ProjectionKind, seed: int, index: int, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.folds = 0
+        self._kind: ProjectionKind = projection
+        self._seed = seed
+        self._index = index
+        self._buffers: dict[str, Tensor] = {}
+        self._allocate(device)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """``data``, ``scale`` and ``noise``, as the plan lists them."""
+        return self._buffers
+
+    def add(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
+        """Fold a gradient in.
+
+        Args:
+            grad: G, of the plan's shape.
+            weight: w.
+            window: Which window; another projection and other rounding for each.
+            measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
+        """
+        stored = self._stored(grad.device, self._rounding(grad.device, window))
+        projection = self._projection(window)
+        grads, dtype = grad.reshape(self.plan.view), self.plan.state_dtype
+        if self.folds == 0 and "noise" in self._buffers:
+            self._buffers["noise"].zero_()
+        for where in self._blocks(grad.device):
+            fresh = grads[where].float()
+            if projection is not None:
+                fresh = projection.encode(fresh)
+            if self.folds == 0:
+                total = fresh * weight
+            else:
+                total = load(stored.read(where), dtype, stored.width).add_(fresh, alpha=weight)
+            kept = save(total, dtype, stored.bits(where))
+            stored.write(where, kept)
+            if measure_noise and "noise" in self._buffers:
+                error = load(kept, dtype, stored.width).sub_(total)
+                self._buffers["noise"] += torch.linalg.vector_norm(error).square_()
+        self.folds += 1
+
+    def squared_norm(self) -> Tensor:
+        """‖C‖² less the squared rounding errors: in the mean the squared norm of the sum of w·G.
+
+        Every rounding error has mean zero whatever came before it, so they add to ‖C‖² in the mean exactly
+        the sum of their squares. A single value can be negative.
+        """
+        total = torch.zeros((), device=self._buffers["data"].device)
+        stored = self._stored(total.device)
+        for where in self._blocks(total.device):
+            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+            total += torch.linalg.vector_norm(rows).square_()
+        return total - self._buffers["noise"] if "noise" in self._buffers else total
+
+    def decode_into(self, grad: Tensor, window: int, own: float, factor: float | Tensor) -> None:
+        """Replace ``grad`` by factor · (own · grad + decode(C)).
+
+        Args:
+            grad: Contiguous, of the plan's shape; not read where ``own`` is 0.
+            window: As in :meth:`add`.
+            own: Weight of what ``grad`` holds already.
+            factor: Of all, a number or a tensor of one element.
+        """
+        stored, projection = self._stored(grad.device), self._projection(window)
+        grads = grad.view(self.plan.view)
+        if isinstance(factor, Tensor):
+            factor = factor.to(grad.device)
+        for where in self._blocks(grad.device):
+            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+            if projection is not None:
+                rows = projection.decode(rows)
+            if own:
+                rows = rows.add(grads[where], alpha=own)
+            grads[where] = rows * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """``folds`` and the buffers."""
+        return {"folds": self.folds, **self._buffers}
+
+    def check_loadable(self, saved: dict[str, Any], name: str) -> None:
+        """Refuse the sketch of another tensor.
+
+        Raises:
+            ValueError: The buffers have other shapes or dtypes.
+        """
+        found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if key != "folds"}
+        expected = {key: (tuple(value.shape), value.dtype) for key, value in self._buffers.items()}
+        if found != expected:
+            raise ValueError(
+                f"the saved sketch of {name} holds {found}, this accumulator keeps {expected}: "
+                "it belongs to another model; load the state that was saved with this one"
+            )
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` of another sketch of the same tensor gave."""
+        self.folds = int(saved["folds"])
+        for key, value in self._buffers.items():
+            value.copy_(saved[key])
+
+    def _allocate(self, device: torch.device) -> None:
+        self._buffers = {
+            key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+            for key, buffer in self.plan.buffers.items()
+        }
+
+    def _stored(self, device: torch.device, bits: torch.Generator | None = None) -> StoredRows:
+        """The buffers, on the device where they are needed."""
+        if self._buffers["data"].is_meta:
+            self._allocate(device)
+        elif self._buffers["data"].device != device:
+            self._buffers = {key: value.to(device) for key, value in self._buffers.items()}
+        buffers = tuple(self._buffers[key] for key in ("data", "scale") if key in self._buffers)
+        return StoredRows(buffers, self.plan.width, self.plan.state_dtype, bits)
+
+    def _rounding(self, device: torch.device, window: int) -> torch.Generator | None:
+        """Of the bits for the next fold of a window."""
+        if self.plan.state_dtype == "float32":
+            return None
+        # One counter for windows and the folds in them: both stay below 2**32.
+        counter = (window << 32) | self.folds
+        return seeded_generator(device, self._seed, self._index, counter, Stream.ACCUMULATOR_ROUNDING)
+
+    def _projection(self, window: int) -> Projection | None:
+        if self.plan.ratio == 1:
+            return None
+        source = philox(self._seed, self._index, window, Stream.ACCUMULATOR)
+        device = self._buffers["data"].device
+        return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
+
+    def _blocks(self, device: torch.device) -> Iterator[Block]:
+        gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
+        elements = block_elements(self.plan.view.numel, device)
+        return row_blocks(self.plan.view, elements, gaussian=gaussian)

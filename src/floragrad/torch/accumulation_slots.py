@@ -1,0 +1,92 @@
+"""The parameters under accumulation and their hooks: none is taken twice, all are given back."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from floragrad.torch.accumulation_settings import Settings, listed_parameters
+from floragrad.torch.accumulation_sketch import GradientSketch
+from floragrad.torch.accumulation_window import Slot
+
+_holder_of: Any = WeakTensorKeyDictionary()
+"""The live :class:`Slots` that each parameter is in, by weak reference."""
+
+
+class Slots:
+    """One :class:`Slot` for each trainable parameter, with a hook that sees every gradient.
+
+    Args:
+        optimizers: Whose parameters they are.
+        settings: What is kept of each.
+        sketched: Whether gradients are kept at all.
+        hook: Called with the slot whenever a gradient has been added to ``.grad``.
+
+    Raises:
+        RuntimeError: A parameter is in other slots already.
+    """
+
+    def __init__(
+        self,
+        optimizers: tuple[Optimizer, ...],
+        settings: Settings,
+        sketched: bool,
+        hook: Callable[[Slot], None],
+    ) -> None:
+        self._optimizers = optimizers
+        self._settings = settings
+        self._sketched = sketched
+        self._hook = hook
+        self._slots: dict[Tensor, Slot] = {}
+        self.adopt()
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next((param.device for param in self._slots), torch.device("cpu"))
+
+    def adopt(self) -> None:
+        """Take in what is trainable and new: at first everything, later groups added and parameters unfrozen."""
+        new = [
+            each
+            for each in listed_parameters(self._optimizers)
+            if each.param.requires_grad and each.param not in self._slots
+        ]
+        for each in new:
+            holder = _holder_of.get(each.param)
+            if holder is not None and holder() is not None:
+                raise RuntimeError(
+                    f"{each.name} has a GradientAccumulator already: close() that one first, or use it as a "
+                    "context manager"
+                )
+        settings = self._settings
+        for each in new:
+            param, plan = each.param, settings.plan(each.param.shape, each.kind)
+            sketch = None
+            if self._sketched:
+                sketch = GradientSketch(plan, settings.projection, settings.seed, each.index, param.device)
+            slot = Slot(each.index, each.name, param, each.optimizer, plan, sketch)
+            hook = partial(_call, self._hook, slot)
+            slot.handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._slots[param] = slot
+            _holder_of[param] = weakref.ref(self)
+
+    def release(self) -> None:
+        """Remove the hooks and free the sketches."""
+        for param, slot in self._slots.items():
+            if slot.handle is not None:
+                slot.handle.remove()
+            _holder_of.pop(param, None)
+        self._slots.clear()
+
+
+def _call(hook: Callable[[Slot], None], slot: Slot, _: Tensor) -> None:
+    hook(slot)

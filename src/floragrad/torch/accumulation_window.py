@@ -1,0 +1,106 @@
+"""Where a window of accumulation stands, and the parameters that it is about."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from floragrad.policy import AccumulatorPlan
+from floragrad.torch.accumulation_sketch import GradientSketch
+
+
+@dataclass
+class Window:
+    """One window, from its first micro-batch to its step.
+
+    Attributes:
+        number: Windows before it; the projections are drawn for this number.
+        steps: Micro-batches that it is meant to have.
+        seen: Micro-batches that have ended.
+        weighted: Whether their weights were given; None before the first.
+        ended: Whether the last has ended.
+        weight: Of the open micro-batch; None where none is open.
+        last: Whether the open micro-batch, or the one that ended last, is the last.
+        failed: Whether a backward pass broke off.
+        unscaled: Whether ``.grad`` has been divided by the scaler's scale.
+        norm: The global norm, once it has been asked for.
+        clip: What all gradients are multiplied by to respect the norm that they were clipped to.
+    """
+
+    steps: int
+    number: int = 0
+    seen: int = 0
+    weighted: bool | None = None
+    ended: bool = False
+    weight: float | None = None
+    last: bool = False
+    failed: bool = False
+    unscaled: bool = False
+    norm: Tensor | None = None
+    clip: Tensor | float = 1.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients are expected."""
+        return self.weight is not None
+
+    @property
+    def mean_factor(self) -> float:
+        """What makes the sum of 1/steps times each gradient their mean where the window has another length."""
+        count = self.seen + self.is_open
+        return 1.0 if self.weighted or not count else self.steps / count
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter under accumulation.
+
+    Attributes:
+        index: Its position among all parameters of the optimizers.
+        name: As the optimizer knows it.
+        param: The parameter.
+        optimizer: The one that updates it.
+        plan: What its sketch is.
+        sketch: Its sum of gradients; None where no gradient is ever kept.
+        updated: Whether it has been updated inside the window's last backward pass.
+        handle: Of its hook.
+    """
+
+    index: int
+    name: str
+    param: Tensor
+    optimizer: Optimizer
+    plan: AccumulatorPlan
+    sketch: GradientSketch | None
+    updated: bool = False
+    handle: RemovableHandle | None = field(default=None, repr=False)
+
+    def gather(self, window: Window, own: float, factor: float | Tensor) -> bool:
+        """Leave factor · (own · grad + decode(C)) in ``.grad``, in place where a gradient is there.
+
+        Returns:
+            False where the window has seen no gradient of this parameter: ``.grad`` stays None.
+        """
+        grad = self.param.grad
+        if self.sketch is None or self.sketch.folds == 0:
+            if grad is not None and (isinstance(factor, Tensor) or own * factor != 1.0):
+                grad.mul_(factor.to(grad.device) * own if isinstance(factor, Tensor) else factor * own)
+            return grad is not None
+        if grad is None:
+            grad, own = self.param.new_empty(self.param.shape), 0.0
+        else:
+            grad = grad.contiguous()
+        self.sketch.decode_into(grad, window.number, own, factor)
+        self.param.grad = grad
+        return True
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Without autograd, and without autocast, which may be on where a backward pass is run."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
