@@ -5,9 +5,10 @@ before any can be applied, so a step is three passes over blocks: statistics, di
 last two D is held, one float32 buffer of the tensor's size; everything else is as large as a block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -153,8 +154,8 @@ def _directions(grads: Tensor, scales: tuple[Tensor, ...], state: State, at: Ten
     """D block by block, and the sum of its squares; the momentum's buffers move on to the next step."""
     stored = _stored(state, at)
     projection, previous = _projections(grads, scales, stored, state, at)
-    run = _maybe_compiled(_block_direction, at)
     beta1, residual = at.group["beta1"], at.group["residual"]
+    run = _maybe_compiled(_block_direction, at, at.plan, beta1, residual)
     directions, squares = [], torch.zeros((), device=at.device)
     for where in at.blocks():
         kept, bits = stored.read(where), stored.bits(where)
@@ -315,11 +316,18 @@ def _viewable(tensor: Tensor, view: MatrixView) -> bool:
     return True
 
 
-def _maybe_compiled(function: Callable[..., Any], at: TensorStep) -> Callable[..., Any]:
-    return _compiled(function) if at.group["compile"] else function
+def _maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable) -> Callable[..., Any]:
+    if not at.group["compile"]:
+        return function
+    return _compiled(function, at.view, at.device, *also)
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under ``torch.compile``: one graph for each distinct shape, none for a new scalar."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def _compiled(function: Callable[..., Any], *_specialised: Hashable) -> Callable[..., Any]:
+    """The function under ``torch.compile``, once for each view, device and what else it is specialised to.
+
+    Dynamo compiles one code object at most 8 times, and this many tensors' shapes, ratios and decays would
+    be more: each combination gets a code object of its own. A new step or learning rate compiles nothing.
+    """
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
