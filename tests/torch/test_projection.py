@@ -289,10 +289,9 @@ def test_bucket_algebra_equals_the_dense_matrix(kind: str, shape: tuple[int, int
     gram = np.diagonal(dense @ dense.swapaxes(-1, -2), axis1=-2, axis2=-1)[..., None, :]
     sketch = rows_of(2, m, k, seed=seed + 2)
     z = double(sketch)
-    added = new.add_orthogonal(rows, sketch)
+    added = new.add_orthogonal_(rows.clone(), sketch)
     # The Gram diagonal itself is only known to (bucket size + 3) roundings where weights are learnt.
     assert_rounded(added, x + z / gram @ dense, np.abs(x) + np.abs(z) / gram @ np.abs(dense), ceil(n / k) + 6)
-    assert torch.equal(rows, rows_of(2, m, n, seed=seed)), "add_orthogonal wrote to its argument"
 
     gram = np.diagonal(before @ before.swapaxes(-1, -2), axis1=-2, axis2=-1)[..., None, :]
     for orthogonal, divisor in ((False, np.ones_like(gram)), (True, gram)):
@@ -320,7 +319,7 @@ def test_gaussian_algebra_equals_the_dense_matrix(shape: tuple[int, int, int, in
 def test_gaussian_refuses_what_needs_orthogonal_rows() -> None:
     projection = GaussianProjection(8, 2, 0, CPU, piece=2)
     with pytest.raises(NotImplementedError, match="not orthogonal"):
-        projection.add_orthogonal(rows_of(3, 8), rows_of(3, 2))
+        projection.add_orthogonal_(rows_of(3, 8), rows_of(3, 2))
     with pytest.raises(NotImplementedError, match="not orthogonal"):
         projection.transfer(rows_of(3, 2), projection, orthogonal=True)
 
@@ -352,7 +351,7 @@ def test_residual_reading_is_an_orthogonal_projection(kind: str, n: int, k: int)
     new, old = weights_of(n, k, kind, 0), weights_of(n, k, kind, 1)
 
     def project(rows: torch.Tensor, onto: BucketProjection) -> torch.Tensor:
-        return onto.add_orthogonal(torch.zeros_like(rows), onto.encode(rows))
+        return onto.add_orthogonal_(torch.zeros_like(rows), onto.encode(rows))
 
     q = project(torch.eye(n), new)
     tolerance = 2 * (2 * ceil(n / k) + 6) * UNIT * ceil(n / k)
@@ -360,9 +359,9 @@ def test_residual_reading_is_an_orthogonal_projection(kind: str, n: int, k: int)
     assert (q - q.T).abs().max() <= tolerance
     assert abs(q.trace().item() - k) <= n * tolerance
     sketch = rows_of(5, k)
-    read_before = old.add_orthogonal(torch.zeros(5, n), sketch)
+    read_before = old.add_orthogonal_(torch.zeros(5, n), sketch)
     carried = new.transfer(sketch, old, orthogonal=True)
-    read_after = new.add_orthogonal(torch.zeros(5, n), carried)
+    read_after = new.add_orthogonal_(torch.zeros(5, n), carried)
     scale = read_before.abs().max().item()
     assert (read_after - project(read_before, new)).abs().max() <= tolerance * scale
     assert read_after.norm() <= read_before.norm() * (1 + tolerance)

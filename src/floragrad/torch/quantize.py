@@ -9,12 +9,14 @@ vanish there. The price is noise of at most scale²/4 of variance in each number
 Stochastic rounding in this use: Gupta et al., "Deep learning with limited numerical precision", ICML 2015.
 """
 
+from collections.abc import Iterator
 from math import ceil
 from typing import Final
 
 import torch
-from floragrad.policy import QUANTIZATION_BLOCK, StateDtype
 from torch import Tensor
+
+from floragrad.policy import QUANTIZATION_BLOCK, StateDtype
 
 LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
@@ -30,18 +32,25 @@ def random_bits(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return words.view(torch.int16)[: shape.numel()].view(shape)
 
 
-def _blocks(values: Tensor) -> Tensor:
-    """(..., k) as (..., blocks, 64), padded with zeros."""
-    blocks = ceil(values.shape[-1] / QUANTIZATION_BLOCK)
-    missing = blocks * QUANTIZATION_BLOCK - values.shape[-1]
-    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
-    return padded.reshape(*values.shape[:-1], blocks, QUANTIZATION_BLOCK)
+def _blocks(values: Tensor) -> list[Tensor]:
+    """(..., k) as views (..., blocks, 64) of the whole blocks and (..., 1, rest) of a short last one."""
+    whole = values.shape[-1] // QUANTIZATION_BLOCK
+    cut = whole * QUANTIZATION_BLOCK
+    views = []
+    if whole:
+        views.append(values[..., :cut].view(*values.shape[:-1], whole, QUANTIZATION_BLOCK))
+    if cut < values.shape[-1]:
+        views.append(values[..., cut:].unsqueeze(-2))
+    return views
 
 
-def _per_column(scale: Tensor, width: int) -> Tensor:
-    """(..., blocks) as (..., width)."""
-    repeated = scale.unsqueeze(-1).expand(*scale.shape, QUANTIZATION_BLOCK).flatten(-2)
-    return repeated[..., :width]
+def _per_block(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the blocks with their scales, (..., blocks, 1)."""
+    first = 0
+    for block in _blocks(values):
+        count = block.shape[-2]
+        yield block, scale[..., first : first + count].unsqueeze(-1)
+        first += count
 
 
 def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,18 +69,24 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
         (..., ceil(k/64)). In a byte of ``int4``, the low half holds column j, the high one ceil(k/2) + j.
     """
     largest = LARGEST[state_dtype]
-    scale = _blocks(values).abs().amax(-1).div_(largest)
+    norms = [torch.linalg.vector_norm(block, torch.inf, dim=-1) for block in _blocks(values)]
+    scale = torch.cat(norms, dim=-1).div_(largest)
+    grid = values.clone()
     # A block of zeros has scale 0: divide it by 1 instead.
-    divisor = _per_column(torch.where(scale == 0, 1.0, scale), values.shape[-1])
-    uniform = bits.float().add_(32768.5).mul_(2.0**-16)
-    integers = values.div(divisor).add_(uniform).floor_().clamp_(-largest, largest).to(torch.int8)
+    for block, divisor in _per_block(grid, torch.where(scale == 0, 1.0, scale)):
+        block.div_(divisor)
+    uniform = grid.add_(bits, alpha=2.0**-16).add_(32768.5 * 2.0**-16)
+    integers = uniform.floor_().clamp_(-largest, largest).to(torch.int8)
     return (integers if state_dtype == "int8" else _pack(integers)), scale
 
 
 def dequantize(payload: Tensor, scale: Tensor, state_dtype: StateDtype, width: int) -> Tensor:
     """The float32 rows (..., width) that :func:`quantize` stored."""
     integers = payload if state_dtype == "int8" else _unpack(payload, width)
-    return integers.float().mul_(_per_column(scale, width))
+    values = integers.float()
+    for block, factor in _per_block(values, scale):
+        block.mul_(factor)
+    return values
 
 
 def _pack(integers: Tensor) -> Tensor:
@@ -97,6 +112,7 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
         values: float32, any shape.
         bits: int16, the same shape, from :func:`random_bits`.
     """
-    pattern = values.contiguous().view(torch.int32)
-    carried = (pattern + (bits.to(torch.int32) & 0xFFFF)) & -0x10000
-    return torch.where(values.isfinite(), carried.view(torch.float32), values).bfloat16()
+    noise = bits.to(torch.int32).bitwise_and_(0xFFFF)
+    kept = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
+    return kept.masked_fill_(values.isnan(), torch.nan).bfloat16()

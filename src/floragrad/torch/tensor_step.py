@@ -33,6 +33,8 @@ BLOCK_ELEMENTS: Final = 2**18
 """Elements of a block of rows on the CPU: 1 MiB of float32, so that a block's passes stay in cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
 """The same elsewhere, where a launch costs more than a pass over memory."""
+PIECES: Final = 4
+"""Blocks that a tensor is cut into at least, so that what is as large as a block stays small beside it."""
 WHOLE_ELEMENTS: Final = 2**14
 """A tensor of up to so many elements is one block: its temporaries take less than its launches."""
 ADAPTIVE_NOISE: Final = 0.1
@@ -46,7 +48,7 @@ def block_elements(elements: int, device: torch.device) -> int:
     """How many of a tensor's elements are worked on at a time: all of a small one's."""
     if elements <= WHOLE_ELEMENTS:
         return elements
-    return min(BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS, elements // 8)
+    return min(BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS, elements // PIECES)
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,17 @@ def _block_direction(
     """Normalise, load, move and store the momentum of one block: D, what is stored next, the sum of D²."""
     update = pure.normalise(grad, scales)
     if not kept:
-        return update, (), update.square().sum()
+        return update, (), square_norm(update)
     momentum = load(kept, dtype, width)
     direction, following = pure.momentum_step(update, momentum, projection, previous, beta1, residual)
-    return direction, save(following, dtype, bits), direction.square().sum()
+    del update, momentum
+    return direction, save(following, dtype, bits), square_norm(direction)
+
+
+def square_norm(values: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of squares."""
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm.square()
 
 
 def _descend(param: Tensor, directions: list[Tensor], squares: Tensor, at: TensorStep) -> None:

@@ -6,9 +6,11 @@ Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Ster
 listed in ``docs/method.md``.
 """
 
-from floragrad.torch.projection import Projection
 from torch import Tensor, promote_types
 from torch import float32 as _float32
+from torch import float64 as _float64
+
+from floragrad.torch.projection import Projection
 
 
 def square_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,9 +31,10 @@ def factors(row_var: Tensor, col_var: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalise(grad: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
     """U: the gradient times every scale, in float32."""
-    update = grad.float()
-    for scale in scales:
-        update = update * scale
+    # bfloat16 and float16 gradients are promoted by the float32 scales, in the same pass.
+    update = (grad.float() if grad.dtype == _float64 else grad) * scales[0]
+    for scale in scales[1:]:
+        update.mul_(scale)
     return update
 
 
@@ -43,7 +46,7 @@ def momentum_step(
     beta1: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """D and the next M.
+    """D and the next M; U's memory may be taken for D.
 
     With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
 
@@ -62,20 +65,20 @@ def momentum_step(
         residual: Which estimator.
     """
     if projection is None:
-        momentum = momentum * beta1 + update * (1 - beta1)
+        momentum = update.lerp(momentum, beta1)
         return momentum, momentum
     carried = momentum
     if previous is not None:
         carried = projection.transfer(momentum, previous, orthogonal=residual)
     sketch = projection.encode(update)
-    following = carried * beta1 + sketch * (1 - beta1)
+    following = sketch.lerp(carried, beta1)
     if residual:
-        return projection.add_orthogonal(update, following - sketch), following
+        return projection.add_orthogonal_(update, following - sketch), following
     reading = projection if previous is None else previous
     return reading.decode(momentum).mul_(beta1).add_(update, alpha=1 - beta1), following
 
 
 def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:
     """keep·W − size·D, in float32 (or the parameter's precision where that is higher)."""
-    exact = param.to(promote_types(param.dtype, _float32))
-    return exact * keep - direction * size
+    exact = param.to(promote_types(param.dtype, _float32)) * keep
+    return exact.addcmul_(direction.to(exact.dtype), size.to(exact.dtype), value=-1)
