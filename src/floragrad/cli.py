@@ -8,6 +8,7 @@ from floragrad._extras import require
 FAILURE = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NOTHING_SAVED = "stopped before there was anything to save"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +42,11 @@ def _run(arguments: list[str]) -> int:
     except StoppedError as error:
         return _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped before there was anything to save", INTERRUPTED)
+        return _fail(NOTHING_SAVED, INTERRUPTED)
     except _option_error() as error:
         return _fail(f"{error.format_message()}: see floragrad --help", USAGE_ERROR)  # type: ignore[attr-defined]
-    return result if isinstance(result, int) else 0
+    # Newer versions of typer turn Ctrl-C into an exit code of their own.
+    return _fail(NOTHING_SAVED, INTERRUPTED) if result == INTERRUPTED else 0
 
 
 def _option_error() -> type[Exception]:

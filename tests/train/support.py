@@ -16,31 +16,7 @@ from floragrad.train.display import Display
 from floragrad.train.folder import RunFolder
 from floragrad.train.run import begin, train
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "it",
-    "was",
-    "for",
-    "on",
-    "as",
-    "with",
-    "at",
-    "by",
-    "from",
-    "model",
-    "token",
-    "step",
-    "loss",
-    "rate",
-    "sketch",
-    "sign",
-]
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "model", "token", "step", "loss", "rate", "sketch", "sign")
 TIMES = ("seconds", "step_seconds", "memory_bytes")
 """Columns of the metrics that differ between two runs of the same thing."""
 FAST = {"steps": 8, "batch_size": 2, "sequence_length": 16, "vocab_size": 300, "eval_blocks": 4, "threads": 1}

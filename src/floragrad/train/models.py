@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from floragrad.train.config import RunConfig
 from floragrad.train.errors import UserError
@@ -53,10 +53,9 @@ def model_config(config: RunConfig, vocab_size: int) -> Any:
 def build_model(config: RunConfig, vocab_size: int) -> Any:
     """The model to train, with its weights where it has some, else newly drawn from the global generator."""
     found = model_config(config, vocab_size)
-    if config.model in PRESETS:
-        return LlamaForCausalLM(found).to(DTYPES[config.dtype])
     folder = Path(config.model)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    bare = folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    if config.model in PRESETS or bare:
         return _from_config(found, config)
     try:
         return AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype])

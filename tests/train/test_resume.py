@@ -1,0 +1,131 @@
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from floragrad.train.config import RunConfig
+from floragrad.train.display import Display
+from floragrad.train.errors import StoppedError
+from floragrad.train.folder import RunFolder
+from floragrad.train.run import begin, train
+from tests.train.support import fast_config, newest, quiet, run, saved_state, timeless, write_gpt2
+
+
+class Meddler(Display):
+    """A display that does something at a step."""
+
+    def __init__(self, step: int, action: object) -> None:
+        super().__init__(Console(quiet=True))
+        self._at, self._action = step, action
+
+    def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+        if step == self._at:
+            if isinstance(self._action, signal.Signals):
+                signal.raise_signal(self._action)
+            else:
+                raise self._action
+
+
+def assert_same(folder: RunFolder, other: RunFolder) -> None:
+    """The two runs cannot be told apart, but for the time they took."""
+    assert timeless(folder) == timeless(other)
+    weights, expected = (load_file(newest(one) / "model.safetensors") for one in (folder, other))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+    for tensor, wanted in zip(saved_state(folder), saved_state(other), strict=True):
+        assert tensor.dtype == wanted.dtype
+        assert torch.equal(tensor, wanted)
+
+
+def interrupt(config: RunConfig, out: Path, *steps: int) -> RunFolder:
+    """Stop a run after each of some steps, then let it end. The signal comes while the step before is written."""
+    folder = begin(config, out)
+    for step in steps:
+        with pytest.raises(StoppedError):
+            train(folder, Meddler(step - 1, signal.SIGINT))
+        assert [number for number, _ in folder.checkpoints()] == [step]
+    train(folder, quiet())
+    return folder
+
+
+CASES = {
+    "flora": {},
+    "flora redrawn": {"kappa": 3, "rank": 8, "lr": 1e-3},
+    "flora adaptive": {"projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
+    "flora gaussian": {"projection": "gaussian", "kappa": 3, "state_dtype": "float32"},
+    "flora bfloat16": {"dtype": "bfloat16", "state_dtype": "bfloat16", "weight_decay": 0.1},
+    "flora accumulated": {"gradient_accumulation_steps": 3, "batch_size": 1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "adafactor": {"optimizer": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(texts: Path, tmp_path: Path, options: dict) -> None:
+    config = fast_config(texts, **{"eval_every": 3, **options})
+    assert_same(interrupt(config, tmp_path / "stopped", 3, 5), run(config, tmp_path / "whole"))
+
+
+def test_random_numbers_go_on_where_they_stopped(texts: Path, tmp_path: Path) -> None:
+    model = write_gpt2(tmp_path / "gpt2", texts, dropout=0.3)
+    config = fast_config(texts, model=str(model), rank=8, lr=1e-3, eval_every=2)
+    assert_same(interrupt(config, tmp_path / "stopped", 3), run(config, tmp_path / "whole"))
+
+
+def test_a_text_may_change_or_vanish_meanwhile(tmp_path: Path, texts: Path) -> None:
+    own = tmp_path / "text.txt"
+    own.write_text("".join(path.read_text() for path in sorted(texts.iterdir())))
+    config = fast_config(own)
+    whole = run(config, tmp_path / "whole")
+    folder = begin(config, tmp_path / "stopped")
+    with pytest.raises(StoppedError):
+        train(folder, Meddler(3, signal.SIGTERM))
+    own.unlink()
+    train(folder, quiet())
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_crash_loses_only_what_came_after_the_checkpoint(texts: Path, tmp_path: Path, save_every: int) -> None:
+    config = fast_config(texts, save_every=save_every)
+    folder = begin(config, tmp_path / "crashed")
+    with pytest.raises(ZeroDivisionError):
+        train(folder, Meddler(5, ZeroDivisionError()))
+    assert [step for step, _ in folder.checkpoints()] == ([4] if save_every == 2 else [])
+    train(folder, quiet())
+    assert_same(folder, run(config, tmp_path / "whole"))
+
+
+def test_a_crash_after_the_last_step_loses_nothing(texts: Path, tmp_path: Path) -> None:
+    folder = run(fast_config(texts), tmp_path / "run")
+    before, summary = timeless(folder), folder.summary()
+    assert summary is not None
+    (folder.path / "summary.json").unlink()
+    train(folder, quiet())
+    again = folder.summary()
+    assert again is not None
+    assert timeless(folder) == before
+    changing = {"seconds", "peak_memory_bytes"}
+    assert {name: again[name] for name in again.keys() - changing} == {
+        name: summary[name] for name in summary.keys() - changing
+    }
+
+
+def test_the_signal_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
+    folder = begin(fast_config(texts), tmp_path / "run")
+    with pytest.raises(StoppedError) as caught:
+        train(folder, Meddler(2, signal.SIGTERM))
+    assert str(caught.value) == f"stopped and saved; continue with: floragrad train --resume {folder.path}"
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_at_the_last_step_changes_nothing(texts: Path, tmp_path: Path) -> None:
+    config = fast_config(texts)
+    folder = begin(config, tmp_path / "run")
+    train(folder, Meddler(config.steps, signal.SIGINT))
+    assert folder.summary() is not None
