@@ -2,7 +2,7 @@
 
 Importing this package loads no framework. The PyTorch names below are imported when they are first used:
 
-    >>> from floragrad import Flora, param_groups  # doctest: +SKIP
+    >>> from floragrad import Flora, param_groups
 """
 
 from importlib import import_module
