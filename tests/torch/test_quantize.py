@@ -47,7 +47,7 @@ def test_mean_and_variance_over_all_random_bits(state_dtype: StateDtype, width: 
 
     Of the 65,536 values of u, a number p in (0, 1) rounds up within half a one of 65536 p of them: 2⁻¹⁷ in
     the mean. x/scale and its sum with the two terms of u are rounded in float32, below 128: 2⁻¹⁸ each; q·scale
-    is rounded once, 2⁻²⁴ of at most 127 scale: 2⁻¹⁷. In all 7·2⁻¹⁸, less than 2⁻¹⁵ of the scale. Only two neighbours occur
+    is rounded once, 2⁻²⁴ of at most 127 scale: 2⁻¹⁷. In all 7·2⁻¹⁸, less than 2⁻¹⁵ of the scale. Only neighbours occur
     (asserted), so with the found frequency f the variance is f(1 - f) scale², and |f(1 - f) - p(1 - p)| is at
     most |f - p|: the same tolerance.
     """
