@@ -3,6 +3,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from tests.train.support import write_texts
 @pytest.fixture(autouse=True)
 def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a run sets for its whole process, and keep the hub away."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes that a test starts
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     environment = dict(os.environ)
     threads = torch.get_num_threads()
     with warnings.catch_warnings():

@@ -203,13 +203,18 @@ def own_tokenizer(model: str) -> Any:
     Raises:
         UserError: It has none that can be loaded.
     """
+    wrong = UserError(
+        f"--model {model} has no tokenizer that can be loaded: save one beside its configuration, or choose one of "
+        f"{', '.join(PRESETS)}, which train their own"
+    )
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"--model {model} has no tokenizer that can be loaded: save one beside its configuration, or "
-            f"choose one of {', '.join(PRESETS)}, which train their own"
-        ) from error
+        raise wrong from error
+    # Where there are no files, transformers makes an empty tokenizer of the model's kind.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise wrong
+    return tokenizer
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:

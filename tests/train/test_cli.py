@@ -1,0 +1,232 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from floragrad._version import __version__
+from tests.train.support import FAST, command, fast_config, read_json, run, tree, write_gpt2, write_texts
+
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a wrong request gets."""
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("floragrad: ")
+    return lines[0].removeprefix("floragrad: ")
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a text in it, which must be all there is afterwards."""
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "texts")
+    return tmp_path
+
+
+def in_python(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--text", "no.txt"], "--text no.txt does not exist: give files, folders or patterns"),
+        (["train", "--text", "texts", "--max-megabytes", "0.0001"], "the text is too short: "),
+        (["train", "--model", "huge"], "--model huge is unknown: choose one of tiny, small, 60m, 130m, 350m, 1b"),
+        (["train", "--model", "texts"], "is unknown: choose one of tiny"),
+        (["train", "--dataset", "nobody/nothing"], "--dataset nobody/nothing cannot be loaded"),
+        (["train", "--optimizer", "sgd"], "--optimizer 'sgd' is unknown: choose one of flora, adamw, adafactor"),
+        (["train", "--rank", "192"], "--rank 192 compresses nothing: "),
+        (["train", "--steps", "many"], "'many' is not a whole number"),
+        (["train", "--lr", "high"], "'high' is not a number"),
+        (["train", "--steps", "0"], "--steps is 0: give a whole number of at least 1"),
+        (["train", "--stepps", "3"], "No such option: --stepps"),
+        (["train", "--steps"], "--steps"),
+        (["train", "more"], "Got unexpected extra argument"),
+        (["fine-tune"], "No such command 'fine-tune'"),
+        (["train", "--out", "texts"], "--out texts is not empty: give the name of a new folder"),
+        (["train", "--resume", "texts"], "--resume texts holds no run: give a folder that floragrad train has made"),
+        (
+            ["train", "--resume", "texts", "--steps", "3", "--lr", "1"],
+            "--resume continues with the options that were given then, not --lr, --steps: give it alone",
+        ),
+        (
+            ["compare", "--optimizers", "flora,sgd"],
+            "--optimizers 'sgd' is unknown: choose from flora, adamw, adafactor",
+        ),
+        (["compare", "--optimizers", "adamw,adamw"], "--optimizers adamw,adamw names one twice: give each once"),
+        (["compare", "--optimizers", ","], "--optimizers ',' cannot be read: give a list with commas"),
+        (["compare", "--seeds", "0,0"], "--seeds 0,0 names one twice: give each once"),
+        (["compare", "--seeds", "a"], "--seeds 'a' cannot be read: give a list with commas, like 0,1,2"),
+        (["compare", "--lrs", "1e-3;2e-3"], "--lrs '1e-3;2e-3' cannot be read: give a list with commas"),
+        (["compare", "--lrs", "1e-3,0"], "--lr is 0.0: give a number above 0"),
+        (["compare", "--rank", "192"], "--rank 192 compresses nothing: "),
+        (["compare", "--optimizers", "adamw", "--rank", "4"], "--rank belongs to flora, which is not compared"),
+        (
+            ["compare", "--resume", "texts"],
+            "--resume texts holds no comparison: give a folder that floragrad compare has made",
+        ),
+        (["compare", "--resume", "texts", "--seeds", "1"], "--resume continues with the options"),
+        (["compare", "--text", "no.txt"], "--text no.txt does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_request_gets_one_line_and_makes_nothing(
+    there: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = tree(there)
+    assert message in refused(capsys, *arguments)
+    assert tree(there) == before
+
+
+def test_the_console_script_does_the_same(there: Path) -> None:
+    script = Path(sys.executable).with_name("floragrad")
+    result = subprocess.run([script, "train", "--text", "no.txt"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "floragrad: --text no.txt does not exist: give files, folders or patterns like 'books/*.txt'\n"
+    )
+    assert [path.name for path in there.iterdir()] == ["texts"]
+
+
+def test_an_empty_text_is_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (there / "empty.txt").write_text("")
+    assert refused(capsys, "train", "--text", "empty.txt") == (
+        "there is no text in empty.txt: give files that are UTF-8 and not empty"
+    )
+
+
+def test_blocks_longer_than_the_model_reads_are_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_gpt2(there / "gpt2", there / "texts")
+    message = refused(capsys, "train", "--text", "texts", "--model", model, "--sequence-length", 33, "--rank", 8)
+    assert message == f"--sequence-length 33 is more than the 32 positions of {model}: give at most 32"
+
+
+def test_a_model_without_a_tokenizer_is_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_gpt2(there / "gpt2", there / "texts")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    before = tree(there)
+    message = refused(capsys, "train", "--text", "texts", "--model", model, "--sequence-length", 32, "--rank", 8)
+    assert message.startswith(f"--model {model} has no tokenizer that can be loaded: ")
+    assert tree(there) == before
+
+
+def test_a_run_is_never_written_over(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(fast_config(there / "texts", steps=1), there / "run")
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    message = refused(capsys, "train", "--text", "texts", "--out", "run", *OPTIONS)
+    assert message == (
+        "--out run holds another run: continue that one with floragrad train --resume run, or give the name of a "
+        "new folder"
+    )
+    assert {path: path.read_bytes() for path in there.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_tells_what_it_does(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("train", "--text", "texts", "--out", "run", *OPTIONS) == 0
+    said = capsys.readouterr()
+    assert said.err == "", "nothing but what is ours"
+    summary = read_json(there / "run" / "summary.json")
+    first, *lines = said.out.splitlines()
+    assert first == "run folder: run"
+    assert lines[0].startswith("tiny: ")
+    compressed = next(number for number, line in enumerate(lines) if line.startswith("Flora keeps a sketch of"))
+    assert "of 21 of 30 tensors" in lines[compressed]
+    begun = next(number for number, line in enumerate(lines) if line.startswith("step 0/8 · validation loss"))
+    assert compressed < begun
+    assert f"{summary['validation_loss']:.4f} ({100 * -summary['validation_loss_change']:.1f}% lower)" in said.out
+    assert lines[-1] == "everything is in run"
+
+
+def test_a_finished_run_is_only_shown_again(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(fast_config(there / "texts", steps=1), there / "run")
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert command("train", "--resume", "run") == 0
+    assert "validation loss" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in there.rglob("*") if path.is_file()} == before
+
+
+def test_folders_name_themselves(there: Path) -> None:
+    for _ in range(2):
+        assert command("train", "--text", "texts", "--optimizer", "adamw", "--steps", 1, *OPTIONS[1:]) == 0
+    names = sorted(path.name for path in (there / "runs").iterdir())
+    assert len(names) == 2
+    assert all(name.startswith("tiny-adamw-2") and "Z" in name for name in names)
+
+
+def test_a_diverged_run_fails_without_a_traceback(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--lr", "1e30", "--max-grad-norm", 0, "--warmup-steps", 1]
+    assert command("train", "--text", "texts", "--out", "run", *arguments, *OPTIONS) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("floragrad: the loss is not a finite number any more at step")
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset"])
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(
+    there: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = in_python(
+        f"from floragrad.cli import main; import sys; code = main(['train', {option!r}, 'nobody/nothing'])\n"
+        "import huggingface_hub.constants; assert huggingface_hub.constants.HF_HUB_OFFLINE\n"
+        "sys.exit(code)"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"floragrad: {option} nobody/nothing ")
+    assert [path.name for path in there.iterdir()] == ["texts"]
+
+
+def test_several_processes_are_refused(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused(capsys, "train", "--text", "texts").startswith("this is one of 2 processes")
+
+
+def test_help_needs_no_torch() -> None:
+    result = in_python(
+        "import sys, floragrad.cli\n"
+        "assert not {'torch', 'transformers', 'typer'} & sys.modules.keys()\n"
+        "assert floragrad.cli.main(['train', '--help']) == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'tokenizers', 'matplotlib'} & sys.modules.keys()"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--rank" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers", "datasets", "tokenizers", "matplotlib"])
+def test_a_missing_extra_is_named(module: str) -> None:
+    result = in_python(
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from floragrad.cli import main\n"
+        "sys.exit(main(['train', '--text', 'no.txt']))"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"floragrad: {module} is not installed, and this part of floragrad needs it: pip install 'floragrad[train]'\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "-h"], ["compare", "--help"]], ids=" ".join)
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert command(*arguments) == 0
+    said = capsys.readouterr()
+    assert "Usage: floragrad" in said.out
+    assert said.err == ""
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"floragrad {__version__}\n"
