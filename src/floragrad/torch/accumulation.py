@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
-from floragrad.torch.accumulation_finish import Finish, Materialise, Release
+from floragrad.torch.accumulation_finish import Finish, Materialise, Release, second_gradient
 from floragrad.torch.accumulation_report import AccumulatorReport, accumulator_row
 from floragrad.torch.accumulation_settings import (
     Settings,
@@ -152,6 +152,9 @@ class GradientAccumulator:
         if self._window.is_open and not self._window.failed:
             if weight is not None:
                 raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
+            for slot in self._slots:
+                if slot.updated:
+                    raise second_gradient(slot)
             self._run_backward(loss)
             return
         with self.micro_batch(weight=weight):

@@ -77,11 +77,7 @@ class Release:
     def last_gradient(self, slot: Slot, window: Window) -> None:
         """Update the parameter at once."""
         if slot.updated:
-            raise RuntimeError(
-                f"{slot.name} got another gradient after it was updated in the window's last backward pass: "
-                "several backward passes in a micro-batch, or a parameter shared by reentrant checkpoints; "
-                "construct the accumulator with clip=True, which updates in step()"
-            )
+            raise second_gradient(slot)
         self._update(slot, window, window.mean_factor)
         slot.updated = True
 
@@ -229,6 +225,15 @@ class Materialise:
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
             window.unscaled = True
+
+
+def second_gradient(slot: Slot) -> RuntimeError:
+    """The error of a gradient that comes after its parameter was updated."""
+    return RuntimeError(
+        f"{slot.name} was updated inside the window's last backward pass, and more of its gradient comes: "
+        "several backward passes in a micro-batch, or a parameter shared by reentrant checkpoints; construct "
+        "the accumulator with clip=True, which updates in step()"
+    )
 
 
 def _gradients(slots: Iterable[Slot]) -> list[Tensor]:

@@ -1,0 +1,209 @@
+"""Live bytes over one window of gradient accumulation, by category: exact next to compressed.
+
+    python -m benchmarks.accumulation_memory
+
+trains a small Llama for one window with exact accumulation (``loss / steps`` into ``.grad``) and one with
+:class:`floragrad.GradientAccumulator`, records after every operation which bytes are alive, draws both to
+``docs/accumulation_memory.png`` and prints the peaks. Nothing is computed: a dispatch mode sees every storage
+that is made and freed. It is Figure 2 of the paper, for a whole window.
+"""
+
+import argparse
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from floragrad import Flora, GradientAccumulator, param_groups
+from tests.torch.memory import LiveBytes
+
+CATEGORIES = ("parameters", "optimizer state", "sketches", "gradients", "temporaries", "activations")
+COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#bf616a", "#d08770", "#d8dee9")
+
+
+class Timeline(LiveBytes):
+    """Live bytes by category after every operation.
+
+    What is made inside :meth:`phase` is of that phase's category. Elsewhere it is an activation, but in a
+    backward pass or a step a storage of a parameter's size is a gradient, and what else a step or a gradient's
+    hook makes is temporary. ``sizes`` must hold no activation's size.
+    """
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.samples: list[tuple[int, ...]] = []
+        self._sizes = sizes
+        self._phase = ""
+        self._by = dict.fromkeys(CATEGORIES, 0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """All that is made inside is of this category, or of a ``"step"``."""
+        before, self._phase = self._phase, name
+        yield
+        self._phase = before
+
+    def peak_of(self, *categories: str) -> int:
+        """The most bytes that these categories had together at one time."""
+        at = [CATEGORIES.index(category) for category in categories]
+        return max(sum(sample[i] for i in at) for sample in self.samples)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        before = self.live
+        super()._count(storage)
+        size = self.live - before
+        if size:
+            category = self._category(size)
+            self._by[category] += size
+            weakref.finalize(storage, self._forget, category, size)
+            self.samples.append(tuple(self._by.values()))
+
+    def _forget(self, category: str, size: int) -> None:
+        self._by[category] -= size
+        self.samples.append(tuple(self._by.values()))
+
+    def _category(self, size: int) -> str:
+        if self._phase in CATEGORIES:
+            return self._phase
+        node = torch._C._current_autograd_node()
+        if node is None and self._phase != "step":
+            return "activations"
+        if size in self._sizes:
+            return "gradients"
+        ours = self._phase == "step" or "AccumulateGrad" in type(node).__name__ + str(node)
+        return "temporaries" if ours else "activations"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One window of a Llama's training.
+
+    Attributes:
+        hidden: Its width.
+        layers: Its depth.
+        vocabulary: Its tokens.
+        steps: Micro-batches of the window.
+        tokens: Of a micro-batch.
+        options: Of the accumulator; None accumulates exactly.
+    """
+
+    hidden: int = 512
+    layers: int = 12
+    vocabulary: int = 4096
+    steps: int = 4
+    tokens: int = 96
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The timeline of a window, the accumulator's predicted bytes, and the largest tensor's in float32."""
+
+    timeline: Timeline
+    sketch_bytes: int
+    largest: int
+
+
+def model_of(job: Job) -> torch.nn.Module:
+    """The Llama, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=job.vocabulary,
+        hidden_size=job.hidden,
+        intermediate_size=job.hidden * 43 // 16,
+        num_hidden_layers=job.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=job.tokens,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def measure(job: Job) -> Measured:
+    """Run one window and record it."""
+    model = model_of(job)
+    sizes = {4 * param.numel() for param in model.parameters()}
+    timeline = Timeline(sizes)
+    for param in model.parameters():
+        timeline._by["parameters"] += 4 * param.numel()
+    batches = torch.randint(0, job.vocabulary, (job.steps, 1, job.tokens))
+    with timeline:
+        with timeline.phase("optimizer state"):
+            optimizer = Flora(param_groups(model, lr=1e-3), rank=job.hidden // 6)
+        accumulator = None
+        if job.options is not None:
+            with timeline.phase("sketches"):
+                accumulator = GradientAccumulator(optimizer, job.steps, **job.options)
+        for tokens in batches:
+            loss = model(input_ids=tokens, labels=tokens).loss
+            if accumulator is None:
+                (loss / job.steps).backward()
+            else:
+                accumulator.backward(loss)
+            del loss
+        with timeline.phase("step"):
+            if accumulator is None:
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                accumulator.step()
+    sketch_bytes = 0
+    if accumulator is not None:
+        sketch_bytes = accumulator.report().state_bytes
+        accumulator.close()
+    return Measured(timeline, sketch_bytes, max(sizes))
+
+
+def draw(pairs: dict[str, Measured], path: Path) -> None:
+    """Both windows side by side, stacked by category."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(pairs), figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, (title, measured) in zip(axes, pairs.items(), strict=True):
+        samples = measured.timeline.samples
+        stride = max(1, len(samples) // 3000)
+        # The largest of each stretch, so that no peak falls between two points.
+        points = [max(samples[i : i + stride], key=sum) for i in range(0, len(samples), stride)]
+        x = [i / (len(points) - 1) for i in range(len(points))]
+        layers = [[point[c] / 1e6 for point in points] for c in range(len(CATEGORIES))]
+        axis.stackplot(x, layers, labels=CATEGORIES, colors=COLOURS, linewidth=0)
+        axis.set_title(f"{title}: peak {max(map(sum, samples)) / 1e6:.0f} MB")
+        axis.set_xlabel("one window: micro-batches, then the update")
+        axis.set_xlim(0, 1)
+        axis.set_xticks([])
+    axes[0].set_ylabel("live bytes (MB)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/accumulation_memory.png"))
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4, help="micro-batches of the window")
+    given = parser.parse_args()
+    pairs = {}
+    for title, options in (("exact", None), ("GradientAccumulator", {})):
+        job = Job(hidden=given.hidden, layers=given.layers, steps=given.steps, options=options)
+        pairs[title] = measured = measure(job)
+        parts = ", ".join(f"{name} {measured.timeline.peak_of(name) / 1e6:.1f} MB" for name in CATEGORIES)
+        print(f"{title}: peak of each: {parts}")
+    draw(pairs, given.out)
+    print(f"drawn to {given.out}")
+
+
+if __name__ == "__main__":
+    main()
