@@ -1,0 +1,184 @@
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from floragrad.train import compare as comparison
+from floragrad.train import worker
+from floragrad.train.compare import Plan, begin, compare
+from floragrad.train.errors import StoppedError, UserError
+from floragrad.train.folder import RunFolder, new_folder
+from tests.train.support import FAST, command, fast_config, read_json, run, timeless, tree
+
+QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
+
+
+class Here:
+    """Runs the workers in this process, where they need no second to start, and counts them."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.stop_before: int | None = None
+
+    def train(self, runner: Any, path: Path, title: str) -> None:
+        if len(self.titles) == self.stop_before:
+            raise StoppedError(path, "compare")
+        self.titles.append(title)
+        assert worker.main(path, title) == 0
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    workers = Here()
+    monkeypatch.setattr(comparison._Runner, "_train", lambda *arguments: workers.train(*arguments))
+    return workers
+
+
+def plan(texts: Path, *optimizers: str, **changes: Any) -> Plan:
+    options = {**QUICK, "text": (str(texts),), **changes.pop("options", {})}
+    values = {"seeds": (0,), "lrs": None, "embedding_lrs": None, "options": options, "command": "floragrad compare"}
+    return Plan(optimizers=optimizers, **{**values, **changes})
+
+
+def done(plan: Plan, out: Path) -> dict[str, Any]:
+    """Do a comparison, and read its table."""
+    begin(plan, out)
+    compare(out, Console(quiet=True))
+    return read_json(out / "table.json")
+
+
+def test_the_best_of_the_grid_goes_on_to_the_other_seeds(texts: Path, tmp_path: Path, here: Here) -> None:
+    lrs, embedding_lrs = (1e-6, 3e-3), (2e-2, 1e-5)
+    made = plan(texts, "adamw", "flora", seeds=(3, 1), lrs=lrs, embedding_lrs=embedding_lrs)
+    table = done(made, tmp_path / "out")
+    assert len(here.titles) == made.runs == 10
+    assert here.titles[0] == "1/10 adamw-lr1e-06-embedding0.02-seed3"
+    for row in table["rows"]:
+        grid = [tried for tried in table["grid"] if tried["optimizer"] == row["optimizer"]]
+        assert [(tried["lr"], tried["embedding_lr"]) for tried in grid] == [
+            (lr, embedding_lr) for lr in lrs for embedding_lr in embedding_lrs
+        ]
+        assert {tried["seed"] for tried in grid} == {3}
+        best = min(grid, key=lambda tried: tried["validation_loss"])
+        assert (row["lr"], row["embedding_lr"]) == (best["lr"], best["embedding_lr"])
+        losses = row["validation_losses"]
+        assert losses[0] == best["validation_loss"]
+        assert len(losses) == 2
+        assert losses[0] != losses[1]
+        assert row["validation_loss"] == pytest.approx(mean(losses))
+        assert row["validation_loss_stdev"] == pytest.approx(stdev(losses))
+        assert (row["validation_loss_min"], row["validation_loss_max"]) == (min(losses), max(losses))
+
+
+def test_a_row_says_what_its_runs_say(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    table = done(plan(texts, "flora", "adamw", options={"rank": 8}), out)
+    summaries = {path.name.partition("-")[0]: read_json(path / "summary.json") for path in (out / "runs").iterdir()}
+    for row in table["rows"]:
+        summary = summaries[row["optimizer"]]
+        assert row["validation_loss"] == summary["validation_loss"]
+        assert row["optimizer_state_bytes"] == summary["optimizer_state_bytes"]
+        assert row["state_of_adamw"] == (summary["optimizer_state_bytes"] / summaries["adamw"]["optimizer_state_bytes"])
+        assert row["peak_memory_bytes"] == summary["peak_memory_bytes"]
+        assert row["step_time_ratio"] == summary["step_seconds"] / summaries["adamw"]["step_seconds"]
+    assert {path.name.partition("-")[0]: RunFolder.open(path).config.rank for path in (out / "runs").iterdir()} == {
+        "flora": 8,
+        "adamw": None,
+    }
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| flora", "| adamw"]
+    assert f"{table['rows'][0]['validation_loss']:.4f}" in lines[2]
+    assert "- `floragrad compare`" in lines
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_a_comparison_is_the_run_itself(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    done(plan(texts, "adafactor"), out)
+    (path,) = (out / "runs").iterdir()
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "loss.png", "metrics.jsonl", "summary.json"]
+    alone = run(fast_config(texts, optimizer="adafactor", steps=3), tmp_path / "alone")
+    assert timeless(RunFolder.open(path)) == timeless(alone)
+
+
+def test_finished_runs_are_not_done_again(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    made = plan(texts, "adamw", "adafactor", lrs=(1e-3, 2e-3))
+    begin(made, out)
+    here.stop_before = 3
+    with pytest.raises(StoppedError):
+        compare(out, Console(quiet=True))
+    assert not (out / "table.md").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert len(before) == 3
+    here.stop_before = None
+    compare(out, Console(quiet=True))
+    assert len(here.titles) == made.runs == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    table = (out / "table.md").read_text()
+    compare(out, Console(quiet=True))
+    assert len(here.titles) == 4
+    assert (out / "table.md").read_text() == table
+
+
+def test_what_diverges_loses(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    options = {"max_grad_norm": 0.0, "warmup_steps": 1, "steps": 5}
+    table = done(plan(texts, "adamw", lrs=(1e30, 1e-3), seeds=(0, 1), options=options), out)
+    (row,) = table["rows"]
+    assert row["lr"] == 1e-3
+    assert [tried["validation_loss"] is None for tried in table["grid"]] == [True, False]
+    assert len(here.titles) == 3
+    assert "| adamw | 1e+30 | 5e+30 | diverged |" in (out / "table.md").read_text()
+
+
+def test_a_comparison_where_all_diverge_still_says_so(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    options = {"max_grad_norm": 0.0, "warmup_steps": 1, "steps": 5}
+    table = done(plan(texts, "adamw", lrs=(1e30,), seeds=(0, 1), options=options), out)
+    (row,) = table["rows"]
+    assert row["validation_loss"] is None
+    assert not (out / "comparison.png").exists()
+    assert "| adamw | 1e+30 | 5e+30 | diverged | – |" in (out / "table.md").read_text()
+
+
+def test_a_plan_is_read_as_it_was_written(texts: Path, tmp_path: Path) -> None:
+    made = plan(texts, "flora", lrs=(1e-3,), options={"rank": 8})
+    begin(made, tmp_path / "out")
+    assert Plan.load(tmp_path / "out") == made
+
+
+def test_another_comparison_is_never_written_over(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "flora"), out)
+    before = tree(out)
+    with pytest.raises(UserError, match="holds another run: continue that one with floragrad compare --resume"):
+        begin(plan(texts, "adamw"), out)
+    with pytest.raises(UserError, match="holds another run"), new_folder(out):
+        pass
+    assert tree(out) == before
+
+
+def test_a_worker_that_fails_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "adamw"), out)
+    monkeypatch.setattr(comparison.sys, "executable", "false")
+    with pytest.raises(UserError, match=r"adamw-lr.* ended with exit code 1, .* floragrad compare --resume"):
+        compare(out, Console(quiet=True))
+    assert not (out / "table.md").exists()
+
+
+def test_the_command_makes_a_table_and_a_picture(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    fast = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    assert command("compare", "--optimizers", "flora", "--text", texts, "--out", out, *fast) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "1/1 flora-lr" in said.out
+    (row,) = read_json(out / "table.json")["rows"]
+    assert f"{row['validation_loss']:.4f}" in said.out
+    assert (out / "comparison.png").is_file()
