@@ -101,10 +101,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """The timeline of a window, the accumulator's predicted bytes, and the largest tensor's in float32."""
+    """The timeline of a window, and bytes as predicted.
+
+    Attributes:
+        timeline: Of the whole window.
+        sketch_bytes: Of the accumulator's report.
+        gradient_bytes: Of all gradients in float32.
+        largest: Of the largest tensor's gradient in float32.
+    """
 
     timeline: Timeline
     sketch_bytes: int
+    gradient_bytes: int
     largest: int
 
 
@@ -158,7 +166,8 @@ def measure(job: Job) -> Measured:
     if accumulator is not None:
         sketch_bytes = accumulator.report().state_bytes
         accumulator.close()
-    return Measured(timeline, sketch_bytes, max(sizes))
+    gradient_bytes = sum(4 * param.numel() for param in model.parameters())
+    return Measured(timeline, sketch_bytes, gradient_bytes, max(sizes))
 
 
 def draw(pairs: dict[str, Measured], path: Path) -> None:
