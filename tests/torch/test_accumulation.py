@@ -201,7 +201,7 @@ def test_groups_added_and_parameters_unfrozen_later_are_taken_in() -> None:
         model, late = PLAIN.model(), nn.Linear(1, 200, bias=False)
         torch.nn.init.ones_(late.weight)
         model.up.weight.requires_grad_(False)
-        optimizer = flora(model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # whose steps grow with the gradient
         accumulator = GradientAccumulator(optimizer, STEPS, state_dtype="float32") if compress else None
         for number, window in enumerate(PLAIN.windows()):
             if number == 1:

@@ -128,11 +128,13 @@ def test_autocast_around_the_backward_changes_nothing(projection: Any) -> None:
     for enabled in (False, True):
         param = nn.Parameter(torch.zeros(40, 48))
         optimizer = torch.optim.SGD([param], lr=1.0)
-        with GradientAccumulator(optimizer, STEPS, ratio=2, projection=projection) as accumulator:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                for grad in grads:
-                    accumulator.backward((param * grad).sum())
-                accumulator.clip_grad_norm_(MAX_NORM)
-                accumulator.step()
+        with (
+            GradientAccumulator(optimizer, STEPS, ratio=2, projection=projection) as accumulator,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled),
+        ):
+            for grad in grads:
+                accumulator.backward((param * grad).sum())
+            accumulator.clip_grad_norm_(MAX_NORM)
+            accumulator.step()
         results.append(param.detach())
     assert torch.equal(*results)
