@@ -12,7 +12,7 @@ from tests.train.support import FAST, command, fast_config, run, timeless
 
 PATIENCE = 120.0
 """Seconds after which a test gives up; nothing is measured with it."""
-STEPS = 100
+STEPS = 40
 """Enough of them for a signal to come before the last one."""
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "steps"]
 

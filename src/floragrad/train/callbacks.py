@@ -104,7 +104,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
             loss=logs["loss"],
             lr=self._rates.get("matrix"),
             embedding_lr=self._rates.get("vocabulary"),
-            grad_norm=logs["grad_norm"],
+            grad_norm=logs.get("grad_norm"),
             step_seconds=step_seconds,
             memory_bytes=memory,
         )

@@ -5,12 +5,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from floragrad.train import environment
 from floragrad.train.callbacks import Recorder, Schedule, perplexity
 from floragrad.train.config import RunConfig
-from floragrad.train.corpus import Corpus, prepare_corpus
+from floragrad.train.corpus import Blocks, Corpus, prepare_corpus
 from floragrad.train.display import Display
 from floragrad.train.errors import DivergenceError, StoppedError
 from floragrad.train.figures import run_figure, save
@@ -94,7 +95,7 @@ def _trainer(
         else rebuild_model(config, folder.checkpoints()[-1][1])
     )
     recorder = Recorder(config, folder, corpus.tokenizer, display)
-    trainer = Trainer(
+    trainer = _OrderedTrainer(
         model=model,
         args=_arguments(config, folder, step),
         train_dataset=corpus.train_blocks(config),
@@ -104,18 +105,27 @@ def _trainer(
         callbacks=[Schedule(config, stop), recorder],
     )
     trainer.remove_callback(PrinterCallback)
+    # All blocks are as long, so the mean over batches is the mean over tokens. The Trainer's own count of tokens
+    # depends on its version: some count the first one of a block too, which nothing predicts.
+    trainer.model_accepts_loss_kwargs = False
     return trainer, recorder
 
 
+class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """The Trainer, but for its shuffling: the blocks come in their final order."""
+
+    def _get_train_sampler(self, train_dataset: Blocks | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
 def _arguments(config: RunConfig, folder: RunFolder, step: int) -> TrainingArguments:
-    """The Trainer's settings. Evaluating, saving and logging are ours; the blocks come shuffled already."""
+    """The Trainer's settings. Evaluating, saving and logging are ours."""
     return TrainingArguments(
         output_dir=str(folder.staging),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        train_sampling_strategy="sequential",
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,

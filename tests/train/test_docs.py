@@ -1,0 +1,55 @@
+"""docs/training.md says what the code does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from floragrad.train import options
+from floragrad.train.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS
+from tests.train.support import fast_config, newest, run
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table that begins with a heading."""
+    lines = iter(PAGE[PAGE.index(f"| {heading} |") :].splitlines())
+    next(lines), next(lines)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in iter(lambda: next(lines, ""), "")]
+
+
+def test_the_sizes_are_those_of_the_presets() -> None:
+    expected = [[name, *(f"{value:,}" for value in vars(preset).values())] for name, preset in PRESETS.items()]
+    assert rows("size") == expected
+
+
+def test_the_learning_rates_are_the_best_of_the_table() -> None:
+    tried = [(name, float(lr), float(embedding), float(loss)) for name, lr, embedding, loss in rows("optimizer")]
+    for name, rates in LEARNING_RATES.items():
+        best = min((row for row in tried if row[0] == name), key=lambda row: row[-1])
+        assert best[1:3] == (rates.lr, rates.embedding_lr)
+    assert f"{FINE_TUNING_LEARNING_RATE:.0e}".replace("e-05", "e-5") in PAGE
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", PAGE))))
+def test_every_option_that_is_named_exists(option: str) -> None:
+    source = Path(options.__file__).with_name("commands.py").read_text(encoding="utf-8")
+    assert re.search(rf"\b{option[2:].replace('-', '_')}: options\.", source) or option == "--help"
+
+
+def test_every_command_that_is_shown_is_one() -> None:
+    commands = [shlex.split(line, comments=True) for line in PAGE.splitlines() if line.startswith("floragrad ")]
+    assert len(commands) >= 3
+    assert {words[1] for words in commands} == {"train", "compare"}
+
+
+def test_the_snippet_loads_a_run(texts: Path, tmp_path: Path) -> None:
+    folder = run(fast_config(texts, steps=1), tmp_path / "run")
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    model, tokenizer = names["load"](str(folder.path), 1)
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert newest(folder).name == "checkpoint-1"
