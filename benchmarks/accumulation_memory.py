@@ -30,15 +30,18 @@ class Timeline(LiveBytes):
 
     What is made inside :meth:`phase` is of that phase's category. Elsewhere it is an activation, but in a
     backward pass or a step a storage of a parameter's size is a gradient, and what else a step or a gradient's
-    hook makes is temporary. ``sizes`` must hold no activation's size.
+    hook makes is temporary.
+
+    Args:
+        sizes: Bytes of each parameter, alive from the beginning. No activation may have one of these sizes.
     """
 
-    def __init__(self, sizes: set[int]) -> None:
+    def __init__(self, sizes: list[int]) -> None:
         super().__init__()
         self.samples: list[tuple[int, ...]] = []
-        self._sizes = sizes
+        self._sizes = set(sizes)
         self._phase = ""
-        self._by = dict.fromkeys(CATEGORIES, 0)
+        self._by = dict.fromkeys(CATEGORIES, 0) | {"parameters": sum(sizes)}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -137,10 +140,8 @@ def model_of(job: Job) -> torch.nn.Module:
 def measure(job: Job) -> Measured:
     """Run one window and record it."""
     model = model_of(job)
-    sizes = {4 * param.numel() for param in model.parameters()}
+    sizes = [4 * param.numel() for param in model.parameters()]
     timeline = Timeline(sizes)
-    for param in model.parameters():
-        timeline._by["parameters"] += 4 * param.numel()
     batches = torch.randint(0, job.vocabulary, (job.steps, 1, job.tokens))
     with timeline:
         with timeline.phase("optimizer state"):
@@ -166,8 +167,7 @@ def measure(job: Job) -> Measured:
     if accumulator is not None:
         sketch_bytes = accumulator.report().state_bytes
         accumulator.close()
-    gradient_bytes = sum(4 * param.numel() for param in model.parameters())
-    return Measured(timeline, sketch_bytes, gradient_bytes, max(sizes))
+    return Measured(timeline, sketch_bytes, sum(sizes), max(sizes))
 
 
 def draw(pairs: dict[str, Measured], path: Path) -> None:

@@ -199,3 +199,17 @@ def test_rounding_differs_between_folds() -> None:
     first, second, third = stored
     assert 0.2 < (first != second).float().mean() < 0.9
     assert 0.2 < (first != third).float().mean() < 0.9
+
+
+@pytest.mark.parametrize(("state_dtype", "share"), [("int4", 0.013), ("int8", 0.00004)])
+def test_noise_per_micro_batch_is_as_documented(state_dtype: str, share: float) -> None:
+    """With gradients that have nothing in common; docs/accumulation.md quotes these numbers."""
+    plan = plan_accumulator((64, 1024), state_dtype=state_dtype, kind="matrix")
+    sketch = GradientSketch(plan, "sign", 0, 0, torch.device("cpu"))
+    grads = torch.randn(16, 64, 1024, generator=torch.Generator().manual_seed(0))
+    for grad in grads:
+        sketch.add(grad, 1.0, 0, measure_noise=False)
+    decoded = torch.empty(64, 1024)
+    sketch.decode_into(decoded, 0, own=0.0, factor=1.0)
+    found = (decoded - grads.sum(0)).square().sum() / grads.sum(0).square().sum()
+    assert found.item() == pytest.approx(len(grads) * share, rel=0.1)

@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
+from floragrad.torch.accumulation_checkpoint import check_window, load_window, window_state
 from floragrad.torch.accumulation_finish import Finish, Materialise, Release, second_gradient
 from floragrad.torch.accumulation_report import AccumulatorReport, accumulator_row
 from floragrad.torch.accumulation_settings import (
@@ -298,14 +299,7 @@ class GradientAccumulator:
                 "the window is complete and part of it lies in .grad or in updated parameters: "
                 "save after step(), or before the last micro-batch"
             )
-        return {
-            "settings": self._settings.saved(self._slots.device),
-            "window": window.number,
-            "seen": window.seen,
-            "weighted": window.weighted,
-            "ended": window.ended,
-            "sketches": {s.index: s.sketch.state_dict() for s in self._slots if s.sketch and s.sketch.folds},
-        }
+        return window_state(window, self._slots, self._settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a window where another process left it.
@@ -319,27 +313,10 @@ class GradientAccumulator:
             RuntimeError: A micro-batch is open.
         """
         self._check_quiet()
-        sketches = state_dict["sketches"]
         self._slots.adopt()
-        slots = {slot.index: slot for slot in self._slots}
-        if state_dict["seen"]:
-            self._settings.check_saved(state_dict["settings"], self._slots.device)
-        for index, saved in sketches.items():
-            sketch = slots[index].sketch if index in slots else None
-            if sketch is None:
-                raise ValueError(f"the saved window holds parameter {index}, which is not trained here")
-            sketch.check_loadable(saved, slots[index].name)
+        check_window(state_dict, self._slots, self._settings)
         self.zero_grad()
-        for index, slot in slots.items():
-            if slot.sketch is not None and index in sketches:
-                slot.sketch.load_state_dict(sketches[index])
-        self._window = Window(
-            self.steps,
-            state_dict["window"],
-            state_dict["seen"],
-            state_dict["weighted"],
-            state_dict["ended"],
-        )
+        self._window = load_window(state_dict, self._slots, self.steps)
 
     def report(self) -> AccumulatorReport:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table."""

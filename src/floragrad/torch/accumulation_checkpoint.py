@@ -1,0 +1,46 @@
+"""A window's position and sketches, saved and taken up again."""
+
+from typing import Any
+
+from floragrad.torch.accumulation_settings import Settings
+from floragrad.torch.accumulation_slots import Slots
+from floragrad.torch.accumulation_window import Window
+
+
+def window_state(window: Window, slots: Slots, settings: Settings) -> dict[str, Any]:
+    """What another process needs to go on; between two windows only the position."""
+    return {
+        "settings": settings.saved(slots.device),
+        "window": window.number,
+        "seen": window.seen,
+        "weighted": window.weighted,
+        "ended": window.ended,
+        "sketches": {slot.index: slot.sketch.state_dict() for slot in slots if slot.sketch and slot.sketch.folds},
+    }
+
+
+def check_window(state: dict[str, Any], slots: Slots, settings: Settings) -> None:
+    """Refuse a window that cannot be finished here; nothing has been changed then.
+
+    Raises:
+        ValueError: It was begun with other settings, or over another model.
+    """
+    if state["seen"]:
+        settings.check_saved(state["settings"], slots.device)
+    here = {slot.index: slot for slot in slots}
+    for index, saved in state["sketches"].items():
+        sketch = here[index].sketch if index in here else None
+        if sketch is None:
+            raise ValueError(
+                f"the saved window holds a gradient of parameter {index}, which is not trained here: "
+                "load the state that was saved with this model"
+            )
+        sketch.check_loadable(saved, here[index].name)
+
+
+def load_window(state: dict[str, Any], slots: Slots, steps: int) -> Window:
+    """Fill the sketches from a checked state; the window as it was."""
+    for slot in slots:
+        if slot.sketch is not None and slot.index in state["sketches"]:
+            slot.sketch.load_state_dict(state["sketches"][slot.index])
+    return Window(steps, state["window"], state["seen"], state["weighted"], state["ended"])
