@@ -39,9 +39,9 @@ class LearningRates:
 
 
 LEARNING_RATES = {
-    "flora": LearningRates(2e-3, 1e-2),
-    "adamw": LearningRates(2e-3, 1e-2),
-    "adafactor": LearningRates(2e-3, 1e-2),
+    "flora": LearningRates(1e-3, 1e-2),
+    "adamw": LearningRates(1e-3, 1e-2),
+    "adafactor": LearningRates(1e-3, 1e-2),
 }
 """The best of the grid in docs/training.md, on the default job. The keys are the optimizers there are."""
 
