@@ -1,0 +1,286 @@
+"""Accelerate: the ordinary loop, with each window's gradients kept as sketches."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floragrad._extras import require
+from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.integrations import AccumulationOptions
+
+require("accelerate", "accelerate")
+
+from accelerate import Accelerator, DistributedType  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+
+_WINDOW = "accumulation"
+"""The window's key in the state of its optimizer: there it is saved and loaded whoever saves the optimizer."""
+
+
+class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
+    """An optimizer as :meth:`FloraAccelerator.prepare` returns it, with the window that it will be stepped with.
+
+    Attributes:
+        window: What gathers its gradients; None once the accelerator has let go of it.
+        resumes_windows: Whether a window that was saved half full is taken up again; False where the loop goes
+            back to the window's first micro-batch.
+    """
+
+    window: GradientAccumulator | None = None
+    resumes_windows = True
+    _broken = False
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """One backward pass, run by somebody else; with release a micro-batch may have several."""
+        window = self.window
+        if window is None:
+            yield
+            return
+        if window.complete:
+            raise RuntimeError(
+                "a backward pass after the window's last one: run each micro-batch inside `with "
+                "accelerator.accumulate(model):`, and its losses, if there are several, in one backward(a + b)"
+            )
+        # What backward() gets is divided by the number of steps already, as Accelerate does it: sum up. With
+        # release nothing is in .grad, and the window ends where its gradient is first asked for.
+        last = self.gradient_state.sync_gradients and not window.releases
+        try:
+            with window.micro_batch(weight=1.0, last=last):
+                yield
+        except BaseException:
+            self._broken = True
+            raise
+
+    def step(self, closure: Any = None) -> None:
+        """Update with the window's gradient, where Accelerate steps; nothing happens without a window."""
+        window = self.window
+        if window is None:
+            super().step(closure)
+            return
+        if not self.gradient_state.sync_gradients:
+            return
+        if closure is not None:
+            raise ValueError("step(closure) with accumulation: run backward(loss) before step(), without a closure")
+        if not window.flush():
+            return
+        stepped = window.step()
+        if self.scaler is not None:
+            self._is_overflow = not stepped
+            self.scaler.update()
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Drop the window, where Accelerate zeroes; also one whose backward pass broke off."""
+        super().zero_grad(set_to_none)
+        if self.window is not None and (self.gradient_state.sync_gradients or self._broken):
+            self.window.zero_grad()
+            self._broken = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with the window's beside it; a bare optimizer can load it too."""
+        saved: dict[str, Any] = super().state_dict()
+        return saved if self.window is None else {**saved, _WINDOW: self.window.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up optimizer and window; a state without a window begins a new one."""
+        saved = dict(state_dict)
+        window = saved.pop(_WINDOW, None)
+        super().load_state_dict(saved)
+        if self.window is None:
+            return
+        if window is not None:
+            self.window.load_state_dict(window)
+        if window is None or not self.resumes_windows:
+            self.window.zero_grad()
+
+    def let_go(self) -> None:
+        """Remove the hooks; what is left of a window is dropped."""
+        if self.window is not None:
+            self.window.zero_grad()
+            self.window.close()
+            self.window = None
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that gradients are gathered of."""
+        return [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+
+
+class FloraAccelerator(Accelerator):  # type: ignore[misc]
+    """``accelerate.Accelerator`` that keeps the gradients of ``gradient_accumulation_steps`` micro-batches compressed.
+
+    The loop stays as it is: ``accumulate``, ``backward``, ``clip_grad_norm_``, ``optimizer.step()``, schedulers,
+    mixed precision, ``save_state`` and ``load_state``, in the middle of a window too. With Flora every tensor is
+    decoded, updated and freed by itself when the optimizer steps; other optimizers find the sum in ``.grad``.
+    With ``gradient_accumulation_steps=1`` it is an ``Accelerator`` and nothing else.
+
+    Args:
+        accumulation_compression_rank: r; ρ = min(m, n) // r columns of a matrix share one number. None keeps
+            every column, in four bits: an eighth of float32 gradients, and it trains like exact accumulation.
+        *args: Of ``accelerate.Accelerator``.
+        accumulation: Further options of the windows, as of :class:`floragrad.GradientAccumulator`.
+        **kwargs: Of ``accelerate.Accelerator``.
+
+    Raises:
+        ValueError: The rank is given twice.
+
+    Example:
+        >>> from floragrad import Flora
+        >>> accelerator = FloraAccelerator(gradient_accumulation_steps=4, cpu=True)
+        >>> model = torch.nn.Linear(256, 256)
+        >>> model, optimizer = accelerator.prepare(model, Flora(model.parameters(), lr=1e-3, rank=32))
+        >>> for batch in torch.ones(8, 2, 256):
+        ...     with accelerator.accumulate(model):
+        ...         accelerator.backward(model(batch).square().mean())
+        ...         if accelerator.sync_gradients:
+        ...             norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> accelerator.end_training()
+    """
+
+    def __init__(
+        self,
+        accumulation_compression_rank: int | None = None,
+        *args: Any,
+        accumulation: AccumulationOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options: AccumulationOptions = {**accumulation} if accumulation else {}
+        if accumulation_compression_rank is not None:
+            if options.get("rank") is not None:
+                raise ValueError("accumulation_compression_rank and accumulation={'rank': ...}: give one of them")
+            options["rank"] = accumulation_compression_rank
+        super().__init__(*args, **kwargs)
+        self._accumulation_options = options
+
+    @property
+    def window_steps(self) -> int:
+        """The micro-batches of a window."""
+        return int(self.gradient_accumulation_steps)
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
+        """As Accelerate does, and begin to gather the gradients of its parameters.
+
+        Raises:
+            RuntimeError: Several processes train, or gradients are gathered for another accelerator.
+            ValueError: An option of the accumulation is wrong.
+        """
+        if self.window_steps == 1:
+            return super().prepare_optimizer(optimizer, device_placement)
+        if self.distributed_type != DistributedType.NO:
+            raise RuntimeError(
+                f"gradient accumulation under {self.distributed_type}: gradients are compressed before they are "
+                "averaged over processes; train in one process, or use accelerate.Accelerator"
+            )
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            placement = self.device_placement if device_placement is None else device_placement
+            optimizer = AccumulatingOptimizer(optimizer, device_placement=placement, scaler=self.scaler)
+            optimizer._is_accelerate_prepared = True  # or it would be wrapped once more
+        if not isinstance(optimizer, AccumulatingOptimizer):
+            raise RuntimeError("the optimizer was prepared by another accelerator: prepare the bare optimizer")
+        if optimizer.window is None:
+            optimizer.window = GradientAccumulator(
+                optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
+            )
+        return super().prepare_optimizer(optimizer)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As Accelerate does; each gradient is folded into its window as it appears.
+
+        Raises:
+            RuntimeError: The window has its last micro-batch already.
+        """
+        with ExitStack() as passes:
+            for optimizer in self._windows():
+                passes.enter_context(optimizer.micro_batch())
+            super().backward(loss, **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """As Accelerate does. With release, the norm is estimated from the sketches.
+
+        Returns:
+            The global norm before clipping.
+
+        Raises:
+            RuntimeError: A window is not complete.
+            ValueError: With release, other parameters than one optimizer's, or another norm than 2.
+        """
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        optimizer = self._releasing(given)
+        if optimizer is None:
+            return super().clip_grad_norm_(given, max_norm, norm_type)
+        if norm_type != 2:
+            raise ValueError(f"norm_type={norm_type}: sketches know the 2-norm alone; {_MATERIALISE}")
+        if {id(p) for p in given if p.requires_grad} != {id(p) for p in optimizer.trained}:
+            raise ValueError(
+                "clip_grad_norm_ of other parameters than those that one optimizer trains: give it all of them, "
+                f"freeze what is not trained (requires_grad_(False)), or {_MATERIALISE}"
+            )
+        assert optimizer.window is not None
+        return optimizer.window.clip_grad_norm_(max_norm)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """As Accelerate does, of gradients that are in ``.grad``.
+
+        Raises:
+            RuntimeError: A window is not complete.
+            ValueError: The gradients are not in ``.grad``, with release.
+        """
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._releasing(given) is not None:
+            raise ValueError(f"clip_grad_value_ of gradients that are kept as sketches: {_MATERIALISE}")
+        super().clip_grad_value_(given, clip_value)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """As Accelerate does; a window is unscaled with its norm."""
+        given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for each in self._optimizers if optimizer is None else given:
+            window = each.window if isinstance(each, AccumulatingOptimizer) else None
+            if window is None:
+                super().unscale_gradients(each)
+            elif self.scaler is not None and window.flush():
+                _ = window.grad_norm
+
+    def free_memory(self, *objects: Any) -> Any:
+        """As Accelerate does; hooks and sketches go as well."""
+        self.let_go()
+        return super().free_memory(*objects)
+
+    def end_training(self) -> None:
+        """As Accelerate does; hooks and sketches go as well."""
+        self.let_go()
+        super().end_training()
+
+    def let_go(self) -> None:
+        """Remove the hooks from all parameters and free the sketches."""
+        for optimizer in self._windows():
+            optimizer.let_go()
+
+    def _windows(self) -> list[AccumulatingOptimizer]:
+        return [each for each in self._optimizers if isinstance(each, AccumulatingOptimizer)]
+
+    def _releasing(self, parameters: list[Tensor]) -> AccumulatingOptimizer | None:
+        """The optimizer that trains some of these without ``.grad``; every window that they are in is ended.
+
+        Raises:
+            RuntimeError: A window is not complete.
+        """
+        wanted, releasing = {id(param) for param in parameters}, None
+        for each in self._windows():
+            if each.window is None or not wanted & {id(param) for param in each.trained}:
+                continue
+            if not self.sync_gradients or not each.window.flush():
+                raise RuntimeError(
+                    "clipping a window that is not complete: clip after backward(), "
+                    "under `if accelerator.sync_gradients:`"
+                )
+            if each.window.releases:
+                releasing = each
+        return releasing
+
+
+_MATERIALISE = "accumulation={'release': False} leaves the window's sum in .grad, for everything that reads it"
