@@ -129,19 +129,17 @@ def test_an_import_error_from_inside_is_not_swallowed(module: str) -> None:
     assert run(code) == "libsomething.so is broken"
 
 
-def test_a_module_missing_inside_torch_is_named_itself() -> None:
-    """``require`` answers for the module that was asked for, not for what that module imports."""
-    code = """
-    import types
-    from floragrad._extras import require
-
-    try:
-        require("floragrad_test_package", "torch")
-    except ImportError as error:
-        print(error)
-    """
-    assert "floragrad[torch]" in run(code)
-    code = """
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("import missing_dependency", "ModuleNotFoundError: No module named 'missing_dependency'"),
+        ("from outer import nothing", "ImportError: cannot import name 'nothing' from 'outer' (unknown location)"),
+        ("raise ImportError('no symbol')", "ImportError: no symbol"),
+    ],
+)
+def test_require_answers_for_the_module_asked_for_alone(body: str, expected: str) -> None:
+    """Whatever fails inside a module that is there is raised as it is, even under the module's own name."""
+    code = f"""
     import sys
     from importlib.machinery import ModuleSpec
     from floragrad._extras import require
@@ -150,7 +148,7 @@ def test_a_module_missing_inside_torch_is_named_itself() -> None:
         def create_module(self, spec):
             return None
         def exec_module(self, module):
-            import missing_dependency
+            {body}
 
     class Finder:
         @staticmethod
@@ -160,7 +158,22 @@ def test_a_module_missing_inside_torch_is_named_itself() -> None:
     sys.meta_path.append(Finder)
     try:
         require("outer", "torch")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        print(f"{{type(error).__name__}}: {{error}}")
+    """
+    assert run(code) == expected
+
+
+def test_require_names_the_extra() -> None:
+    code = """
+    from floragrad._extras import require
+
+    try:
+        require("no_such_package.part", "torch")
+    except ImportError as error:
         print(error.name, error)
     """
-    assert run(code) == "missing_dependency No module named 'missing_dependency'"
+    assert run(code) == (
+        "no_such_package no_such_package.part is not installed, and this part of floragrad needs it: "
+        "pip install 'floragrad[torch]'"
+    )
