@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-
 import torch
+
 from floragrad import reference
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.projection import BucketProjection
@@ -81,9 +81,7 @@ def _stack(weights: np.ndarray, k: int) -> np.ndarray:
 
 def _learn(weights: np.ndarray, blended: np.ndarray, k: int, group: dict[str, Any], step: int) -> np.ndarray:
     noise = _double(adaptive_noise(weights.shape[-1], k, group["seed"], INDEX, step // group["kappa"]))
-    return np.stack(
-        [reference.adaptive_weights(m, w + noise, k) for m, w in zip(blended, weights, strict=True)]
-    )
+    return np.stack([reference.adaptive_weights(m, w + noise, k) for m, w in zip(blended, weights, strict=True)])
 
 
 def dense(projection: BucketProjection) -> np.ndarray:
