@@ -169,7 +169,7 @@ def momentum_bytes(rows: int, width: int, state_dtype: str) -> int:
 @pytest.mark.parametrize("state_dtype", STORAGE)
 @pytest.mark.parametrize("projection", ["sign", "adaptive", "gaussian"])
 @pytest.mark.parametrize("n", [96, 97, 127, 128, 129, 1, 2, 3])
-def test_bytes_of_a_matrix(n: int, projection: str, state_dtype: str) -> None:
+def test_bytes_of_a_matrix(n: int, projection: policy.Projection, state_dtype: policy.StateDtype) -> None:
     """Momentum, weights where they are learnt, a row and a column, and the step: 4 bytes."""
     m = 30
     plan = plan_tensor((m, n), rank=None, ratio=2, projection=projection, state_dtype=state_dtype, kind="matrix")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from floragrad import GradientAccumulator
 from floragrad.policy import plan_accumulator
-from floragrad.torch.accumulation_sketch import GradientSketch
+from floragrad.torch.accumulation.sketch import GradientSketch
 
 DRAWS = 2000
 BOUND = 5.0

@@ -199,11 +199,11 @@ def normalised(grad: np.ndarray, squares: list[np.ndarray]) -> np.ndarray:
     weights = [1.0]
     for t in range(2, len(squares) + 1):
         weights = [w * (1 - t**-0.8) for w in weights] + [t**-0.8]
-    mean = sum(w * s for w, s in zip(weights, squares, strict=True))
+    mean = np.sum([w * s for w, s in zip(weights, squares, strict=True)], axis=0)
     if grad.ndim < 2:
         return grad / np.sqrt(mean)
     row, col = mean.mean(axis=1, keepdims=True), mean.mean(axis=0, keepdims=True)
-    return grad / np.sqrt(row * col / row.mean())
+    return np.asarray(grad / np.sqrt(row * col / row.mean()))
 
 
 def plain_momentum(case: Case, lr: float, beta1: float) -> Trajectory:

@@ -73,7 +73,7 @@ def test_scale_is_the_largest_value_of_a_block_over_the_largest_integer(state_dt
     """So the noise is no larger than it must be; one division is rounded once."""
     values = drawn(3, 130)
     _, scale = quantize(values, state_dtype, bits_for(values))
-    expected = torch.stack([part.abs().amax(-1) for part in values.split(64, dim=-1)], dim=-1)
+    expected = torch.stack([part.abs().amax(-1) for part in torch.split(values, 64, dim=-1)], dim=-1)
     assert scale.shape == (3, 3)
     assert (scale * LARGEST[state_dtype] / expected - 1).abs().max() <= 2 * UNIT
 
@@ -86,7 +86,7 @@ def test_extremes_zeros_and_grid_points_are_exact(state_dtype: StateDtype, bits:
     grid = torch.arange(-largest, largest + 1, dtype=torch.float32)
     blocks = torch.zeros(ceil(len(grid) / 62), 64)
     blocks[:, :2] = torch.tensor([largest, -largest])  # the scale of every block is 1
-    for block, part in zip(blocks, grid.split(62), strict=True):
+    for block, part in zip(blocks, torch.split(grid, 62), strict=True):
         block[2 : 2 + len(part)] = part
     for unit in (1.0, 2.0**-20, 2.0**30):
         values = blocks * unit
@@ -230,7 +230,7 @@ def test_bfloat16_mean_over_all_random_bits_is_exact(value: float) -> None:
     variance is p(1 - p) of the gap squared, p = low/65536. Only the two neighbours occur.
     """
     x = torch.full((PATTERNS,), value)
-    pattern = x[0].view(torch.int32).item()
+    pattern = int(x[0].view(torch.int32).item())
     low = pattern & 0xFFFF
     found = round_to_bfloat16(x, ALL_BITS)
     assert found.dtype == torch.bfloat16

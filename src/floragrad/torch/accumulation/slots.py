@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from floragrad.torch.accumulation_settings import Settings, listed_parameters
-from floragrad.torch.accumulation_sketch import GradientSketch
-from floragrad.torch.accumulation_window import Slot
+from floragrad.torch.accumulation.settings import Settings, listed_parameters
+from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.accumulation.window import Slot
 
 _holder_of: Any = WeakTensorKeyDictionary()
 """The live :class:`Slots` that each parameter is in, by weak reference."""

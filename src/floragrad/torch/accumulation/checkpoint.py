@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from floragrad.torch.accumulation_settings import Settings
-from floragrad.torch.accumulation_slots import Slots
-from floragrad.torch.accumulation_window import Window
+from floragrad.torch.accumulation.settings import Settings
+from floragrad.torch.accumulation.slots import Slots
+from floragrad.torch.accumulation.window import Window
 
 
 def window_state(window: Window, slots: Slots, settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from floragrad.torch.accumulation_window import Slot, Window
+from floragrad.torch.accumulation.window import Slot, Window
 from floragrad.torch.optimizer import Flora
 
 

@@ -12,10 +12,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
-from floragrad.torch.accumulation_checkpoint import check_window, load_window, window_state
-from floragrad.torch.accumulation_finish import Finish, Materialise, Release, second_gradient
-from floragrad.torch.accumulation_report import AccumulatorReport, accumulator_row
-from floragrad.torch.accumulation_settings import (
+from floragrad.torch.accumulation.checkpoint import check_window, load_window, window_state
+from floragrad.torch.accumulation.finish import Finish, Materialise, Release, second_gradient
+from floragrad.torch.accumulation.report import AccumulatorReport, accumulator_row
+from floragrad.torch.accumulation.settings import (
     Settings,
     as_optimizers,
     can_release,
@@ -23,8 +23,8 @@ from floragrad.torch.accumulation_settings import (
     check_release,
     check_single_process,
 )
-from floragrad.torch.accumulation_slots import Slots
-from floragrad.torch.accumulation_window import Slot, Window, exactly
+from floragrad.torch.accumulation.slots import Slots
+from floragrad.torch.accumulation.window import Slot, Window, exactly
 
 
 class GradientAccumulator:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from floragrad.policy import AccumulatorPlan
-from floragrad.torch.accumulation_sketch import GradientSketch
+from floragrad.torch.accumulation.sketch import GradientSketch
 
 
 @dataclass
