@@ -201,7 +201,7 @@ def normalised(grad: np.ndarray, squares: list[np.ndarray]) -> np.ndarray:
         weights = [w * (1 - t**-0.8) for w in weights] + [t**-0.8]
     mean = np.sum([w * s for w, s in zip(weights, squares, strict=True)], axis=0)
     if grad.ndim < 2:
-        return grad / np.sqrt(mean)
+        return np.asarray(grad / np.sqrt(mean))
     row, col = mean.mean(axis=1, keepdims=True), mean.mean(axis=0, keepdims=True)
     return np.asarray(grad / np.sqrt(row * col / row.mean()))
 
