@@ -1,0 +1,114 @@
+"""Hugging Face's Trainer, with each window's gradients kept as sketches."""
+
+from typing import Any
+
+import torch
+
+from floragrad._extras import require
+from floragrad.torch.integrations import AccumulationOptions
+
+require("transformers", "transformers")
+require("accelerate", "transformers")
+
+from accelerate import Accelerator  # noqa: E402
+from transformers import Trainer  # noqa: E402
+
+from floragrad.torch.integrations.accelerate import AccumulatingOptimizer, FloraAccelerator  # noqa: E402
+
+
+class _TrainerAccelerator(FloraAccelerator):
+    """A Trainer's: it counts micro-batches and divides losses itself, and tells Accelerate of one step.
+
+    Attributes:
+        trainer_steps: The Trainer's ``gradient_accumulation_steps``.
+    """
+
+    trainer_steps: int
+
+    @property
+    def window_steps(self) -> int:
+        return self.trainer_steps
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
+        prepared = super().prepare_optimizer(optimizer, device_placement)
+        if isinstance(prepared, AccumulatingOptimizer):
+            prepared.resumes_windows = False  # a resumed Trainer begins with a window's first micro-batch
+        return prepared
+
+
+class FloraTrainerMixin:
+    """Turns any ``Trainer`` into one that keeps the gradients of ``gradient_accumulation_steps`` compressed.
+
+    Name it before the Trainer: ``class FloraSFTTrainer(FloraTrainerMixin, SFTTrainer): pass``. What calls
+    ``accelerator.backward`` keeps working: ``max_grad_norm`` and the logged ``grad_norm``, ``bf16`` and ``fp16``,
+    activation checkpointing, losses per token over a whole window, checkpoints. With Flora every tensor is
+    decoded, updated and freed by itself when the optimizer steps; other optimizers find the sum in ``.grad``.
+    With ``gradient_accumulation_steps=1`` nothing is changed.
+
+    Args:
+        *args: Of the Trainer.
+        accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`.
+        **kwargs: Of the Trainer.
+
+    Raises:
+        RuntimeError: The Trainer makes an accelerator of a class of its own.
+    """
+
+    accelerator: Any
+    args: Any
+
+    def __init__(self, *args: Any, accumulation: AccumulationOptions | None = None, **kwargs: Any) -> None:
+        self._accumulation: AccumulationOptions = {**accumulation} if accumulation else {}
+        super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; its accelerator then gathers gradients."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if type(self.accelerator) is not Accelerator:
+            raise RuntimeError(
+                f"{type(self).__name__} makes a {type(self.accelerator).__name__}: FloraTrainerMixin extends "
+                "accelerate.Accelerator alone; use floragrad.GradientAccumulator in a training_step of your own"
+            )
+        # The object stays, for the Trainer has handed out methods of it.
+        self.accelerator.__class__ = _TrainerAccelerator
+        self.accelerator._accumulation_options = self._accumulation
+        self.accelerator.trainer_steps = self.args.gradient_accumulation_steps
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does; afterwards the model has no hooks of ours."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.accelerator.let_go()
+
+
+class FloraTrainer(FloraTrainerMixin, Trainer):  # type: ignore[misc]
+    """``transformers.Trainer`` with compressed gradient accumulation; see :class:`FloraTrainerMixin`.
+
+    The optimizer is chosen as in the Trainer, by ``optimizers``, ``optimizer_cls_and_kwargs`` or the arguments.
+
+    Args:
+        *args: Of ``transformers.Trainer``.
+        accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`.
+        **kwargs: Of ``transformers.Trainer``.
+
+    Example:
+        >>> import tempfile
+        >>> from floragrad import Flora, param_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+        >>> tokens = torch.arange(8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     arguments = TrainingArguments(
+        ...         folder, gradient_accumulation_steps=4, per_device_train_batch_size=1, num_train_epochs=1,
+        ...         report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no", save_strategy="no",
+        ...     )
+        ...     trainer = FloraTrainer(
+        ...         model, arguments, train_dataset=[{"input_ids": tokens, "labels": tokens}] * 8,
+        ...         optimizers=(Flora(param_groups(model, lr=1e-3), rank=8), None),
+        ...     )
+        ...     trainer.train().global_step  # doctest: +ELLIPSIS
+        {...}
+        2
+    """
