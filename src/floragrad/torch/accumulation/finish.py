@@ -155,8 +155,10 @@ class Release:
         finally:
             self._stepping = before
 
-    def _notice_habit(self, *_: Any) -> None:
-        if not self._stepping and not self._has_warned:
+    def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A step with a closure is not taken by habit: Lightning runs the last backward pass inside it.
+        has_closure = any(given is not None for given in (*args[1:], *kwargs.values()))
+        if not self._stepping and not has_closure and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "optimizer.step() does nothing here: a GradientAccumulator updates the parameters of this "
