@@ -20,7 +20,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name != module.partition(".")[0]:
             raise
         raise ImportError(
-            f"{module} is not installed, and this part of floragrad needs it: "
-            f"pip install 'floragrad[{extra}]'",
+            f"{module} is not installed, and this part of floragrad needs it: pip install 'floragrad[{extra}]'",
             name=error.name,
         ) from error

@@ -220,9 +220,7 @@ def _matrix_momentum(
     """What a tensor with a view keeps: the kind of momentum, ρ, and why it is not a sketch."""
     by_aspect = kind is None and view.aspect > VOCABULARY_ASPECT
     if (kind == "vocabulary" or by_aspect) and embedding_momentum != "compressed":
-        why = (
-            f"vocabulary-like, aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else "vocabulary"
-        )
+        why = f"vocabulary-like, aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else "vocabulary"
         if embedding_momentum == "none":
             return "none", 1, f"{why}: no momentum"
         return "whole", 1, f"{why}: every column kept"

@@ -87,9 +87,7 @@ def second_moment(grad: Array, state: State, options: Options) -> Array:
     return grad / np.sqrt(state.row / state.row.mean(axis=-2, keepdims=True)) / np.sqrt(state.col)
 
 
-def direction(
-    update: Array, state: State, options: Options, now: Array | None, before: Array | None
-) -> Array:
+def direction(update: Array, state: State, options: Options, now: Array | None, before: Array | None) -> Array:
     """D, and the momentum of the next step in ``state``. ``now`` and ``before`` are P, None at ρ = 1."""
     beta1 = options.beta1
     if not beta1:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from floragrad.train.display import Display, duration, megabytes
+from floragrad.train.display import Display, duration
 from floragrad.train.figures import comparison_figure, run_figure, save
 
 METRICS = [
@@ -14,13 +14,6 @@ METRICS = [
     {"step": 3, "loss": None},
     {"step": 3, "validation_loss": 4.0},
 ]
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (430_460, "430.5 kB"), (16.9e6, "16.9 MB")]
-)
-def test_bytes_in_words(count: float, words: str) -> None:
-    assert megabytes(count) == words
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Phi
     devices share the tensor.
 
     Args:
-        seed: The optimizer's seed, 0 to 2**64 - 1.
+        seed: The optimizer's seed, 0 to 2**63 - 1.
         index: The tensor's position in the optimizer.
         counter: The epoch for projections, the step for rounding.
         stream: Which of the tensor's streams.

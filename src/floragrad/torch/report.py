@@ -1,12 +1,12 @@
 """What was compressed, what was not, why, and in how many bytes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from floragrad._text import format_bytes, format_table
 from floragrad.policy import MatrixView, Momentum, TensorPlan
 
 
@@ -90,27 +90,6 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         adafactor_bytes=_adafactor_bytes(plan.shape, param.dtype),
         reason=plan.reason,
     )
-
-
-def format_table(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its first row the header; the last column is not padded."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
-        for line in cells
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return lines
-
-
-def format_bytes(count: int) -> str:
-    """Bytes in the largest decimal unit that leaves at least one: ``"1.50 MB"``."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def _adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

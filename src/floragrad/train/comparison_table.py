@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from floragrad._text import format_bytes
 from floragrad.train.config import RunConfig
-from floragrad.train.display import megabytes
 
 NOTHING = "–"
 
@@ -184,9 +184,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row["validation_loss"]),
         f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
         NOTHING if row["validation_loss_stdev"] is None else _number(row["validation_loss_stdev"]),
-        megabytes(row["optimizer_state_bytes"]),
+        format_bytes(row["optimizer_state_bytes"]),
         f"{100 * row['state_of_adamw']:.1f}%",
-        megabytes(row["peak_memory_bytes"]),
+        format_bytes(row["peak_memory_bytes"]),
         f"{row['step_time_ratio']:.2f}",
     ]
 

@@ -7,16 +7,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from floragrad._text import format_bytes
+
 LINES_WITHOUT_TERMINAL = 10
 """A run whose output is no terminal writes so many lines instead of a bar."""
-
-
-def megabytes(count: float) -> str:
-    """A number of bytes in words: ``"16.1 MB"``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def duration(seconds: float) -> str:
@@ -66,7 +60,7 @@ class Display:
 
     def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
         """One training step is done."""
-        numbers = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s · {megabytes(memory)}"
+        numbers = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s · {format_bytes(memory)}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
         elif step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
@@ -107,7 +101,7 @@ def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | No
         spread = row["validation_loss_stdev"]
         loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
         share = f"{100 * row['state_of_adamw']:.1f}%"
-        table.add_row(*cells, loss, megabytes(row["optimizer_state_bytes"]), share, f"{row['step_time_ratio']:.2f}")
+        table.add_row(*cells, loss, format_bytes(row["optimizer_state_bytes"]), share, f"{row['step_time_ratio']:.2f}")
     console.print(table)
 
 
@@ -122,9 +116,9 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("perplexity", perplexities),
         (
             "optimizer state",
-            f"{megabytes(kept)}, measured; AdamW's: {megabytes(adamw)} ({adamw / kept:.1f} times)",
+            f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
         ),
-        ("peak memory", f"{megabytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
+        ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
     ]

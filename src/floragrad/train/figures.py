@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from floragrad.train.display import megabytes
+from floragrad._text import format_bytes
 
 COLOURS = {"flora": "#1b7f4d", "adamw": "#c4572e", "adafactor": "#4464ad"}
 SMOOTHING = 0.95
@@ -49,7 +49,7 @@ def comparison_figure(
     _finish(losses)
     names = list(state_bytes)
     drawn = bars.bar(names, [state_bytes[name] / 1e6 for name in names], color=[COLOURS[name] for name in names])
-    bars.bar_label(drawn, [megabytes(state_bytes[name]) for name in names], fontsize=9, padding=2)
+    bars.bar_label(drawn, [format_bytes(state_bytes[name]) for name in names], fontsize=9, padding=2)
     bars.set_title("optimizer state, measured", loc="left", fontsize=10)
     bars.set_ylabel("MB")
     bars.spines[["top", "right"]].set_visible(False)

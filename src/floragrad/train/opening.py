@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from floragrad import Flora
-from floragrad.train.display import megabytes
+from floragrad._text import format_bytes, format_table
 from floragrad.train.optimizers import adamw_bytes
 
 
@@ -17,10 +17,10 @@ def opening_report(optimizer: torch.optim.Optimizer) -> str:
         return _condensed(optimizer.report())
     whole = adamw_bytes(optimizer)
     if isinstance(optimizer, torch.optim.AdamW):
-        return f"AdamW compresses nothing: two numbers for every parameter, {megabytes(whole)} of state"
+        return f"AdamW compresses nothing: two numbers for every parameter, {format_bytes(whole)} of state"
     return (
         "Adafactor keeps rows and columns of the second moment, and one number of momentum for every "
-        f"parameter: at least {megabytes(whole / 2)} of state, AdamW {megabytes(whole)}"
+        f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
     )
 
 
@@ -30,19 +30,17 @@ def _condensed(report: Any) -> str:
     lines = [("tensors", "shape", "count", "ρ", "state", "momentum")]
     for (kept, name, shape, ratio), group in like:
         rows = list(group)
-        size = megabytes(sum(row.state_bytes for row in rows))
+        size = format_bytes(sum(row.state_bytes for row in rows))
         sketched = rows[0].momentum == "sketch"
         dimensions = " x ".join(map(str, shape))
         lines.append((name, dimensions, str(len(rows)), str(ratio) if sketched else "", size, kept))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     total = (
         f"Flora keeps a sketch of the momentum of {report.compressed} of {len(report.rows)} tensors: "
-        f"{megabytes(report.state_bytes)} of state, {report.state_bytes / report.adamw_bytes:.1%} of AdamW's "
-        f"{megabytes(report.adamw_bytes)}, {report.state_bytes / report.adafactor_bytes:.1%} of Adafactor's "
-        f"{megabytes(report.adafactor_bytes)}"
+        f"{format_bytes(report.state_bytes)} of state, {report.state_bytes / report.adamw_bytes:.1%} of AdamW's "
+        f"{format_bytes(report.adamw_bytes)}, {report.state_bytes / report.adafactor_bytes:.1%} of Adafactor's "
+        f"{format_bytes(report.adafactor_bytes)}"
     )
-    return "\n".join([*map(str.rstrip, table), total])
+    return "\n".join([*format_table(lines), total])
 
 
 def _likeness(row: Any) -> tuple[str, str, tuple[int, ...], int]:

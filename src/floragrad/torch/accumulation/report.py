@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from floragrad._text import format_bytes, format_table
 from floragrad.policy import AccumulatorPlan, StateDtype
-from floragrad.torch.report import format_bytes, format_table
 
 
 @dataclass(frozen=True)
