@@ -1,0 +1,174 @@
+"""Lightning's automatic optimization, with each window's gradients kept as sketches."""
+
+from typing import Any
+
+from torch import Tensor
+
+from floragrad._extras import require
+from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.integrations import AccumulationOptions
+
+require("lightning", "lightning")
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E402
+
+
+class FloraAccumulation(Callback):
+    """Keeps the gradients of ``accumulate_grad_batches`` micro-batches compressed.
+
+    The module and the Trainer stay as they are: automatic optimization, ``gradient_clip_val``, schedulers, mixed
+    precision, checkpoints, which hold the window too. With Flora every tensor is decoded, updated and freed by
+    itself, before ``on_before_optimizer_step`` of the module; other optimizers find the sum in ``.grad``. With
+    ``accumulate_grad_batches=1`` nothing is changed.
+
+    Args:
+        accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`. Flora under fp16, whose
+            scaler Lightning keeps to itself, is used with ``release=False``.
+
+    Attributes:
+        grad_norm: Global norm of the last window that was stepped with release, before clipping; else it can be
+            taken of ``.grad``, as ever.
+
+    Raises:
+        RuntimeError: At the start of the training: several processes, manual optimization, or with release what
+            reads ``.grad``.
+
+    Example:
+        >>> import torch
+        >>> from floragrad import Flora
+        >>> from lightning.pytorch import Trainer, LightningModule
+        >>> class Regression(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(64, 64)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return Flora(self.parameters(), lr=1e-3, rank=8)
+        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+        >>> callback = FloraAccumulation()
+        >>> trainer = Trainer(
+        ...     max_epochs=1, accumulate_grad_batches=4, gradient_clip_val=1.0, callbacks=[callback],
+        ...     enable_model_summary=False, **quiet,
+        ... )
+        >>> trainer.fit(Regression(), torch.ones(8, 2, 64))
+        >>> trainer.global_step, callback.grad_norm > 0
+        (2, tensor(True))
+    """
+
+    def __init__(self, accumulation: AccumulationOptions | None = None) -> None:
+        self._options: AccumulationOptions = {**accumulation} if accumulation else {}
+        self._window: GradientAccumulator | None = None
+        self._saved: dict[str, Any] | None = None
+        self.grad_norm: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot work."""
+        if trainer.world_size > 1 or trainer.strategy.handles_gradient_accumulation:
+            raise RuntimeError(
+                "FloraAccumulation under several processes, or a strategy that accumulates itself: gradients are "
+                "compressed before they are averaged; train with devices=1 and strategy='auto', or without it"
+            )
+        if not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "FloraAccumulation with automatic_optimization=False: use floragrad.GradientAccumulator in "
+                "training_step, its backward(loss) instead of manual_backward(loss)"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, _batch: Any, _batch_idx: int) -> None:
+        """Begin to gather gradients; anew where the number of micro-batches was changed by a schedule."""
+        steps = trainer.accumulate_grad_batches
+        if steps == (1 if self._window is None else self._window.steps):
+            return
+        self._let_go()
+        if steps > 1:
+            options = self._options
+            if _scaler(trainer) is not None and options.get("release") is None:
+                options = {**options, "release": False}
+            self._window = GradientAccumulator(trainer.optimizers[0], steps, **options)
+            if self._window.releases:
+                _check_release(trainer, pl_module)
+            if self._saved is not None:
+                self._window.load_state_dict(self._saved)
+
+    def on_before_zero_grad(self, _trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
+        """Drop what a stopped epoch left of a window."""
+        if self._window is not None:
+            self._window.zero_grad()
+
+    def on_before_backward(self, trainer: Trainer, _module: LightningModule, _loss: Tensor) -> None:
+        """Gradients come, of a loss that Lightning has divided by the number of micro-batches."""
+        if self._window is not None:
+            self._window.begin_micro_batch(weight=1.0, last=not trainer.fit_loop._should_accumulate())
+
+    def on_after_backward(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """The gradients are there; the last ones complete the window."""
+        if self._window is not None:
+            self._window.end_micro_batch()
+
+    def on_before_optimizer_step(self, trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
+        """With release: clip and update, after which Lightning finds no gradient to clip or to step with."""
+        # A training_step that returned None has had no backward pass: the window ends here then.
+        if self._window is None or not self._window.flush() or not self._window.releases:
+            return
+        self.grad_norm = self._window.grad_norm
+        if trainer.gradient_clip_val:
+            self._window.clip_grad_norm_(trainer.gradient_clip_val)
+        self._window.step()
+
+    def on_train_batch_end(
+        self, _trainer: Trainer, _module: LightningModule, _outputs: Any, _batch: Any, _batch_idx: int
+    ) -> None:
+        """Without release: the window has been stepped with; free it, before a checkpoint is saved."""
+        if self._window is not None and self._window.complete:
+            self._window.zero_grad()
+
+    def on_train_end(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """The model has no hooks of ours any more."""
+        self._let_go()
+
+    def on_exception(self, _trainer: Trainer, _module: LightningModule, _exception: BaseException) -> None:
+        """As at the end; a window that broke off is dropped."""
+        if self._window is not None:
+            self._window.zero_grad()
+        self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window's position and its sketches."""
+        return {"window": self._saved if self._window is None else self._window.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the window when the training starts."""
+        self._saved = state_dict["window"]
+
+    def _let_go(self) -> None:
+        """Remove the hooks; a later start goes on from here."""
+        if self._window is not None:
+            self._saved = self._window.state_dict()
+            self._window.zero_grad()
+            self._window.close()
+            self._window = None
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _check_release(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to release where Lightning looks for gradients in ``.grad``.
+
+    Raises:
+        RuntimeError: Naming what looks for them, and the way out.
+    """
+    reasons = {
+        "release under fp16, whose scaler unscales .grad": _scaler(trainer) is not None,
+        "gradient_clip_algorithm='value'": trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value",
+        "a configure_gradient_clipping of your own": is_overridden("configure_gradient_clipping", pl_module),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise RuntimeError(
+                f"{reason}, of gradients that are kept as sketches: "
+                "FloraAccumulation(accumulation={'release': False}) leaves the window's sum in .grad"
+            )
