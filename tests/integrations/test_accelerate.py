@@ -177,8 +177,8 @@ def test_none_keeps_four_bits_and_a_rank_keeps_columns() -> None:
 
 
 def test_compressed_windows_descend() -> None:
-    losses = trained(Case("int4", epochs=6), made(CASES[0], True, state_dtype="int4"))["losses"]
-    exact = trained(Case("exact", epochs=6), made(CASES[0], False))["losses"]
+    losses = trained(Case("int4", epochs=4), made(CASES[0], True, state_dtype="int4"))["losses"]
+    exact = trained(Case("exact", epochs=4), made(CASES[0], False))["losses"]
     assert losses[0] - losses[-1] > 0.6 * (exact[0] - exact[-1]) > 0
 
 
