@@ -118,14 +118,14 @@ class Case:
 
 NOT_CLIPPED, BF16 = {"gradient_clip_val": None}, {"precision": "bf16-mixed"}
 BY_VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
-SCHEDULE = {0: 1, 1: STEPS, 2: 3}
+SCHEDULE = {0: 1, 1: STEPS, 2: 3, 3: 1}
 CASES = [
     Case("flora"),
     Case("flora-not-clipped", options=NOT_CLIPPED),
     Case("flora-bf16", options=BF16),
     Case("flora-fp16", plugin=fp16, module={"overflowing": (5,)}, releases=False),
     Case("flora-skipped-steps", module={"skipped": (1, 7, 9)}),
-    Case("flora-scheduled-windows", options={"accumulate_grad_batches": 1, "max_epochs": 3}, schedule=SCHEDULE),
+    Case("flora-scheduled-windows", options={"accumulate_grad_batches": 1, "max_epochs": 4}, schedule=SCHEDULE),
     Case("flora-materialised", accumulation={"release": False}, releases=False),
     Case("adamw", adamw, releases=False),
     Case("adamw-not-clipped", adamw, options=NOT_CLIPPED, releases=False),
@@ -173,6 +173,8 @@ def test_it_equals_lightning(case: Case, recwarn: pytest.WarningsRecorder) -> No
     assert (flat(ours) - flat(theirs)).abs().max() <= 1e-6 * flat(theirs).abs().max()
     if case.schedule is None:
         assert not any(found.held) if case.releases else all(found.held)
+    else:  # ten steps of one micro-batch, windows of 4, 4, 2 and of 3, 3, 3, 1, ten steps
+        assert [held > 0 for held in found.held] == [True] * 10 + [False] * 7 + [True] * 10
     assert not [w for w in recwarn if "optimizer.step()" in str(w.message)]
 
 

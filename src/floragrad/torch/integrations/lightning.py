@@ -82,6 +82,7 @@ class FloraAccumulation(Callback):
         if steps == (1 if self._window is None else self._window.steps):
             return
         self._let_go()
+        self.grad_norm = None
         if steps > 1:
             options = self._options
             if _scaler(trainer) is not None and options.get("release") is None:
