@@ -110,6 +110,8 @@ def test_a_groups_rank_replaces_the_constructors_ratio_and_the_other_way_round()
     )
     assert [row.ratio for row in optimizer.report().rows] == [4, 8, 2]
     assert [(g["rank"], g["ratio"]) for g in optimizer.param_groups] == [(None, 4), (8, None), (None, 2)]
+    by_rank = Flora([{"params": wide[:1]}, {"params": wide[1:], "ratio": 2}], lr=1e-3, rank=8)
+    assert [(g["rank"], g["ratio"]) for g in by_rank.param_groups] == [(8, None), (None, 2)]
 
 
 def test_numpy_numbers_are_numbers() -> None:

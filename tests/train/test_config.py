@@ -43,7 +43,7 @@ def test_floras_options_are_floras_only() -> None:
     config = RunConfig.resolve(optimizer="adamw")
     assert (config.rank, config.kappa, config.projection, config.state_dtype) == (None,) * 4
     assert RunConfig.resolve(projection="adaptive").kappa == 100
-    assert [RunConfig.resolve(steps=steps).kappa for steps in (3, 500, 50_000)] == [1, 100, 1000]
+    assert RunConfig.resolve().kappa == 1000
 
 
 def test_only_the_default_job_is_bounded() -> None:

@@ -174,7 +174,7 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "rank": default_rank(preset.hidden_size) if flora and preset else 128 if flora else None,
-        "kappa": _default_kappa(chosen, steps) if flora else None,
+        "kappa": (100 if chosen.get("projection") == "adaptive" else 1000) if flora else None,
         "projection": "sign" if flora else None,
         "state_dtype": "int8" if flora else None,
         "dtype": "float32",
@@ -185,11 +185,6 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "keep_checkpoint": True,
         "threads": default_threads(),
     }
-
-
-def _default_kappa(chosen: Mapping[str, Any], steps: int) -> int:
-    """Flora's own default, less in short runs: no run goes through on the projection that it began with."""
-    return 100 if chosen.get("projection") == "adaptive" else min(1000, max(1, steps // 5))
 
 
 def _default_megabytes(chosen: Mapping[str, Any], model: str) -> float | None:

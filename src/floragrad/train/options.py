@@ -204,7 +204,7 @@ Kappa = Annotated[
         metavar="INTEGER",
         rich_help_panel=OPTIMIZER,
         help="Flora: steps until the projection is drawn anew.",
-        show_default="a fifth of --steps, at most 1000; 100 for adaptive",
+        show_default="1000; 100 for adaptive",
     ),
 ]
 Projection = Annotated[
