@@ -46,7 +46,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
         ({"clip": False, "scaler": torch.amp.GradScaler("cpu")}, "clip=False with a scaler"),
         ({"clip": False, "release": False}, "clip=False without release"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
 def test_wrong_options(options: dict, message: str) -> None:
     model = net()
