@@ -202,8 +202,7 @@ def plan_tensor(
         reason = "empty" if 0 in shape else "vector: kept whole, in float32"
     else:
         columns = view.columns
-        chosen = ratio if ratio is not None else max(1, min(view.rows, view.columns) // (rank or 1))
-        momentum, chosen, reason = _matrix_momentum(view, chosen, rank, ratio, embedding_momentum, kind)
+        momentum, chosen, reason = _matrix_momentum(view, rank, ratio, embedding_momentum, kind)
     width = ceil(columns / chosen)
     factored = view is not None and factorize_second_moment
     return TensorPlan(shape, view, chosen, width, momentum, factored, projection, state_dtype, reason)
@@ -211,26 +210,38 @@ def plan_tensor(
 
 def _matrix_momentum(
     view: MatrixView,
-    chosen: int,
     rank: int | None,
     ratio: int | None,
     embedding_momentum: EmbeddingMomentum,
     kind: Kind | None,
 ) -> tuple[Momentum, int, str]:
     """What a tensor with a view keeps: the kind of momentum, ρ, and why it is not a sketch."""
-    by_aspect = kind is None and view.aspect > VOCABULARY_ASPECT
-    if (kind == "vocabulary" or by_aspect) and embedding_momentum != "compressed":
-        why = f"vocabulary-like, aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else "vocabulary"
+    aspect = _vocabulary_aspect(view, kind)
+    if aspect is not None and embedding_momentum != "compressed":
+        why = f"vocabulary-like{aspect}" if aspect else "vocabulary"
         if embedding_momentum == "none":
             return "none", 1, f"{why}: no momentum"
         return "whole", 1, f"{why}: every column kept"
-    chosen = min(chosen, view.columns)
+    chosen = _ratio(view, rank, ratio)
     if chosen >= 2:
         return "sketch", chosen, ""
     if ratio is not None:
         return "whole", 1, f"ratio {ratio}: every column kept"
     smaller = min(view.rows, view.columns)
     return "whole", 1, f"rank {rank} > {smaller} // 2: every column kept"
+
+
+def _ratio(view: MatrixView, rank: int | None, ratio: int | None) -> int:
+    """ρ of a view: as given, or min(m, n) // rank; at least 1, at most one bucket for all columns."""
+    chosen = max(1, min(view.rows, view.columns) // (rank or 1)) if ratio is None else ratio
+    return min(chosen, view.columns)
+
+
+def _vocabulary_aspect(view: MatrixView, kind: Kind | None) -> str | None:
+    """None for what is no vocabulary; else in words the aspect ratio that says so, empty where ``kind`` does."""
+    if kind is not None:
+        return "" if kind == "vocabulary" else None
+    return f", aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if view.aspect > VOCABULARY_ASPECT else None
 
 
 @dataclass(frozen=True)
@@ -301,12 +312,10 @@ def plan_accumulator(
     view = matrix_view(shape)
     if view is None:
         return AccumulatorPlan(shape, MatrixView(1, prod(shape), 1), 1, 1, "float32", "vector: summed exactly")
-    chosen = ratio if rank is None else max(1, min(view.rows, view.columns) // rank)
-    chosen, reason = min(chosen, view.columns), ""
-    by_aspect = kind is None and view.aspect > VOCABULARY_ASPECT
-    if chosen > 1 and (kind == "vocabulary" or by_aspect):
-        why = f", aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if by_aspect else ""
-        chosen, reason = 1, f"vocabulary-like{why}: every column kept"
+    chosen, reason = _ratio(view, rank, ratio if rank is None else None), ""
+    aspect = _vocabulary_aspect(view, kind)
+    if chosen > 1 and aspect is not None:
+        chosen, reason = 1, f"vocabulary-like{aspect}: every column kept"
     plan = AccumulatorPlan(shape, view, chosen, ceil(view.columns / chosen), state_dtype, reason)
     if state_dtype != "float32" and plan.state_bytes >= plan.exact_bytes:
         return AccumulatorPlan(shape, view, 1, view.columns, "float32", "small: summed exactly")

@@ -8,7 +8,6 @@ import torch
 
 from floragrad import reference
 from floragrad.torch.options import plan_of, resolve_group
-from floragrad.torch.projection import BucketProjection
 from floragrad.torch.tensor_step import TensorStep, adaptive_noise, initial_state
 from tests.torch.cases import Case
 
@@ -82,7 +81,3 @@ def _stack(weights: np.ndarray, k: int) -> np.ndarray:
 def _learn(weights: np.ndarray, blended: np.ndarray, k: int, group: dict[str, Any], step: int) -> np.ndarray:
     noise = _double(adaptive_noise(weights.shape[-1], k, group["seed"], INDEX, step // group["kappa"]))
     return np.stack([reference.adaptive_weights(m, w + noise, k) for m, w in zip(blended, weights, strict=True)])
-
-
-def dense(projection: BucketProjection) -> np.ndarray:
-    return _double(projection.matrix())

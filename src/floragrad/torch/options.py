@@ -50,7 +50,8 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer from 1 up."""
     return _is_integer(value, 1)
 
 
@@ -75,9 +76,9 @@ _FLAG: Final = _one_of(True, False)
 
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "lr": (_is_lr, "a number >= 0, or None with relative_step=True; a Tensor lr must be 1-element"),
-    "rank": (lambda value: value is None or _is_count(value), "an integer >= 1"),
-    "ratio": (lambda value: value is None or _is_count(value), "an integer >= 1, or None to go by rank"),
-    "kappa": (_is_count, "an integer >= 1"),
+    "rank": (lambda value: value is None or is_count(value), "an integer >= 1"),
+    "ratio": (lambda value: value is None or is_count(value), "an integer >= 1, or None to go by rank"),
+    "kappa": (is_count, "an integer >= 1"),
     "eps": (_is_eps, "two numbers >= 0: (added to squared gradients, least parameter scale)"),
     "clip_threshold": (lambda value: _is_number(value) and value > 0, "a number > 0; inf does not clip"),
     "decay_rate": (lambda value: _is_number(value) and value <= 0, "a number <= 0"),

@@ -86,10 +86,15 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         ratio=plan.ratio,
         momentum=plan.momentum,
         state_bytes=plan.state_bytes,
-        adamw_bytes=2 * prod(plan.shape) * param.dtype.itemsize + 4,
+        adamw_bytes=adamw_bytes(plan.shape, param.dtype),
         adafactor_bytes=_adafactor_bytes(plan.shape, param.dtype),
         reason=plan.reason,
     )
+
+
+def adamw_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of ``torch.optim.AdamW``'s state for one parameter: two numbers for each of its own, and a step."""
+    return 2 * prod(shape) * dtype.itemsize + 4
 
 
 def _adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ from transformers.optimization import Adafactor
 
 from floragrad import Flora, param_groups
 from floragrad.policy import matrix_view
+from floragrad.torch import report
 from floragrad.train.config import RunConfig
 from floragrad.train.errors import UserError
 from floragrad.train.models import empty_model
@@ -60,6 +61,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that AdamW's state takes for the same parameters: two numbers each, and a step a tensor."""
+    """Bytes that AdamW's state takes for the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return sum(2 * parameter.numel() * parameter.element_size() + 4 for parameter in parameters)
+    return sum(report.adamw_bytes(parameter.shape, parameter.dtype) for parameter in parameters)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
 from floragrad.torch.optimizer import Flora
-from floragrad.torch.options import check_option, state_dtype_name
+from floragrad.torch.options import check_option, is_count, state_dtype_name
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,8 @@ class Settings:
             ValueError: An option has a wrong value, or two options contradict each other.
         """
         settings = cls(**{**options, "state_dtype": state_dtype_name(options["state_dtype"])})
-        steps = settings.steps
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps={steps!r}: must be an integer >= 1, the micro-batches of a window")
+        if not is_count(settings.steps):
+            raise ValueError(f"steps={settings.steps!r}: must be an integer >= 1, the micro-batches of a window")
         for name in ("ratio", "rank", "state_dtype", "projection", "seed"):
             check_option(name, getattr(settings, name))
         if settings.ratio is None:
