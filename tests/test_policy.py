@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floragrad import Flora, policy
-from floragrad.policy import MatrixView, TensorPlan, matrix_view, plan_tensor
+from floragrad.policy import MatrixView, TensorPlan, matrix_view, plan_accumulator, plan_tensor
 
 STORAGE = ("float32", "bfloat16", "int8", "int4")
 
@@ -276,3 +276,25 @@ def test_the_torch_half_imports_neither_jax_nor_the_training_command(ours: str, 
             for module in modules:
                 assert not module.startswith(f"floragrad.{others}"), f"{source.name} imports {module}"
                 assert module.partition(".")[0] != others, f"{source.name} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "ratio", "reason"),
+    [
+        ((64, 96), {"rank": 16}, 4, ""),
+        ((96, 64), {"rank": 16}, 4, ""),
+        ((64, 96), {"rank": 48}, 1, ""),
+        ((64, 96), {"ratio": 3}, 3, ""),
+        ((64, 96), {"ratio": 1000}, 96, ""),
+        ((640, 64), {"ratio": 3}, 1, "vocabulary-like, aspect 10 > 4: every column kept"),
+        ((640, 64), {"rank": 16, "kind": "matrix"}, 4, ""),
+        ((64, 96), {"ratio": 3, "kind": "vocabulary"}, 1, "vocabulary-like: every column kept"),
+        ((64,), {"ratio": 3}, 1, "vector: summed exactly"),
+    ],
+)
+def test_accumulators_go_by_ratio_or_rank(
+    shape: tuple[int, ...], options: dict[str, Any], ratio: int, reason: str
+) -> None:
+    plan = plan_accumulator(shape, **options)
+    assert (plan.ratio, plan.reason) == (ratio, reason)
+    assert plan.width == -(-plan.view.columns // ratio)
