@@ -5,7 +5,6 @@ All of them act on the last dimension alone: rows never mix, so a shard of rows 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 from math import ceil
 from typing import Protocol
@@ -14,19 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from floragrad._streams import Stream
 from floragrad.policy import MatrixView
 from floragrad.policy import Projection as ProjectionKind
-
-
-class Stream(IntEnum):
-    """Independent random streams of one tensor."""
-
-    MOMENTUM = 0
-    ACCUMULATOR = 1
-    STATE_ROUNDING = 2
-    PARAMETER_ROUNDING = 3
-    ADAPTIVE_NOISE = 4
-    ACCUMULATOR_ROUNDING = 5
 
 
 class Projection(Protocol):

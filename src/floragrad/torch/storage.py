@@ -7,8 +7,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype
-from floragrad.torch.projection import Stream, philox
+from floragrad.torch.projection import philox
 from floragrad.torch.quantize import dequantize, quantize, random_bits, round_to_bfloat16
 
 Block = tuple[slice, slice]

@@ -14,12 +14,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from floragrad._streams import ADAPTIVE_NOISE, Stream
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.projection import (
     BucketProjection,
     Projection,
-    Stream,
     draw_projection,
     normalise_buckets,
     philox,
@@ -37,8 +37,6 @@ PIECES: Final = 4
 """Blocks that a tensor is cut into at least, so that what is as large as a block stays small beside it."""
 WHOLE_ELEMENTS: Final = 2**14
 """A tensor of up to so many elements is one block: its temporaries take less than its launches."""
-ADAPTIVE_NOISE: Final = 0.1
-"""Norm of the seeded noise, relative to the weights', that lets adaptive buckets leave a saddle."""
 
 State = dict[str, Tensor]
 Group = dict[str, Any]

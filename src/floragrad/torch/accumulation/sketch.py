@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
-from floragrad.torch.projection import Projection, Stream, draw_projection, philox
+from floragrad.torch.projection import Projection, draw_projection, philox
 from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save, seeded_generator
 from floragrad.torch.tensor_step import block_elements
 

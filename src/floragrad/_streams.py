@@ -1,0 +1,18 @@
+"""What both frameworks draw at random for a tensor, and how much of it."""
+
+from enum import IntEnum
+from typing import Final
+
+ADAPTIVE_NOISE: Final = 0.1
+"""Norm of the seeded noise, relative to the weights', that lets adaptive buckets leave a saddle."""
+
+
+class Stream(IntEnum):
+    """Independent random streams of one tensor."""
+
+    MOMENTUM = 0
+    ACCUMULATOR = 1
+    STATE_ROUNDING = 2
+    PARAMETER_ROUNDING = 3
+    ADAPTIVE_NOISE = 4
+    ACCUMULATOR_ROUNDING = 5

@@ -1,0 +1,230 @@
+"""Projections of columns: encode n of them as k, decode k as n, carry a sketch from one projection to the next.
+
+Everything acts on matrices as JAX keeps them, (..., n, m) like a kernel (in, out): n columns of the method, the
+inputs, lie along the LAST BUT ONE axis, and its m rows, the outputs, along the last. Rows never mix, so a shard
+of outputs is projected by itself. Sketches are (..., k, m).
+
+A projection is a pytree of arrays and the first argument of what is computed with it; only :func:`draw` and
+:func:`stream_key` know of seeds.
+"""
+
+from math import ceil
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from floragrad._streams import ADAPTIVE_NOISE, Stream
+from floragrad.policy import Projection as ProjectionKind
+
+
+class Projection(Protocol):
+    """P, k x n, with E[PᵀP] = I or orthonormal rows."""
+
+    def encode(self, matrix: Array) -> Array:
+        """P X: (..., n, m) to (..., k, m)."""
+        ...
+
+    def decode(self, sketch: Array) -> Array:
+        """Pᵀ Z: (..., k, m) to (..., n, m)."""
+        ...
+
+    def decode_orthogonal(self, sketch: Array) -> Array:
+        """Pᵀ (P Pᵀ)⁻¹ Z: after encoding, the orthogonal projection onto the rows of P."""
+        ...
+
+    def carry(self, sketch: Array, previous: "Projection", changed: ArrayLike, *, orthogonal: bool) -> Array:
+        """Z, written under ``previous``, as this projection would have written it.
+
+        Args:
+            sketch: Z.
+            previous: The projection that Z was written under, of the same kind.
+            changed: Whether the two differ at all; where they do not, Z is returned as it is.
+            orthogonal: Decode with (P Pᵀ)⁻¹.
+        """
+        ...
+
+    def matrix(self) -> Array:
+        """P as a dense float32 matrix, (..., k, n), for tests and for looking at."""
+        ...
+
+
+class BucketProjection(NamedTuple):
+    """Columns dealt into k buckets, bucket(j) = j mod k; P[bucket(j), j] = weight[j].
+
+    With random signs for weights this is a balanced count sketch: P Pᵀ is the diagonal of bucket sizes. With
+    learnt weights of norm 1 in each bucket the rows of P are orthonormal. No matrix is built, no product taken.
+
+    Attributes:
+        weight: (n,), or (..., n) where every matrix of a stack has its own.
+        gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
+    """
+
+    weight: Array
+    gram: Array
+
+    @classmethod
+    def signs(cls, signs: Array, k: int) -> "BucketProjection":
+        """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
+        return cls(signs, bucket_sizes(signs.shape[-1], k))
+
+    @classmethod
+    def normalised(cls, weight: Array, k: int) -> "BucketProjection":
+        """Of weights with norm 1 in each bucket: orthonormal rows."""
+        return cls(weight, jnp.ones(k))
+
+    def encode(self, matrix: Array) -> Array:
+        """P X."""
+        return slots(matrix * self.weight[..., None], self.gram.shape[-1], axis=-2).sum(-3)
+
+    def decode(self, sketch: Array) -> Array:
+        """Pᵀ Z."""
+        return tile(sketch, self.weight.shape[-1], axis=-2) * self.weight[..., None]
+
+    def decode_orthogonal(self, sketch: Array) -> Array:
+        """Pᵀ (P Pᵀ)⁻¹ Z."""
+        return self.decode(sketch / self.gram[:, None])
+
+    def carry(self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool) -> Array:
+        """Z as this projection would have written it."""
+        # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
+        assert isinstance(previous, BucketProjection)
+        overlap = slots(self.weight * previous.weight, self.gram.shape[-1], axis=-1).sum(-2)
+        factor = overlap / previous.gram if orthogonal else overlap
+        return sketch * jnp.where(changed, factor, 1.0)[..., None]
+
+    def matrix(self) -> Array:
+        """P, dense."""
+        n, k = self.weight.shape[-1], self.gram.shape[-1]
+        return jax.nn.one_hot(jnp.arange(n) % k, k, axis=0) * self.weight[..., None, :]
+
+
+class GaussianProjection(NamedTuple):
+    """The paper's P ~ N(0, 1/k).
+
+    Attributes:
+        dense: P, (k, n).
+    """
+
+    dense: Array
+
+    def encode(self, matrix: Array) -> Array:
+        """P X."""
+        return jnp.matmul(self.dense, matrix, precision=lax.Precision.HIGHEST)
+
+    def decode(self, sketch: Array) -> Array:
+        """Pᵀ Z."""
+        return jnp.matmul(self.dense.T, sketch, precision=lax.Precision.HIGHEST)
+
+    def decode_orthogonal(self, sketch: Array) -> Array:
+        """Refused: Gaussian rows are not orthogonal."""
+        raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
+
+    def carry(self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool) -> Array:
+        """Z as this projection would have written it."""
+        if orthogonal:
+            raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
+        carried: Array = lax.cond(changed, lambda: self.encode(previous.decode(sketch)), lambda: sketch)
+        return carried
+
+    def matrix(self) -> Array:
+        """P."""
+        return self.dense
+
+
+def stream_key(seed: ArrayLike, index: int, counter: ArrayLike, stream: Stream) -> Array:
+    """The key of one tensor's stream at one epoch or step; the same under ``jit`` and on any devices.
+
+    Args:
+        seed: The optimizer's seed, 0 to 2**32 - 1.
+        index: The tensor's position among the leaves of the parameters.
+        counter: The epoch for projections, the step for rounding.
+        stream: Which of the tensor's streams.
+
+    Example:
+        >>> one, other = (stream_key(0, 0, epoch, Stream.MOMENTUM) for epoch in (0, 1))
+        >>> bool((jax.random.key_data(one) == jax.random.key_data(other)).all())
+        False
+    """
+    key = jax.random.key(seed)
+    for number in (index, counter, int(stream)):
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
+    """A projection of n columns to k, drawn at random.
+
+    Args:
+        kind: ``"sign"`` or ``"gaussian"``.
+        key: From :func:`stream_key`.
+        n: Columns.
+        k: Columns of a sketch.
+
+    Example:
+        >>> projection = draw("sign", jax.random.key(0), 6, 2)
+        >>> projection.encode(projection.decode_orthogonal(jnp.ones((2, 5)))).tolist() == [[1.0] * 5] * 2
+        True
+    """
+    if kind == "gaussian":
+        return GaussianProjection(jax.random.normal(key, (k, n)) * k**-0.5)
+    return BucketProjection.signs(jax.random.rademacher(key, (n,), dtype=jnp.float32), k)
+
+
+def bucket_sizes(n: int, k: int) -> Array:
+    """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
+    return jnp.full(k, n // k, jnp.float32) + (jnp.arange(k) < n % k)
+
+
+def slots(values: Array, k: int, *, axis: int) -> Array:
+    """(..., n, ...) as (..., ceil(n / k), k, ...), the last slot filled up with zeros.
+
+    Args:
+        values: What is cut.
+        k: The size of a slot, the number of buckets: column j is at slot j div k and bucket j mod k.
+        axis: Along which, counted from the end.
+    """
+    where, n = values.ndim + axis, values.shape[axis]
+    missing = ceil(n / k) * k - n
+    if missing:
+        values = jnp.pad(values, [(0, missing if each == where else 0) for each in range(values.ndim)])
+    return values.reshape(*values.shape[:where], ceil(n / k), k, *values.shape[where + 1 :])
+
+
+def tile(values: Array, n: int, *, axis: int) -> Array:
+    """(..., k, ...) repeated along the axis, counted from the end, until it is n long."""
+    where, k = values.ndim + axis, values.shape[axis]
+    count = ceil(n / k)
+    repeated = jnp.broadcast_to(
+        jnp.expand_dims(values, where), (*values.shape[:where], count, *values.shape[where:])
+    ).reshape(*values.shape[:where], count * k, *values.shape[where + 1 :])
+    return lax.slice_in_dim(repeated, 0, n, axis=where)
+
+
+def normalise_buckets(weight: Array, k: int, fallback: Array) -> Array:
+    """``weight`` (..., n) with norm 1 in each of k buckets; ``fallback`` in buckets that are zero."""
+    norm = tile(jnp.sqrt(jnp.square(slots(weight, k, axis=-1)).sum(-2)), weight.shape[-1], axis=-1)
+    return jnp.where(norm == 0, fallback, weight / jnp.where(norm == 0, 1.0, norm))
+
+
+def learn(matrix: Array, start: Array, k: int, key: Array) -> Array:
+    """Adaptive weights: two power iterations in every bucket, w ← Vᵀ(V w) / ‖Vᵀ(V w)‖, from ``start`` plus noise.
+
+    V is the bucket's columns of ``matrix``, so what is learnt captures as much of it as one number for each
+    bucket and row can. A bucket of zeros keeps the weights that it has.
+
+    Args:
+        matrix: (..., n, m).
+        start: The weights before, (..., n), of norm 1 in each bucket.
+        k: Buckets.
+        key: Of the noise, uniform and of norm about ``ADAPTIVE_NOISE`` in every bucket.
+    """
+    n = start.shape[-1]
+    noise = jax.random.uniform(key, (n,), minval=-1.0, maxval=1.0) * (ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
+    weight = normalise_buckets(start + noise, k, start)
+    for _ in range(2):
+        sketch = BucketProjection.normalised(weight, k).encode(matrix)
+        weight = normalise_buckets((matrix * tile(sketch, n, axis=-2)).sum(-1), k, weight)
+    return weight
