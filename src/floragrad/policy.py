@@ -169,6 +169,7 @@ def plan_tensor(
     embedding_momentum: EmbeddingMomentum = "none",
     state_dtype: StateDtype = "int8",
     kind: Kind | None = None,
+    view: MatrixView | None = None,
 ) -> TensorPlan:
     """Decide what is kept for one tensor.
 
@@ -185,6 +186,7 @@ def plan_tensor(
         embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"`` or ``"compressed"``.
         state_dtype: How the momentum of tensors with a view is stored.
         kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+        view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
 
     Example:
         >>> plan = plan_tensor((3072, 768), rank=128, state_dtype="float32")
@@ -192,7 +194,7 @@ def plan_tensor(
         (6, 128, True)
     """
     shape = tuple(shape)
-    view = matrix_view(shape)
+    view = view or matrix_view(shape)
     columns = shape[-1] if shape else 1
     chosen = 1
     momentum: Momentum = "whole"
@@ -290,6 +292,7 @@ def plan_accumulator(
     rank: int | None = None,
     state_dtype: StateDtype = "int4",
     kind: Kind | None = None,
+    view: MatrixView | None = None,
 ) -> AccumulatorPlan:
     """Decide what is kept of one tensor's gradient between the micro-batches of a window.
 
@@ -302,6 +305,7 @@ def plan_accumulator(
         rank: r, of which the ratio is derived where given: min(m, n) // r, at least 1.
         state_dtype: How the sketch is stored.
         kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+        view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
 
     Example:
         >>> plan = plan_accumulator((768, 3072))
@@ -309,7 +313,7 @@ def plan_accumulator(
         True
     """
     shape = tuple(shape)
-    view = matrix_view(shape)
+    view = view or matrix_view(shape)
     if view is None:
         return AccumulatorPlan(shape, MatrixView(1, prod(shape), 1), 1, 1, "float32", "vector: summed exactly")
     chosen, reason = _ratio(view, rank, ratio if rank is None else None), ""
