@@ -1,8 +1,9 @@
 """Projections of columns: encode n of them as k, decode k as n, carry a sketch from one projection to the next.
 
-Everything acts on matrices as JAX keeps them, (..., n, m) like a kernel (in, out): n columns of the method, the
-inputs, lie along the LAST BUT ONE axis, and its m rows, the outputs, along the last. Rows never mix, so a shard
-of outputs is projected by itself. Sketches are (..., k, m).
+Everything acts on matrices as JAX keeps them, (..., n, m) like a kernel (in, out): the method's n columns, the
+inputs, lie along the LAST BUT ONE axis, and its m rows, the outputs, along the last. ``axis=-1`` is for
+matrices that are kept as (..., m, n), like embeddings (vocabulary, features); sketches lie as their matrices
+do. Rows never mix, so a shard of outputs is projected by itself.
 
 A projection is a pytree of arrays and the first argument of what is computed with it; only :func:`draw` and
 :func:`stream_key` know of seeds.
@@ -23,19 +24,21 @@ from floragrad.policy import Projection as ProjectionKind
 class Projection(Protocol):
     """P, k x n, with E[PᵀP] = I or orthonormal rows."""
 
-    def encode(self, matrix: Array) -> Array:
+    def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X: (..., n, m) to (..., k, m)."""
         ...
 
-    def decode(self, sketch: Array) -> Array:
+    def decode(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ Z: (..., k, m) to (..., n, m)."""
         ...
 
-    def decode_orthogonal(self, sketch: Array) -> Array:
+    def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ (P Pᵀ)⁻¹ Z: after encoding, the orthogonal projection onto the rows of P."""
         ...
 
-    def carry(self, sketch: Array, previous: "Projection", changed: ArrayLike, *, orthogonal: bool) -> Array:
+    def carry(
+        self, sketch: Array, previous: "Projection", changed: ArrayLike, *, orthogonal: bool, axis: int = -2
+    ) -> Array:
         """Z, written under ``previous``, as this projection would have written it.
 
         Args:
@@ -43,6 +46,7 @@ class Projection(Protocol):
             previous: The projection that Z was written under, of the same kind.
             changed: Whether the two differ at all; where they do not, Z is returned as it is.
             orthogonal: Decode with (P Pᵀ)⁻¹.
+            axis: Of the buckets.
         """
         ...
 
@@ -75,25 +79,27 @@ class BucketProjection(NamedTuple):
         """Of weights with norm 1 in each bucket: orthonormal rows."""
         return cls(weight, jnp.ones(k))
 
-    def encode(self, matrix: Array) -> Array:
+    def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X."""
-        return slots(matrix * self.weight[..., None], self.gram.shape[-1], axis=-2).sum(-3)
+        return slots(matrix * _along(self.weight, axis), self.gram.shape[-1], axis=axis).sum(axis - 1)
 
-    def decode(self, sketch: Array) -> Array:
+    def decode(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ Z."""
-        return tile(sketch, self.weight.shape[-1], axis=-2) * self.weight[..., None]
+        return tile(sketch, self.weight.shape[-1], axis=axis) * _along(self.weight, axis)
 
-    def decode_orthogonal(self, sketch: Array) -> Array:
+    def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ (P Pᵀ)⁻¹ Z."""
-        return self.decode(sketch / self.gram[:, None])
+        return self.decode(sketch / _along(self.gram, axis), axis=axis)
 
-    def carry(self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool) -> Array:
+    def carry(
+        self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool, axis: int = -2
+    ) -> Array:
         """Z as this projection would have written it."""
         # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
         assert isinstance(previous, BucketProjection)
         overlap = slots(self.weight * previous.weight, self.gram.shape[-1], axis=-1).sum(-2)
         factor = overlap / previous.gram if orthogonal else overlap
-        return sketch * jnp.where(changed, factor, 1.0)[..., None]
+        return sketch * _along(jnp.where(changed, factor, 1.0), axis)
 
     def matrix(self) -> Array:
         """P, dense."""
@@ -110,23 +116,27 @@ class GaussianProjection(NamedTuple):
 
     dense: Array
 
-    def encode(self, matrix: Array) -> Array:
+    def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X."""
-        return jnp.matmul(self.dense, matrix, precision=lax.Precision.HIGHEST)
+        return _product(self.dense, matrix, axis)
 
-    def decode(self, sketch: Array) -> Array:
+    def decode(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ Z."""
-        return jnp.matmul(self.dense.T, sketch, precision=lax.Precision.HIGHEST)
+        return _product(self.dense.T, sketch, axis)
 
-    def decode_orthogonal(self, sketch: Array) -> Array:
+    def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
         """Refused: Gaussian rows are not orthogonal."""
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 
-    def carry(self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool) -> Array:
+    def carry(
+        self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool, axis: int = -2
+    ) -> Array:
         """Z as this projection would have written it."""
         if orthogonal:
             raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
-        carried: Array = lax.cond(changed, lambda: self.encode(previous.decode(sketch)), lambda: sketch)
+        carried: Array = lax.cond(
+            changed, lambda: self.encode(previous.decode(sketch, axis=axis), axis=axis), lambda: sketch
+        )
         return carried
 
     def matrix(self) -> Array:
@@ -173,6 +183,18 @@ def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
     return BucketProjection.signs(jax.random.rademacher(key, (n,), dtype=jnp.float32), k)
 
 
+def _along(vector: Array, axis: int) -> Array:
+    """One number for each column, (..., n), as a factor of matrices whose columns lie along ``axis``."""
+    return jnp.expand_dims(vector, -3 - axis)
+
+
+def _product(dense: Array, matrix: Array, axis: int) -> Array:
+    """A dense matrix times every column of ``matrix``, in full float32."""
+    if axis == -2:
+        return jnp.matmul(dense, matrix, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(matrix, dense.T, precision=lax.Precision.HIGHEST)
+
+
 def bucket_sizes(n: int, k: int) -> Array:
     """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
     return jnp.full(k, n // k, jnp.float32) + (jnp.arange(k) < n % k)
@@ -209,7 +231,7 @@ def normalise_buckets(weight: Array, k: int, fallback: Array) -> Array:
     return jnp.where(norm == 0, fallback, weight / jnp.where(norm == 0, 1.0, norm))
 
 
-def learn(matrix: Array, start: Array, k: int, key: Array) -> Array:
+def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) -> Array:
     """Adaptive weights: two power iterations in every bucket, w ← Vᵀ(V w) / ‖Vᵀ(V w)‖, from ``start`` plus noise.
 
     V is the bucket's columns of ``matrix``, so what is learnt captures as much of it as one number for each
@@ -220,11 +242,12 @@ def learn(matrix: Array, start: Array, k: int, key: Array) -> Array:
         start: The weights before, (..., n), of norm 1 in each bucket.
         k: Buckets.
         key: Of the noise, uniform and of norm about ``ADAPTIVE_NOISE`` in every bucket.
+        axis: Of the columns.
     """
     n = start.shape[-1]
     noise = jax.random.uniform(key, (n,), minval=-1.0, maxval=1.0) * (ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
     weight = normalise_buckets(start + noise, k, start)
     for _ in range(2):
-        sketch = BucketProjection.normalised(weight, k).encode(matrix)
-        weight = normalise_buckets((matrix * tile(sketch, n, axis=-2)).sum(-1), k, weight)
+        sketch = BucketProjection.normalised(weight, k).encode(matrix, axis=axis)
+        weight = normalise_buckets((matrix * tile(sketch, n, axis=axis)).sum(-3 - axis), k, weight)
     return weight
