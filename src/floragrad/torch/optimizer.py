@@ -8,9 +8,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from floragrad._checks import DEFAULT_RANK
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
-from floragrad.torch.options import DEFAULT_RANK, plan_of, resolve_group
+from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.report import Report, report_row
 from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
 

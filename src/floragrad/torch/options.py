@@ -1,20 +1,23 @@
 """The options of a parameter group: their checks, and what follows from them."""
 
-from collections.abc import Callable
-from math import isfinite
-from numbers import Integral, Real
 from typing import Any, Final, get_args
 
 import torch
 
-from floragrad.policy import EmbeddingMomentum, Kind, Projection, StateDtype, TensorPlan, plan_tensor
-
-
-class _DefaultRank(int):
-    """The default rank, told apart from the same number given by the caller."""
-
-
-DEFAULT_RANK: Final = _DefaultRank(128)
+from floragrad._checks import (
+    FLAG,
+    SHARED_CHECKS,
+    Check,
+    DefaultRank,
+    check_contradictions,
+    check_value,
+    is_integer,
+    is_number,
+    is_rate,
+    one_of,
+    shared_contradictions,
+)
+from floragrad.policy import Kind, TensorPlan, plan_tensor
 
 LAYOUT_OPTIONS: Final = (
     "rank",
@@ -42,63 +45,34 @@ _PLAN_OPTIONS: Final = (
 )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is an integer from 1 up."""
-    return _is_integer(value, 1)
-
-
 def _is_lr(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
-    return value is None or (_is_number(value) and isfinite(value) and value >= 0)
+    return value is None or is_rate(value)
 
 
 def _is_eps(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(v) and v >= 0 for v in value)
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_number(v) and v >= 0 for v in value)
 
 
-def _one_of(*allowed: Any) -> tuple[Callable[[Any], bool], str]:
-    return (
-        lambda value: any(value is each or (isinstance(value, str) and value == each) for each in allowed),
-        "one of " + ", ".join(map(repr, allowed)),
-    )
-
-
-_FLAG: Final = _one_of(True, False)
-
-_CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+_CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
     "lr": (_is_lr, "a number >= 0, or None with relative_step=True; a Tensor lr must be 1-element"),
-    "rank": (lambda value: value is None or is_count(value), "an integer >= 1"),
-    "ratio": (lambda value: value is None or is_count(value), "an integer >= 1, or None to go by rank"),
-    "kappa": (is_count, "an integer >= 1"),
     "eps": (_is_eps, "two numbers >= 0: (added to squared gradients, least parameter scale)"),
-    "clip_threshold": (lambda value: _is_number(value) and value > 0, "a number > 0; inf does not clip"),
-    "decay_rate": (lambda value: _is_number(value) and value <= 0, "a number <= 0"),
+    "clip_threshold": (lambda value: is_number(value) and value > 0, "a number > 0; inf does not clip"),
+    "decay_rate": (lambda value: is_number(value) and value <= 0, "a number <= 0"),
     "beta1": (
-        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+        lambda value: value is None or (is_number(value) and 0 <= value < 1),
         "a number in [0, 1), or None for no momentum",
     ),
-    "weight_decay": (lambda value: _is_number(value) and value >= 0, "a number >= 0"),
-    "scale_parameter": _FLAG,
-    "relative_step": _FLAG,
-    "warmup_init": _FLAG,
-    "factorize_second_moment": _FLAG,
-    "seed": (lambda value: _is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
-    "projection": _one_of(*get_args(Projection)),
-    "residual": _one_of(None, True, False),
-    "embedding_momentum": _one_of(*get_args(EmbeddingMomentum)),
-    "state_dtype": _one_of(*get_args(StateDtype)),
-    "stochastic_rounding": _FLAG,
-    "compile": _FLAG,
-    "kind": _one_of(None, *get_args(Kind)),
+    "weight_decay": (lambda value: is_number(value) and value >= 0, "a number >= 0"),
+    "scale_parameter": FLAG,
+    "relative_step": FLAG,
+    "warmup_init": FLAG,
+    "factorize_second_moment": FLAG,
+    "seed": (lambda value: is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
+    "stochastic_rounding": FLAG,
+    "compile": FLAG,
+    "kind": one_of(None, *get_args(Kind)),
 }
 
 
@@ -108,9 +82,7 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         ValueError: Naming the option, the value and what is allowed.
     """
-    is_valid, allowed = _CHECKS[name]
-    if not is_valid(value):
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+    check_value(name, value, _CHECKS[name])
 
 
 def state_dtype_name(value: Any) -> Any:
@@ -131,7 +103,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
         resolved["rank"] = group.get("rank")
     elif group.get("rank") is not None:
         resolved["ratio"] = group.get("ratio")
-    if resolved["ratio"] is not None and isinstance(resolved["rank"], _DefaultRank):
+    if resolved["ratio"] is not None and isinstance(resolved["rank"], DefaultRank):
         resolved["rank"] = None
     resolved["state_dtype"] = state_dtype_name(resolved["state_dtype"])
     for name in _CHECKS:
@@ -146,13 +118,8 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
 
 def _check_together(group: dict[str, Any]) -> None:
     """Refuse options that contradict each other, with the way out."""
+    check_contradictions(shared_contradictions(group))
     contradictions = (
-        (
-            group["rank"] is not None and group["ratio"] is not None,
-            f"rank={group['rank']} and ratio={group['ratio']}: give one of them "
-            "(ratio is min(m, n) // rank, the same for every tensor)",
-        ),
-        (group["rank"] is None and group["ratio"] is None, "rank=None and ratio=None: give one of them"),
         (
             group["lr"] is None and not group["relative_step"],
             "lr=None: give a learning rate (AdamW's fit), or relative_step=True to derive one from the step",
@@ -166,24 +133,12 @@ def _check_together(group: dict[str, Any]) -> None:
             "warmup_init=True without relative_step=True: it is the warm-up of the relative step",
         ),
         (
-            group["projection"] == "gaussian" and group["residual"] is True,
-            "residual=True with projection='gaussian': its rows are not orthogonal, so there is no residual; "
-            "use projection='sign' or residual=False",
-        ),
-        (
-            group["projection"] == "adaptive" and group["residual"] is False,
-            "residual=False with projection='adaptive': a learnt projection is not unbiased; "
-            "use projection='sign' or residual=True",
-        ),
-        (
             group["projection"] == "gaussian" and group["compile"],
             "compile=True with projection='gaussian': it is redrawn by the device's generator at every use, "
             "which torch.compile cannot trace; use projection='sign' or compile=False",
         ),
     )
-    for contradicts, message in contradictions:
-        if contradicts:
-            raise ValueError(message)
+    check_contradictions(contradictions)
 
 
 def plan_of(shape: torch.Size, group: dict[str, Any]) -> TensorPlan:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from floragrad._checks import is_count
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
 from floragrad.torch.optimizer import Flora
-from floragrad.torch.options import check_option, is_count, state_dtype_name
+from floragrad.torch.options import check_option, state_dtype_name
 
 
 @dataclass(frozen=True)
