@@ -23,6 +23,9 @@ class Subject(Protocol):
         """The model in training mode, its weights in ``dtype``, with ``blocks`` blocks; no key-value cache."""
         ...
 
-    def inputs(self, batch: int, sequence: int) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward pass, labels among them, so that its output has a ``loss``."""
+    def inputs(self, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward pass, labels among them, so that its output has a ``loss``.
+
+        Images are in ``dtype``, the weights': not every model casts them.
+        """
         ...

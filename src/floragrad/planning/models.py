@@ -1,0 +1,213 @@
+"""The model whose step is planned: from a preset, a name, a folder or a file to modules and a batch of inputs."""
+
+from collections import Counter
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
+from transformers.initialization import no_init_weights
+
+from floragrad.planning.presets import MODELS
+from floragrad.train.errors import UserError
+
+Task = Literal["causal language model", "sequence-to-sequence model", "image classifier"]
+
+_BUILDERS: Final[dict[Task, Any]] = {
+    "causal language model": AutoModelForCausalLM,
+    "sequence-to-sequence model": AutoModelForSeq2SeqLM,
+    "image classifier": AutoModelForImageClassification,
+}
+DEFAULT_IMAGE_SIZE: Final = 224
+"""Height and width of images, for models that read any."""
+DEFAULT_SEQUENCE: Final = 1024
+"""Tokens of an example where nobody says, and where the model reads so many."""
+_DEPTHS: Final = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+"""Where configurations say how many blocks there are; the last two are those of encoder-decoders."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model to plan for: a :class:`floragrad.planning.subject.Subject`.
+
+    Attributes:
+        name: What the user called it.
+        config: Its configuration, transformers' own.
+        task: What it is trained for.
+        blocks: How often its repeated block is there; 1 where its blocks differ, so that it is only built whole.
+    """
+
+    name: str
+    config: Any
+    task: Task
+    blocks: int
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that it reads; None: any, or it reads images."""
+        if self.task == "image classifier":
+            return None
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def sequence(self, asked: int | None) -> int:
+        """Tokens of an example: as asked for, else 1024, or all that it reads where that is less.
+
+        Raises:
+            UserError: It does not read so many, or it reads images.
+        """
+        if asked is not None and self.task == "image classifier":
+            raise UserError(
+                f"--sequence-length {asked} belongs to models of text, and MODEL {self.name} reads images: leave it out"
+            )
+        longest = self.positions
+        if asked is not None and longest is not None and asked > longest:
+            raise UserError(
+                f"--sequence-length {asked} is more than the {longest} positions of MODEL {self.name}: "
+                f"give at most {longest}"
+            )
+        return asked or min(longest or DEFAULT_SEQUENCE, DEFAULT_SEQUENCE)
+
+    def build(self, dtype: torch.dtype, blocks: int) -> Any:
+        """The model in training mode, on torch's default device and in the current tensor mode.
+
+        Args:
+            dtype: Of the weights.
+            blocks: How many of the blocks to build.
+
+        Raises:
+            UserError: Torch cannot run it on fake tensors.
+        """
+        config = self.config if blocks == self.blocks else _shallower(self.config, blocks)
+        fake = isinstance(torch.empty(0), FakeTensor)
+        # Some ways to draw weights look at what they drew, which fake tensors do not have.
+        with no_init_weights() if fake else nullcontext():
+            try:
+                model = _BUILDERS[self.task].from_config(config, dtype=dtype)
+            except DataDependentOutputException as error:
+                raise UserError(
+                    f"MODEL {self.name} is a {config.model_type}, which reads values of tensors while it is built, "
+                    "and so cannot be planned for without memory: give a model of another kind"
+                ) from error
+        if fake:
+            model.tie_weights()  # leaving out the drawing leaves this out
+        if fake and dtype != torch.bfloat16 and "grouped_mm" in model.get_experts_implementation().values():
+            raise UserError(
+                f"MODEL {self.name} is a mixture of experts, whose kernel torch knows without memory in bfloat16 "
+                "only: give --dtype bfloat16"
+            )
+        return model.train()
+
+    def inputs(self, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """One micro-batch with its labels, as keyword arguments of the model, on torch's default device.
+
+        Args:
+            batch: Examples.
+            sequence: Tokens of an example, and of its target; images have the size that the model reads.
+            dtype: Of images.
+        """
+        if self.task == "image classifier":
+            size = getattr(self.config, "image_size", DEFAULT_IMAGE_SIZE)
+            height, width = (size, size) if isinstance(size, int) else size
+            return {
+                "pixel_values": torch.rand(batch, self.config.num_channels, height, width, dtype=dtype),
+                "labels": torch.randint(self.config.num_labels, (batch,)),
+            }
+        tokens = torch.randint(self.config.get_text_config().vocab_size, (batch, sequence))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def find_model(model: str) -> PlannedModel:
+    """Look a model up: a preset, a configuration file, a folder with one, or a name on a Hugging Face hub.
+
+    Args:
+        model: Its name or path. A preset comes before a hub's model of the same name.
+
+    Raises:
+        UserError: There is no such model, or it is none that can be planned for.
+
+    Example:
+        >>> find_model("gpt2-xl").blocks
+        48
+    """
+    preset = MODELS.get(model)
+    if preset is not None:
+        return planned_model(AutoConfig.for_model(preset.model_type, **preset.numbers), model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"MODEL {model} is unknown: give a preset (floragrad plan --help lists them), a configuration file, a "
+            "folder with a config.json, or the name of a model on a Hugging Face hub that can be reached"
+        ) from error
+    return planned_model(config, model)
+
+
+def planned_model(config: Any, name: str) -> PlannedModel:
+    """The model of a configuration.
+
+    Args:
+        config: A configuration of transformers.
+        name: What to call it.
+
+    Raises:
+        UserError: It is no model that is trained on tokens, or on images with labels.
+    """
+    task = _task(config)
+    if task is None:
+        raise UserError(
+            f"MODEL {name} is a {config.model_type}, which is none of what can be planned for: {', '.join(_BUILDERS)}"
+        )
+    config = deepcopy(config)
+    # What generation keeps of every layer, no training step needs.
+    config.use_cache = False
+    return PlannedModel(name, config, task, _repeated_blocks(config, task))
+
+
+def _task(config: Any) -> Task | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "sequence-to-sequence model" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "causal language model"
+    return "image classifier" if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else None
+
+
+def _repeated_blocks(config: Any, task: Task) -> int:
+    """How many blocks there are if all but the first are alike; else 1."""
+    depths = {getattr(config, name) for name in _DEPTHS if isinstance(getattr(config, name, None), int)}
+    kinds = set((getattr(config, "layer_types", None) or [])[1:])
+    if len(depths) != 1 or len(kinds) > 1 or depths <= {1, 2}:
+        return 1
+    (blocks,) = depths
+    whole, one, two = (_shapes(_shallower(config, count), task) for count in (blocks, 1, 2))
+    step = two - one  # empty where the depth is said elsewhere too
+    alike = step and whole == one + Counter({shape: (blocks - 1) * count for shape, count in step.items()})
+    return blocks if alike else 1
+
+
+def _shapes(config: Any, task: Task) -> Counter[tuple[int, ...]]:
+    """How many parameters of each shape a model has."""
+    with torch.device("meta"):
+        model = _BUILDERS[task].from_config(config)
+    return Counter(tuple(parameter.shape) for parameter in model.parameters())
+
+
+def _shallower(config: Any, blocks: int) -> Any:
+    """The configuration with fewer blocks."""
+    config = deepcopy(config)
+    for name in _DEPTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, blocks)
+    if vars(config).get("layer_types"):
+        config.layer_types = config.layer_types[:blocks]
+    return config
