@@ -12,7 +12,8 @@ from floragrad.train.display import Display
 from floragrad.train.environment import memory_bytes
 from floragrad.train.folder import METRICS, RunFolder
 from floragrad.train.interrupt import StopRequest
-from floragrad.train.opening import opening_report
+from floragrad.train.opening import accumulation_line, opening_report
+from floragrad.train.optimizers import accumulation_bytes, gradient_bytes
 
 LARGEST_EXPONENT = 700.0
 
@@ -44,6 +45,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
     """Writes the metrics, publishes the checkpoints, and keeps the display up to date.
 
     Attributes:
+        accumulation_bytes: What the gradients of earlier micro-batches take.
         diverged_at: The step at which the loss was no finite number any more; None otherwise.
     """
 
@@ -56,6 +58,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         self._seconds_before = earlier[-1]["seconds"] if earlier else 0.0
         self._began = self._step_began = time.perf_counter()
         self._rates: dict[str, float] = {}
+        self.accumulation_bytes = 0
         self.diverged_at: int | None = None
 
     @property
@@ -68,7 +71,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
     ) -> None:
         """Show the optimizer's report, then the progress."""
         self._began = time.perf_counter()
-        self._display.say(opening_report(kwargs["optimizer"].optimizer))
+        optimizer = kwargs["optimizer"]
+        self.accumulation_bytes = accumulation_bytes(self._config, optimizer)
+        self._display.say(opening_report(optimizer.optimizer))
+        if self._config.micro_batches > 1:
+            exact = gradient_bytes(optimizer)
+            self._display.say(accumulation_line(self._config, self.accumulation_bytes, exact))
         self._display.begin(state.global_step, state.max_steps)
 
     def on_step_begin(

@@ -96,9 +96,14 @@ def train(
     kappa: options.Kappa = None,
     projection: options.Projection = None,
     state_dtype: options.StateDtype = None,
+    accumulate: options.Accumulate = None,
+    accumulator: options.Accumulator = None,
+    accumulator_ratio: options.AccumulatorRatio = None,
+    accumulator_dtype: options.AccumulatorDtype = None,
+    accumulator_projection: options.AccumulatorProjection = None,
+    release: options.Release = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
     warmup_steps: options.WarmupSteps = None,
     max_grad_norm: options.MaxGradNorm = None,
     seed: options.Seed = None,
@@ -143,9 +148,14 @@ def compare(
     kappa: options.Kappa = None,
     projection: options.Projection = None,
     state_dtype: options.StateDtype = None,
+    accumulate: options.Accumulate = None,
+    accumulators: options.Accumulators = None,
+    accumulator_ratio: options.AccumulatorRatio = None,
+    accumulator_dtype: options.AccumulatorDtype = None,
+    accumulator_projection: options.AccumulatorProjection = None,
+    release: options.Release = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    gradient_accumulation_steps: options.GradientAccumulationSteps = None,
     warmup_steps: options.WarmupSteps = None,
     max_grad_norm: options.MaxGradNorm = None,
     seeds: options.Seeds = None,
@@ -161,7 +171,7 @@ def compare(
     given = {name: value for name, value in locals().items() if value is not None}
     if resume is not None:
         _only(given, "resume")
-    grid = ("optimizers", "seeds", "lrs", "embedding_lrs")
+    grid = ("optimizers", "accumulators", "seeds", "lrs", "embedding_lrs")
     fields = _fields({name: value for name, value in given.items() if name not in grid})
     hub = resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
     environment.prepare(hub=hub)
@@ -174,6 +184,7 @@ def compare(
             optimizers=_list(
                 ",".join(LEARNING_RATES) if optimizers is None else optimizers, "optimizers", str, "flora,adamw"
             ),
+            accumulators=None if accumulators is None else _list(accumulators, "accumulators", str, "exact,flora"),
             seeds=_list("0" if seeds is None else seeds, "seeds", int, "0,1,2"),
             lrs=_rates(lrs, "lrs"),
             embedding_lrs=_rates(embedding_lrs, "embedding_lrs"),

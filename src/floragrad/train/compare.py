@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from floragrad.train.comparison_table import Best, as_json, as_markdown
-from floragrad.train.config import FLORA_OPTIONS, RunConfig, option_name
+from floragrad.train.config import CHOICES, FLORA_OPTIONS, SKETCH_OPTIONS, RunConfig, default_accumulator, option_name
 from floragrad.train.display import comparison
 from floragrad.train.errors import StoppedError, UserError
-from floragrad.train.figures import comparison_figure, save
+from floragrad.train.figures import Contestant, comparison_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, PLAN, RunFolder, check_free, new_folder, write_text
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.presets import LEARNING_RATES
@@ -30,7 +30,8 @@ class Plan:
 
     Attributes:
         optimizers: Their names.
-        seeds: The first one runs the grid, the others each optimizer's best setting.
+        accumulators: How gradients are gathered, each with each optimizer; None: each optimizer's default.
+        seeds: The first one runs the grid, the others each contestant's best setting.
         lrs: The learning rates of the grid; None: each optimizer's default.
         embedding_lrs: Those of the vocabulary-like tensors; None: the default multiple of each ``lr``.
         options: The other fields of :class:`RunConfig` that were given.
@@ -38,23 +39,32 @@ class Plan:
     """
 
     optimizers: tuple[str, ...]
+    accumulators: tuple[str, ...] | None
     seeds: tuple[int, ...]
     lrs: tuple[float, ...] | None
     embedding_lrs: tuple[float, ...] | None
     options: dict[str, Any]
     command: str
 
-    def grid(self, optimizer: str) -> list[RunConfig]:
-        """Every setting of one optimizer, with the first seed.
+    @property
+    def contestants(self) -> list[dict[str, str]]:
+        """Each optimizer with each way to gather gradients, as fields of :class:`RunConfig`."""
+        ways = [{"accumulator": name} for name in self.accumulators] if self.accumulators else [{}]
+        return [{"optimizer": name, **way} for name in self.optimizers for way in ways]
+
+    def grid(self, contestant: dict[str, str]) -> list[RunConfig]:
+        """Every setting of one contestant, with the first seed.
 
         Raises:
             UserError: One of them is not allowed.
         """
-        flora = optimizer == "flora"
-        options = {name: value for name, value in self.options.items() if flora or name not in FLORA_OPTIONS}
+        foreign: tuple[str, ...] = () if contestant["optimizer"] == "flora" else FLORA_OPTIONS
+        if default_accumulator({**self.options, **contestant}) != "flora":
+            foreign += SKETCH_OPTIONS
+        options = {name: value for name, value in self.options.items() if name not in foreign}
         return [
             replace(
-                RunConfig.resolve(**options, optimizer=optimizer, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
+                RunConfig.resolve(**options, **contestant, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
                 prepared=f"../../{CORPUS}",
             )
             for lr in self.lrs or (None,)
@@ -65,7 +75,7 @@ class Plan:
     def runs(self) -> int:
         """How many runs there are."""
         settings = len(self.lrs or (None,)) * len(self.embedding_lrs or (None,))
-        return len(self.optimizers) * (settings + len(self.seeds) - 1)
+        return len(self.contestants) * (settings + len(self.seeds) - 1)
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
@@ -90,7 +100,7 @@ def begin(plan: Plan, out: Path) -> None:
     """
     check_plan(plan)
     check_free(out)
-    configs = [config for optimizer in plan.optimizers for config in plan.grid(optimizer)]
+    configs = [config for contestant in plan.contestants for config in plan.grid(contestant)]
     for config in {config.optimizer: config for config in configs}.values():
         check_model(config)
     with new_folder(out) as folder:
@@ -108,12 +118,22 @@ def check_plan(plan: Plan) -> None:
     for optimizer in plan.optimizers:
         if optimizer not in LEARNING_RATES:
             raise UserError(f"--optimizers {optimizer!r} is unknown: choose from {', '.join(LEARNING_RATES)}")
-    for name, values in (("optimizers", plan.optimizers), ("seeds", plan.seeds)):
+    for accumulator in plan.accumulators or ():
+        if accumulator not in CHOICES["accumulator"]:
+            raise UserError(
+                f"--accumulators {accumulator!r} is unknown: choose from {', '.join(CHOICES['accumulator'])}"
+            )
+    several = (("optimizers", plan.optimizers), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
+    for name, values in several:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
     for name in FLORA_OPTIONS:
         if name in plan.options and "flora" not in plan.optimizers:
             raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
+    ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
+    for name in SKETCH_OPTIONS:
+        if name in plan.options and "flora" not in ways:
+            raise UserError(f"{option_name(name)} belongs to sketched gradients, which are not compared: leave it out")
 
 
 def compare(folder: Path, console: Console) -> None:
@@ -126,22 +146,31 @@ def compare(folder: Path, console: Console) -> None:
     plan, stop = Plan.load(folder), StopRequest()
     runner = _Runner(folder, plan.runs, console, stop)
     with stop.listening():
-        bests = [_best(plan, optimizer, runner) for optimizer in plan.optimizers]
+        bests = [_best(plan, contestant, runner) for contestant in plan.contestants]
     finished = [best for best in bests if best.loss is not None]
     numbers = as_json(bests, plan.command)
     write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
     if finished:
-        curves = {best.optimizer: RunFolder(best.first_run).metrics() for best in finished}
-        sizes = {best.optimizer: best.state_bytes for best in finished}
-        save(comparison_figure(curves, sizes, finished[0].title), folder / FIGURE)
+        save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
     write_text(folder / TABLE, as_markdown(bests, numbers))
     comparison(console, numbers["rows"], numbers["step_time_of"])
     console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
 
 
-def _best(plan: Plan, optimizer: str, runner: "_Runner") -> Best:
-    """Run an optimizer's grid, and its best setting on the other seeds."""
-    grid = plan.grid(optimizer)
+def _drawn(best: Best) -> Contestant:
+    return Contestant(
+        best.config.label,
+        best.optimizer,
+        best.config.accumulator,
+        RunFolder(best.first_run).metrics(),
+        best.state_bytes,
+        best.accumulation_bytes,
+    )
+
+
+def _best(plan: Plan, contestant: dict[str, str], runner: "_Runner") -> Best:
+    """Run a contestant's grid, and its best setting on the other seeds."""
+    grid = plan.grid(contestant)
     results = [runner.run(config) for config in grid]
     order = sorted(zip(results, grid, strict=True), key=lambda pair: _loss(pair[0]))
     result, config = order[0]
@@ -217,4 +246,5 @@ class _Runner:
 
 
 def _name(config: RunConfig) -> str:
-    return f"{config.optimizer}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"
+    gathered = "" if config.accumulate == 1 else f"-{config.accumulator}"
+    return f"{config.optimizer}{gathered}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"

@@ -39,7 +39,9 @@ class Best:
     def title(self) -> str:
         """The job in a few words."""
         config = self.config
-        return f"{config.model}, {config.steps} steps of {config.tokens_per_step:,} tokens"
+        batches = "" if config.accumulate == 1 else f" in {config.accumulate} micro-batches"
+        tokens = config.batch_size * config.accumulate * config.sequence_length
+        return f"{config.model}, {config.steps} steps of {tokens:,} tokens{batches}"
 
     @property
     def losses(self) -> list[float]:
@@ -60,6 +62,11 @@ class Best:
     def state_bytes(self) -> int:
         """Measured bytes of the optimizer's state."""
         return int(self._finished[0]["optimizer_state_bytes"])
+
+    @property
+    def accumulation_bytes(self) -> int:
+        """Bytes that the gradients of earlier micro-batches take."""
+        return int(self._finished[0]["accumulation_bytes"])
 
     @property
     def adamw_bytes(self) -> int:
@@ -95,6 +102,8 @@ def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
         "grid": [
             {
                 "optimizer": config.optimizer,
+                "accumulator": config.accumulator,
+                "label": config.label,
                 "lr": config.lr,
                 "embedding_lr": config.embedding_lr,
                 "seed": config.seed,
@@ -103,7 +112,7 @@ def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
             for best in bests
             for config, summary in best.grid
         ],
-        "step_time_of": yardstick.optimizer if yardstick else None,
+        "step_time_of": yardstick.config.label if yardstick else None,
         "machine": yardstick.about["machine"] if yardstick else None,
         "versions": yardstick.about["versions"] if yardstick else None,
     }
@@ -118,6 +127,8 @@ def _yardstick(bests: Sequence[Best]) -> Best | None:
 def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
     row = {
         "optimizer": best.optimizer,
+        "accumulator": best.config.accumulator,
+        "label": best.config.label,
         "lr": best.config.lr,
         "embedding_lr": best.config.embedding_lr,
         "seeds": list(best.seeds),
@@ -133,6 +144,7 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
         "validation_loss_stdev": best.spread,
         "optimizer_state_bytes": best.state_bytes,
         "state_of_adamw": best.state_bytes / best.adamw_bytes,
+        "accumulation_bytes": best.accumulation_bytes,
         "peak_memory_bytes": best.peak_memory_bytes,
         "step_seconds": best.step_seconds,
         "step_time_ratio": best.step_seconds / yardstick.step_seconds,
@@ -149,7 +161,7 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     of = numbers["step_time_of"] or "adamw"
     heads = [
         "optimizer", "lr", "embedding lr", "validation loss", "min – max", "standard deviation",
-        "optimizer state", "of AdamW's", "peak memory", f"step time / {of}'s",
+        "optimizer state", "of AdamW's", "gathered gradients", "peak memory", f"step time / {of}'s",
     ]  # fmt: skip
     config = bests[0].config
     lines = [*_table(heads, [_cells(row) for row in numbers["rows"]]), ""]
@@ -163,7 +175,7 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
         lines.append(f"- {numbers['machine']}; {versions}")
     grid = [
         [
-            tried["optimizer"],
+            tried["label"],
             f"{tried['lr']:g}",
             f"{tried['embedding_lr']:g}",
             _number(tried["validation_loss"]),
@@ -176,9 +188,9 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    first = [row["optimizer"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
+    first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
     if row["validation_loss"] is None:
-        return [*first, "diverged", *[NOTHING] * 6]
+        return [*first, "diverged", *[NOTHING] * 7]
     return [
         *first,
         _number(row["validation_loss"]),
@@ -186,6 +198,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         NOTHING if row["validation_loss_stdev"] is None else _number(row["validation_loss_stdev"]),
         format_bytes(row["optimizer_state_bytes"]),
         f"{100 * row['state_of_adamw']:.1f}%",
+        format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,
         format_bytes(row["peak_memory_bytes"]),
         f"{row['step_time_ratio']:.2f}",
     ]

@@ -11,17 +11,23 @@ from floragrad.train.environment import default_threads
 from floragrad.train.errors import UserError
 from floragrad.train.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
 
-FLORA_OPTIONS: Final = ("rank", "kappa", "projection", "state_dtype")
+FLORA_OPTIONS: Final = ("rank", "kappa", "projection", "state_dtype", "release")
+SKETCH_OPTIONS: Final = ("accumulator_ratio", "accumulator_dtype", "accumulator_projection", "release")
+"""What belongs to ``--accumulator flora``."""
 CHOICES: Final = {
     "optimizer": tuple(LEARNING_RATES),
     "projection": ("sign", "adaptive", "gaussian"),
     "state_dtype": ("float32", "bfloat16", "int8", "int4"),
     "dtype": ("float32", "bfloat16"),
+    "accumulator": ("flora", "exact", "none"),
+    "accumulator_dtype": ("float32", "bfloat16", "int8", "int4"),
+    "accumulator_projection": ("sign", "gaussian"),
 }
 SMALLEST: Final = {
     "steps": 1,
     "batch_size": 1,
-    "gradient_accumulation_steps": 1,
+    "accumulate": 1,
+    "accumulator_ratio": 1,
     "sequence_length": 2,
     "vocab_size": 257,  # the 256 bytes and the end of a text
     "warmup_steps": 0,
@@ -33,6 +39,7 @@ SMALLEST: Final = {
     "threads": 1,
     "seed": 0,
 }
+_GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
 LARGEST: Final = {"seed": 2**32 - 1}
 POSITIVE: Final = ("lr", "embedding_lr", "max_megabytes")
 NOT_NEGATIVE: Final = ("weight_decay", "max_grad_norm")
@@ -64,7 +71,12 @@ class RunConfig:
     vocab_size: int | None
     sequence_length: int
     batch_size: int
-    gradient_accumulation_steps: int
+    accumulate: int
+    accumulator: str
+    accumulator_ratio: int | None
+    accumulator_dtype: str | None
+    accumulator_projection: str | None
+    release: bool | None
     steps: int
     lr: float
     embedding_lr: float
@@ -108,7 +120,19 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step reads."""
-        return self.batch_size * self.gradient_accumulation_steps * self.sequence_length
+        return self.batch_size * self.micro_batches * self.sequence_length
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches whose gradients make one optimizer step."""
+        return 1 if self.accumulator == "none" else self.accumulate
+
+    @property
+    def label(self) -> str:
+        """The optimizer, and how gradients are gathered where that was asked for."""
+        if self.accumulate == 1:
+            return self.optimizer
+        return f"{self.optimizer}, {_GATHERED[self.accumulator]}"
 
     @property
     def uses_hub(self) -> bool:
@@ -154,6 +178,8 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
     steps = chosen.get("steps", preset.steps if preset else 1000)
     rates = learning_rates(model, optimizer)
     flora = optimizer == "flora"
+    accumulator = default_accumulator(chosen)
+    sketched = accumulator == "flora"
     return {
         "model": model,
         "optimizer": optimizer,
@@ -166,7 +192,12 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": preset.vocab_size if preset else None,
         "sequence_length": preset.sequence_length if preset else 256,
         "batch_size": preset.batch_size if preset else 8,
-        "gradient_accumulation_steps": 1,
+        "accumulate": 1,
+        "accumulator": accumulator,
+        "accumulator_ratio": 1 if sketched else None,
+        "accumulator_dtype": "int4" if sketched else None,
+        "accumulator_projection": "sign" if sketched else None,
+        "release": flora if sketched else None,
         "steps": steps,
         "lr": rates.lr,
         "embedding_lr": chosen.get("lr", rates.lr) * (rates.embedding_lr / rates.lr),
@@ -185,6 +216,14 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "keep_checkpoint": True,
         "threads": default_threads(),
     }
+
+
+def default_accumulator(chosen: Mapping[str, Any]) -> str:
+    """How gradients are gathered: as was said, else in sketches with Flora and exactly with the others."""
+    if chosen.get("accumulate", 1) == 1:
+        return "none"
+    default = "flora" if chosen.get("optimizer", "flora") == "flora" else "exact"
+    return str(chosen.get("accumulator", default))
 
 
 def _default_megabytes(chosen: Mapping[str, Any], model: str) -> float | None:
@@ -224,3 +263,15 @@ def _check_conflicts(chosen: Mapping[str, Any]) -> None:
     for name in FLORA_OPTIONS:
         if name in chosen and optimizer != "flora":
             raise UserError(f"{option_name(name)} belongs to --optimizer flora, and this is {optimizer}: leave it out")
+    if chosen.get("accumulator", "none") != "none" and chosen.get("accumulate", 1) == 1:
+        raise UserError(
+            f"--accumulator {chosen['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
+            "is 1: give --accumulate 2 or more, or leave it out"
+        )
+    accumulator = default_accumulator(chosen)
+    for name in SKETCH_OPTIONS:
+        if name in chosen and accumulator != "flora":
+            raise UserError(
+                f"{option_name(name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
+                "give --accumulator flora and --accumulate 2 or more"
+            )

@@ -91,17 +91,18 @@ def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | No
     """The last thing of a comparison: its table, as wide as a terminal."""
     table = Table()
     step = "step time" if yardstick is None else f"step / {yardstick}'s"
-    for head in ("optimizer", "lr, embedding", "validation loss", "state", "of AdamW's", step):
+    for head in ("optimizer", "lr, embedding", "validation loss", "state", "of AdamW's", "gradients kept", step):
         table.add_column(head, justify="left" if head == "optimizer" else "right")
     for row in rows:
-        cells = [row["optimizer"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
+        cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
         if row["validation_loss"] is None:
             table.add_row(*cells, "diverged")
             continue
         spread = row["validation_loss_stdev"]
         loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
         share = f"{100 * row['state_of_adamw']:.1f}%"
-        table.add_row(*cells, loss, format_bytes(row["optimizer_state_bytes"]), share, f"{row['step_time_ratio']:.2f}")
+        sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
+        table.add_row(*cells, loss, *sizes, f"{row['step_time_ratio']:.2f}")
     console.print(table)
 
 
@@ -118,7 +119,17 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "optimizer state",
             f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
         ),
+        *_gathered(summary),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
     ]
+
+
+def _gathered(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the gradients of a window take, where there are windows."""
+    if summary["micro_batches"] == 1:
+        return []
+    kept, exact = summary["accumulation_bytes"], summary["gradient_bytes"]
+    share = "" if kept == exact else f"; exact: {format_bytes(exact)} ({exact / kept:.1f} times)"
+    return [("gathered gradients", f"{format_bytes(kept)} over {summary['micro_batches']} micro-batches{share}")]

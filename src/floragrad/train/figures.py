@@ -1,6 +1,7 @@
 """The pictures: one run's loss, and a comparison's losses and optimizer states."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from floragrad._text import format_bytes
 
 COLOURS = {"flora": "#1b7f4d", "adamw": "#c4572e", "adafactor": "#4464ad"}
+LINES = {"flora": "-", "exact": "--", "none": ":"}
+"""By accumulator, where gradients are gathered."""
 SMOOTHING = 0.95
 DOTS_PER_INCH = 150
 
@@ -28,29 +31,52 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def comparison_figure(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], state_bytes: Mapping[str, int], title: str
-) -> Figure:
-    """Each optimizer's losses over the steps, and beside them a bar of its state.
+@dataclass(frozen=True)
+class Contestant:
+    """One line of a comparison's picture.
 
-    Args:
-        curves: Metrics of one run by optimizer.
-        state_bytes: Measured bytes of the optimizer's state, by optimizer.
-        title: Over the picture.
+    Attributes:
+        label: What it is called.
+        optimizer: Which colour it has.
+        accumulator: Which line it has.
+        metrics: Of one run.
+        state_bytes: Measured bytes of the optimizer's state.
+        accumulation_bytes: Of the gradients of earlier micro-batches.
     """
+
+    label: str
+    optimizer: str
+    accumulator: str
+    metrics: Sequence[Mapping[str, Any]]
+    state_bytes: int
+    accumulation_bytes: int
+
+
+def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
+    """Each contestant's losses over the steps, and beside them a bar of what it keeps between micro-batches."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
-    for name, metrics in curves.items():
-        steps, values = _points(metrics, "loss")
-        losses.plot(steps, _smoothed(values), color=COLOURS[name], alpha=0.35, linewidth=1)
-        points = _points(metrics, "validation_loss")
-        losses.plot(*points, "o-", color=COLOURS[name], markersize=4, linewidth=1.4, label=name)
+    gathers = any(each.accumulation_bytes for each in contestants)
+    for each in contestants:
+        colour, line = COLOURS[each.optimizer], LINES[each.accumulator] if gathers else "-"
+        steps, values = _points(each.metrics, "loss")
+        losses.plot(steps, _smoothed(values), line, color=colour, alpha=0.35, linewidth=1)
+        points = _points(each.metrics, "validation_loss")
+        losses.plot(*points, f"o{line}", color=colour, markersize=4, linewidth=1.4, label=each.label)
     losses.set_title("validation loss (dots), training loss (pale)", loc="left", fontsize=10)
     _finish(losses)
-    names = list(state_bytes)
-    drawn = bars.bar(names, [state_bytes[name] / 1e6 for name in names], color=[COLOURS[name] for name in names])
-    bars.bar_label(drawn, [format_bytes(state_bytes[name]) for name in names], fontsize=9, padding=2)
-    bars.set_title("optimizer state, measured", loc="left", fontsize=10)
+    names = [each.label.replace(", ", ",\n") for each in contestants]
+    colours = [COLOURS[each.optimizer] for each in contestants]
+    states = [each.state_bytes for each in contestants]
+    totals = [each.state_bytes + each.accumulation_bytes for each in contestants]
+    drawn = bars.bar(names, [size / 1e6 for size in states], color=colours)
+    if gathers:
+        gathered = [each.accumulation_bytes / 1e6 for each in contestants]
+        drawn = bars.bar(names, gathered, bottom=[size / 1e6 for size in states], color=colours, alpha=0.4)
+    bars.bar_label(drawn, [format_bytes(size) for size in totals], fontsize=9, padding=2)
+    what = "optimizer state, and gathered gradients (pale)" if gathers else "optimizer state, measured"
+    bars.set_title(what, loc="left", fontsize=10)
+    bars.tick_params(axis="x", labelsize=8)
     bars.set_ylabel("MB")
     bars.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left")

@@ -8,6 +8,7 @@ import torch
 
 from floragrad import Flora
 from floragrad._text import format_bytes, format_table
+from floragrad.train.config import RunConfig
 from floragrad.train.optimizers import adamw_bytes
 
 
@@ -21,6 +22,17 @@ def opening_report(optimizer: torch.optim.Optimizer) -> str:
     return (
         "Adafactor keeps rows and columns of the second moment, and one number of momentum for every "
         f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
+    )
+
+
+def accumulation_line(config: RunConfig, kept: int, exact: int) -> str:
+    """How the gradients of several micro-batches are gathered, and in how many bytes."""
+    if config.accumulator == "exact":
+        return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"
+    projected = "" if config.accumulator_ratio == 1 else f" of one number for {config.accumulator_ratio} columns"
+    return (
+        f"gradients of {config.micro_batches} micro-batches are gathered as {config.accumulator_dtype} "
+        f"sketches{projected}: {format_bytes(kept)}, {kept / exact:.1%} of the gradients' {format_bytes(exact)}"
     )
 
 

@@ -60,6 +60,23 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(optimizer))
 
 
+def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of one gradient of every parameter."""
+    return sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+
+
+def accumulation_bytes(config: RunConfig, optimizer: Any) -> int:
+    """Bytes that the gradients of a window's earlier micro-batches take.
+
+    Args:
+        config: Of the run.
+        optimizer: As the Trainer has prepared it.
+    """
+    if config.accumulator == "flora":
+        return int(optimizer.window.report().state_bytes)
+    return gradient_bytes(optimizer) if config.micro_batches > 1 else 0
+
+
 def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that AdamW's state takes for the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

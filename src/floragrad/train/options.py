@@ -8,7 +8,8 @@ import typer
 from floragrad.train.config import CHOICES
 from floragrad.train.presets import LEARNING_RATES, PRESETS
 
-WHAT, OPTIMIZER, TRAINING, OUTPUT = "Model and text", "Optimizer", "Training", "Folder and machine"
+WHAT, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
+TRAINING, OUTPUT = "Training", "Folder and machine"
 
 
 def _whole_number(value: str) -> int:
@@ -246,14 +247,71 @@ BatchSize = Annotated[
         show_default="8 for tiny, 16 for small, 32 above, else 8",
     ),
 ]
-GradientAccumulationSteps = Annotated[
+Accumulate = Annotated[
     int | None,
     typer.Option(
         parser=_whole_number,
         metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Batches whose gradients make one step.",
+        rich_help_panel=ACCUMULATION,
+        help="Micro-batches of --batch-size blocks whose gradients make one step.",
         show_default="1",
+    ),
+]
+Accumulator = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ACCUMULATION,
+        metavar=_choices("accumulator"),
+        help="How the gradients of --accumulate micro-batches are gathered: as sketches, each freed at once; "
+        "exactly, which keeps them all; or not at all, so that one micro-batch makes a step.",
+        show_default="flora with --optimizer flora, else exact",
+    ),
+]
+Accumulators = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ACCUMULATION,
+        metavar="NAME,NAME,…",
+        help="Ways to gather gradients (see floragrad train --accumulator), each with each of --optimizers.",
+        show_default="each optimizer's own default",
+    ),
+]
+AccumulatorRatio = Annotated[
+    int | None,
+    typer.Option(
+        parser=_whole_number,
+        metavar="INTEGER",
+        rich_help_panel=ACCUMULATION,
+        help="Sketched gradients: columns of a hidden matrix that share one number; 1 keeps them all.",
+        show_default="1",
+    ),
+]
+AccumulatorDtype = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ACCUMULATION,
+        metavar=_choices("accumulator_dtype"),
+        help="Sketched gradients: how they are stored.",
+        show_default="int4",
+    ),
+]
+AccumulatorProjection = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=ACCUMULATION,
+        metavar=_choices("accumulator_projection"),
+        help="Sketched gradients: random signs, or the paper's Gaussian.",
+        show_default="sign",
+    ),
+]
+Release = Annotated[
+    bool | None,
+    typer.Option(
+        "--release/--no-release",
+        rich_help_panel=ACCUMULATION,
+        help="Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in "
+        ".grad before the step.",
+        show_default="release",
     ),
 ]
 WarmupSteps = Annotated[

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
+from floragrad.torch.integrations import AccumulationOptions
+from floragrad.torch.integrations.transformers import FloraTrainerMixin
 from floragrad.train import environment
 from floragrad.train.callbacks import Recorder, Schedule, perplexity
 from floragrad.train.config import RunConfig
@@ -18,7 +20,7 @@ from floragrad.train.figures import run_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.models import build_model, model_config, rebuild_model
-from floragrad.train.optimizers import adamw_bytes, check_rank, optimizer_class, state_bytes
+from floragrad.train.optimizers import adamw_bytes, check_rank, gradient_bytes, optimizer_class, state_bytes
 from floragrad.train.presets import PRESETS
 from floragrad.train.sources import read_documents
 
@@ -95,7 +97,8 @@ def _trainer(
         else rebuild_model(config, folder.checkpoints()[-1][1])
     )
     recorder = Recorder(config, folder, corpus.tokenizer, display)
-    trainer = _OrderedTrainer(
+    sketched = config.accumulator == "flora"
+    trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
         model=model,
         args=_arguments(config, folder, step),
         train_dataset=corpus.train_blocks(config),
@@ -103,6 +106,7 @@ def _trainer(
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer_class(config, model),
         callbacks=[Schedule(config, stop), recorder],
+        **({"accumulation": _accumulation(config)} if sketched else {}),
     )
     trainer.remove_callback(PrinterCallback)
     # All blocks are as long, so the mean over batches is the mean over tokens. The Trainer's own count of tokens
@@ -118,6 +122,22 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
+class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
+    """The same, with the gradients of a step's micro-batches kept as sketches."""
+
+
+def _accumulation(config: RunConfig) -> AccumulationOptions:
+    """Of the sketches."""
+    options = {
+        "ratio": config.accumulator_ratio,
+        "state_dtype": config.accumulator_dtype,
+        "projection": config.accumulator_projection,
+        "seed": config.seed,
+        "release": config.release,
+    }
+    return cast(AccumulationOptions, options)
+
+
 def _arguments(config: RunConfig, folder: RunFolder, step: int) -> TrainingArguments:
     """The Trainer's settings. Evaluating, saving and logging are ours."""
     return TrainingArguments(
@@ -125,7 +145,7 @@ def _arguments(config: RunConfig, folder: RunFolder, step: int) -> TrainingArgum
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.micro_batches,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
@@ -165,7 +185,7 @@ def _finish(folder: RunFolder, config: RunConfig, trainer: Any, recorder: Record
     first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
     optimizer = trainer.optimizer.optimizer
     on_gpu = torch.cuda.is_available()
-    save(run_figure(metrics, f"{Path(config.model).name} with {config.optimizer}"), folder.path / FIGURE)
+    save(run_figure(metrics, f"{Path(config.model).name} with {config.label}"), folder.path / FIGURE)
     if not config.keep_checkpoint:
         folder.drop_checkpoints()
     summary = {
@@ -179,6 +199,10 @@ def _finish(folder: RunFolder, config: RunConfig, trainer: Any, recorder: Record
         "validation_loss_change": last / first - 1,
         "first_perplexity": perplexity(first),
         "perplexity": perplexity(last),
+        "accumulator": config.accumulator,
+        "micro_batches": config.micro_batches,
+        "accumulation_bytes": recorder.accumulation_bytes,
+        "gradient_bytes": gradient_bytes(optimizer),
         "optimizer_state_bytes": state_bytes(optimizer),
         "adamw_state_bytes": adamw_bytes(optimizer),
         "peak_memory_bytes": environment.peak_memory_bytes(),
