@@ -69,6 +69,11 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["compare", "--lrs", "1e-3,0"], "--lr is 0.0: give a number above 0"),
         (["compare", "--rank", "192"], "--rank 192 compresses nothing: "),
         (["compare", "--optimizers", "adamw", "--rank", "4"], "--rank belongs to flora, which is not compared"),
+        (["compare", "--accumulators", "sum"], "--accumulators 'sum' is unknown: choose from flora, exact, none"),
+        (
+            ["compare", "--accumulate", "2", "--accumulators", "exact,none", "--accumulator-dtype", "int8"],
+            "--accumulator-dtype belongs to sketched gradients, which are not compared: leave it out",
+        ),
         (
             ["compare", "--resume", "texts"],
             "--resume texts holds no comparison: give a folder that floragrad compare has made",

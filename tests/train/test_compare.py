@@ -38,7 +38,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 def plan(texts: Path, *optimizers: str, **changes: Any) -> Plan:
     options = {**QUICK, "text": (str(texts),), **changes.pop("options", {})}
-    values = {"seeds": (0,), "lrs": None, "embedding_lrs": None, "options": options, "command": "floragrad compare"}
+    values = {"accumulators": None, "seeds": (0,), "lrs": None, "embedding_lrs": None}
+    values |= {"options": options, "command": "floragrad compare"}
     return Plan(optimizers=optimizers, **{**values, **changes})
 
 
@@ -92,6 +93,26 @@ def test_a_row_says_what_its_runs_say(texts: Path, tmp_path: Path, here: Here) -
     assert f"{table['rows'][0]['validation_loss']:.4f}" in lines[2]
     assert "- `floragrad compare`" in lines
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here: Here) -> None:
+    gathering = {"batch_size": 1, "accumulate": 3, "accumulator_dtype": "float32"}
+    made = plan(texts, "flora", "adamw", accumulators=("exact", "flora", "none"), options=gathering)
+    out = tmp_path / "out"
+    rows = {(row["optimizer"], row["accumulator"]): row for row in done(made, out)["rows"]}
+    assert list(rows) == [(name, way) for name in ("flora", "adamw") for way in ("exact", "flora", "none")]
+    for name in ("flora", "adamw"):
+        exact, sketched, none = (rows[name, way] for way in ("exact", "flora", "none"))
+        # At float32 and a ratio of 1 a sketch is the exact sum.
+        assert sketched["validation_loss"] == pytest.approx(exact["validation_loss"], rel=1e-5)
+        assert sketched["accumulation_bytes"] == exact["accumulation_bytes"] > 0
+        assert none["accumulation_bytes"] == 0
+        assert none["validation_loss"] != pytest.approx(exact["validation_loss"], rel=1e-5)
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[2].startswith("| flora, exact gradients | ")
+    assert lines[4].split(" | ")[8] == "–"
+    tokens = {path.name: RunFolder.open(path).metrics()[-1]["tokens"] for path in (out / "runs").iterdir()}
+    assert {name.split("-")[1]: count for name, count in tokens.items()} == {"exact": 144, "flora": 144, "none": 48}
 
 
 def test_a_run_of_a_comparison_is_the_run_itself(texts: Path, tmp_path: Path, here: Here) -> None:

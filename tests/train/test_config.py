@@ -46,6 +46,19 @@ def test_floras_options_are_floras_only() -> None:
     assert RunConfig.resolve().kappa == 1000
 
 
+def test_gradients_are_gathered_as_suits_the_optimizer() -> None:
+    alone, flora, adamw = (
+        RunConfig.resolve(**options) for options in ({}, {"accumulate": 4}, {"accumulate": 4, "optimizer": "adamw"})
+    )
+    assert [config.accumulator for config in (alone, flora, adamw)] == ["none", "flora", "exact"]
+    sketch = (flora.accumulator_ratio, flora.accumulator_dtype, flora.accumulator_projection, flora.release)
+    assert sketch == (1, "int4", "sign", True)
+    assert (alone.accumulator_ratio, adamw.accumulator_dtype, adamw.release) == (None, None, None)
+    assert RunConfig.resolve(accumulate=4, optimizer="adamw", accumulator="flora").release is False
+    assert [config.tokens_per_step // alone.tokens_per_step for config in (alone, flora, adamw)] == [1, 4, 4]
+    assert RunConfig.resolve(accumulate=4, accumulator="none").tokens_per_step == alone.tokens_per_step
+
+
 def test_only_the_default_job_is_bounded() -> None:
     assert RunConfig.resolve().max_megabytes == 4
     assert RunConfig.resolve(text=("a.txt",)).max_megabytes is None
@@ -97,6 +110,30 @@ def test_other_json_is_refused(text: str) -> None:
         (
             {"optimizer": "adamw", "rank": 4},
             "--rank belongs to --optimizer flora, and this is adamw: leave it out",
+        ),
+        ({"accumulate": 0}, "--accumulate is 0: give a whole number of at least 1"),
+        (
+            {"accumulate": 2, "accumulator": "sum"},
+            "--accumulator 'sum' is unknown: choose one of flora, exact, none",
+        ),
+        (
+            {"accumulator": "exact"},
+            "--accumulator exact gathers the gradients of several micro-batches, and --accumulate is 1: give "
+            "--accumulate 2 or more, or leave it out",
+        ),
+        (
+            {"accumulate": 2, "accumulator": "exact", "accumulator_ratio": 2},
+            "--accumulator-ratio belongs to --accumulator flora, and this is exact: leave it out, or give "
+            "--accumulator flora and --accumulate 2 or more",
+        ),
+        (
+            {"release": True},
+            "--release belongs to --accumulator flora, and this is none: leave it out, or give --accumulator flora "
+            "and --accumulate 2 or more",
+        ),
+        (
+            {"optimizer": "adamw", "accumulate": 2, "accumulator": "flora", "release": True},
+            "--release belongs to --optimizer flora, and this is adamw: leave it out",
         ),
         (
             {"model": "somebody/model", "vocab_size": 1000},

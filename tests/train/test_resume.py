@@ -58,7 +58,9 @@ CASES = {
     "flora adaptive": {"projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
     "flora gaussian": {"projection": "gaussian", "kappa": 3, "state_dtype": "float32"},
     "flora bfloat16": {"dtype": "bfloat16", "state_dtype": "bfloat16", "weight_decay": 0.1},
-    "flora accumulated": {"gradient_accumulation_steps": 3, "batch_size": 1},
+    "flora sketched": {"accumulate": 3, "batch_size": 1, "accumulator_ratio": 2},
+    "flora sketched in bfloat16": {"accumulate": 3, "batch_size": 1, "dtype": "bfloat16", "release": False},
+    "flora accumulated": {"accumulate": 3, "batch_size": 1, "accumulator": "exact"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
     "adafactor": {"optimizer": "adafactor"},
 }

@@ -1,12 +1,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from floragrad import Flora, param_groups
+from floragrad.policy import plan_accumulator
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus
 from floragrad.train.errors import DivergenceError, UserError
@@ -117,12 +119,53 @@ def test_another_seed_is_another_run(texts: Path, tmp_path: Path) -> None:
 def test_accumulated_batches_are_one_large_batch(texts: Path, tmp_path: Path) -> None:
     options = {"steps": 3, "optimizer": "adamw", "max_grad_norm": 1e9}
     whole = run(fast_config(texts, batch_size=4, **options), tmp_path / "whole")
-    parts = run(fast_config(texts, batch_size=1, gradient_accumulation_steps=4, **options), tmp_path / "parts")
+    parts = run(fast_config(texts, batch_size=1, accumulate=4, **options), tmp_path / "parts")
     for one, other in zip(whole.metrics(), parts.metrics(), strict=True):
         assert one["tokens"] == other["tokens"]
         for name in ("loss", "validation_loss", "grad_norm"):
             if name in one:
                 assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+GATHERING = {"batch_size": 1, "accumulate": 4, "steps": 4}
+
+
+@pytest.mark.parametrize("release", [{"release": True}, {"release": False}, {"optimizer": "adamw"}], ids=str)
+def test_a_sketch_of_every_number_is_the_sum(texts: Path, tmp_path: Path, release: dict[str, Any]) -> None:
+    optimizer = release.get("optimizer", "flora")
+    exact = run(fast_config(texts, accumulator="exact", optimizer=optimizer, **GATHERING), tmp_path / "exact")
+    sketch = {"accumulator": "flora", "accumulator_dtype": "float32", **release}
+    sketched = run(fast_config(texts, **sketch, **GATHERING), tmp_path / "sketched")
+    for one, other in zip(exact.metrics(), sketched.metrics(), strict=True):
+        for name in ("loss", "validation_loss", "grad_norm"):
+            if name in one:
+                assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_gathered_bytes_are_the_policys(texts: Path, tmp_path: Path) -> None:
+    folder = run(fast_config(texts, accumulator_ratio=2, accumulator_dtype="int8", **GATHERING), tmp_path / "run")
+    summary, model = folder.summary(), model_of(folder)
+    assert summary is not None
+    groups = param_groups(model, lr=1e-3)
+    kinds = {name: group["kind"] for group in groups for name, _ in group["params"]}
+    plans = [
+        plan_accumulator(
+            tuple(parameter.shape),
+            ratio=2,
+            state_dtype="int8",
+            kind=None if kinds[name] == "vector" else kinds[name],
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    assert summary["accumulation_bytes"] == sum(each.state_bytes for each in plans)
+    assert summary["gradient_bytes"] == sum(4 * parameter.numel() for parameter in model.parameters())
+    assert (summary["accumulator"], summary["micro_batches"]) == ("flora", 4)
+
+
+def test_without_accumulation_a_micro_batch_makes_a_step(texts: Path, tmp_path: Path) -> None:
+    none = run(fast_config(texts, accumulator="none", **GATHERING), tmp_path / "none")
+    alone = run(fast_config(texts, batch_size=1, steps=4), tmp_path / "alone")
+    assert timeless(none) == timeless(alone)
 
 
 def test_bfloat16_weights_are_trained(texts: Path, tmp_path: Path) -> None:
