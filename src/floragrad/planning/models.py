@@ -1,13 +1,11 @@
 """The model whose step is planned: from a preset, a name, a folder or a file to modules and a batch of inputs."""
 
 from collections import Counter
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -17,7 +15,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
 )
-from transformers.initialization import no_init_weights
 
 from floragrad.planning.presets import MODELS
 from floragrad.train.errors import UserError
@@ -79,29 +76,19 @@ class PlannedModel:
         return asked or min(longest or DEFAULT_SEQUENCE, DEFAULT_SEQUENCE)
 
     def build(self, dtype: torch.dtype, blocks: int) -> Any:
-        """The model in training mode, on torch's default device and in the current tensor mode.
+        """The model in training mode, on torch's default device.
 
         Args:
             dtype: Of the weights.
             blocks: How many of the blocks to build.
 
         Raises:
-            UserError: Torch cannot run it on fake tensors.
+            UserError: It is built on the meta device, and torch cannot run it without memory.
         """
         config = self.config if blocks == self.blocks else _shallower(self.config, blocks)
-        fake = isinstance(torch.empty(0), FakeTensor)
-        # Some ways to draw weights look at what they drew, which fake tensors do not have.
-        with no_init_weights() if fake else nullcontext():
-            try:
-                model = _BUILDERS[self.task].from_config(config, dtype=dtype)
-            except DataDependentOutputException as error:
-                raise UserError(
-                    f"MODEL {self.name} is a {config.model_type}, which reads values of tensors while it is built, "
-                    "and so cannot be planned for without memory: give a model of another kind"
-                ) from error
-        if fake:
-            model.tie_weights()  # leaving out the drawing leaves this out
-        if fake and dtype != torch.bfloat16 and "grouped_mm" in model.get_experts_implementation().values():
+        model = _BUILDERS[self.task].from_config(config, dtype=dtype)
+        experts = "grouped_mm" in model.get_experts_implementation().values()
+        if experts and dtype != torch.bfloat16 and torch.empty(0).is_meta:
             raise UserError(
                 f"MODEL {self.name} is a mixture of experts, whose kernel torch knows without memory in bfloat16 "
                 "only: give --dtype bfloat16"
