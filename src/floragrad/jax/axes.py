@@ -44,28 +44,41 @@ class Layout:
 
     Attributes:
         shape: The leaf's shape.
-        order: Its axes, those that count matrices first; as they are in memory wherever that is possible.
-        matrices: The shape in that order with all inputs, and all outputs, as one axis; the leaf's own where
-            it holds no matrix.
-        axis: Where the inputs are, -2 (as in kernels) or -1; 0 where the leaf holds no matrix.
+        stack: The axes that count matrices; all of them where the leaf holds no matrix.
+        inputs: The axes that are sketched, as one.
+        outputs: The axes that are kept, as one.
     """
 
     shape: tuple[int, ...]
-    order: tuple[int, ...]
-    matrices: tuple[int, ...]
-    axis: int
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def axis(self) -> int:
+        """Where the inputs are among the matrices: -2, as in kernels, or -1; whichever needs no transpose."""
+        return -1 if not self.inputs or (self.outputs and min(self.outputs) < min(self.inputs)) else -2
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The leaf's axes: stacks, then inputs and outputs."""
+        return self.stack + (self.inputs + self.outputs if self.axis == -2 else self.outputs + self.inputs)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """The shape with all inputs, and all outputs, as one axis; the leaf's own where it holds no matrix."""
+        sizes = tuple(self.shape[axis] for axis in self.stack)
+        if not self.inputs:
+            return sizes
+        inputs, outputs = (prod(self.shape[axis] for axis in axes) for axes in (self.inputs, self.outputs))
+        return (*sizes, inputs, outputs) if self.axis == -2 else (*sizes, outputs, inputs)
 
     @property
     def view(self) -> MatrixView | None:
         """The leaf as the policy sees it: matrices, outputs, inputs."""
-        if not self.axis:
+        if not self.inputs:
             return None
-        return MatrixView(prod(self.batch), self.matrices[-3 - self.axis], self.matrices[self.axis])
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The axes that count matrices."""
-        return self.matrices[:-2] if self.axis else ()
+        return MatrixView(prod(self.matrices[:-2]), self.matrices[-3 - self.axis], self.matrices[self.axis])
 
     def to_matrices(self, leaf: Array) -> Array:
         """The leaf with inputs and outputs as its last two axes."""
@@ -108,7 +121,7 @@ def layouts(params: Any, matrix_axes: MatrixAxesOrFn) -> list[Layout]:
             subtrees of the parameters; or a function from the parameters to such a tree.
 
     Raises:
-        ValueError: An axis is out of range or named twice.
+        ValueError: An axis is out of range, or named twice.
     """
     if isinstance(matrix_axes, MatrixAxes):
         chosen = [matrix_axes if len(leaf.shape) > 1 else None for leaf in jax.tree.leaves(params)]
@@ -126,20 +139,15 @@ def _is_axes(tree: Any) -> bool:
 
 
 def _layout(shape: tuple[int, ...], axes: MatrixAxes | None) -> Layout:
-    reduction, output = (_normalised(shape, each) for each in axes or default_axes(shape))
+    inputs, outputs = (_normalised(shape, each) for each in axes or default_axes(shape))
     everywhere = tuple(range(len(shape)))
-    if not reduction or 0 in shape:
-        return Layout(shape, everywhere, shape, 0)
-    if len({*reduction, *output}) < len(reduction) + len(output):
+    if not inputs or 0 in shape:
+        return Layout(shape, everywhere, (), ())
+    if len({*inputs, *outputs}) < len(inputs + outputs):
         raise ValueError(
-            f"{axes} of an array of shape {shape}: every axis is an input, an output or neither; name it once"
+            f"{axes} of an array of shape {shape} names an axis twice: it is an input, an output or neither"
         )
-    batch = tuple(axis for axis in everywhere if axis not in reduction + output)
-    inputs, outputs = (prod(shape[axis] for axis in group) for group in (reduction, output))
-    counts = tuple(shape[axis] for axis in batch)
-    if output and min(output) < min(reduction):
-        return Layout(shape, batch + output + reduction, (*counts, outputs, inputs), -1)
-    return Layout(shape, batch + reduction + output, (*counts, inputs, outputs), -2)
+    return Layout(shape, tuple(axis for axis in everywhere if axis not in inputs + outputs), inputs, outputs)
 
 
 def _normalised(shape: tuple[int, ...], axes: int | Sequence[int]) -> tuple[int, ...]:

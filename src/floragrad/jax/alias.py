@@ -1,0 +1,116 @@
+"""The optimizer: a chain of optax's pieces around the momentum."""
+
+from typing import Any
+
+import optax
+from jax import Array
+from jax.typing import DTypeLike
+
+from floragrad._checks import DEFAULT_RANK
+from floragrad.jax.axes import MatrixAxesOrFn
+from floragrad.jax.precision import in_float32
+from floragrad.jax.second_moment import scale_by_factored_rms_of_matrices
+from floragrad.jax.transform import scale_by_flora
+from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
+
+
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | None = DEFAULT_RANK,
+    b1: float | Array | None = 0.9,
+    decay_rate: float | Array = 0.8,
+    kappa: int | Array = 1000,
+    clipping_threshold: float | Array | None = 1.0,
+    multiply_by_parameter_scale: bool = False,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    eps: float | Array = 1e-30,
+    factored: bool = True,
+    min_dim_size_to_factor: int = 1,
+    seed: int | Array = 0,
+    *,
+    ratio: int | None = None,
+    projection: Projection = "sign",
+    residual: bool | None = None,
+    embedding_momentum: EmbeddingMomentum = "none",
+    mu_dtype: StateDtype | DTypeLike = "int8",
+    min_parameter_scale: float | Array = 1e-3,
+    matrix_axes: MatrixAxesOrFn = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor whose momentum is kept as a random projection, redrawn every ``kappa`` steps.
+
+    For a kernel W with gradient G, both n x m (in, out)::
+
+        v_row, v_col ← averages of G² + eps, decayed by 1 − t^(−decay_rate)
+        U = G · rsqrt(v_row / mean(v_row)) · rsqrt(v_col)
+        M ← b1·transfer(M) + (1 − b1) P U           D = U + Pᵀ (P Pᵀ)⁻¹ (M − P U)
+        W ← W − learning_rate · (D / max(1, rms(D) / clipping_threshold) + weight_decay · W)
+
+    The second line is :func:`optax.scale_by_factored_rms`, the third :func:`floragrad.jax.scale_by_flora`, and
+    the last ``clip_by_block_rms``, ``add_decayed_weights``, ``scale_by_param_block_rms`` and
+    ``scale_by_learning_rate``, all in float32 whatever the parameters are kept in.
+
+    Args:
+        learning_rate: A number or a schedule, in AdamW's units (see ``multiply_by_parameter_scale``).
+        rank: r of the paper; ρ = min(m, n) // r inputs share one number of the momentum.
+        b1: Decay of the momentum; None or 0 keeps none and allocates nothing.
+        decay_rate: Exponent of the second moment's decay.
+        kappa: Steps between two projections. ``"adaptive"`` wants a smaller one: 100.
+        clipping_threshold: Bound on the root mean square of an update; None does not clip.
+        multiply_by_parameter_scale: Multiply the step by max(min_parameter_scale, rms(W)), as Adafactor does.
+        weight_decay: Decoupled, times the step size: a number or a schedule.
+        weight_decay_mask: What decays: a tree of booleans, or a function from the parameters to one.
+        eps: Added to squared gradients.
+        factored: False keeps the second moment whole; the momentum stays compressed.
+        min_dim_size_to_factor: Matrices with a shorter side than this keep the second moment whole.
+        seed: Of projections and of rounding, 0 to 2**32 - 1. The same seed gives the same numbers.
+        ratio: ρ itself, the same for every array; instead of ``rank``.
+        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more), ``"gaussian"`` (the paper's).
+        residual: Momentum inside the sketched subspace and the fresh gradient outside it, as above; False is the
+            paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
+        embedding_momentum: What embedding-like arrays keep: ``"none"``, ``"full"``, ``"compressed"``.
+        mu_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, the last three
+            rounded stochastically, so that the average stays unbiased.
+        min_parameter_scale: Least scale of a parameter, where it multiplies.
+        matrix_axes: Which axes are inputs and outputs: a :class:`~floragrad.jax.MatrixAxes`, a tree of them or
+            a function from the parameters to one. None: the last two axes of each array, in this order.
+
+    Raises:
+        ValueError: An option has a wrong value, or options contradict each other.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((32, 16))}
+        >>> optimizer = flora(learning_rate=1e-2, rank=4)
+        >>> state = optimizer.init(params)
+        >>> grads = jax.grad(lambda params: jnp.sum(params["kernel"] ** 2))(params)
+        >>> updates, state = optimizer.update(grads, state, params)
+        >>> bool(jnp.all(optax.apply_updates(params, updates)["kernel"] < 1))
+        True
+
+    Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024,
+    algorithm 2; Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4. Deviations: ``docs/method.md``.
+    """
+    pieces = [
+        scale_by_factored_rms_of_matrices(factored, decay_rate, min_dim_size_to_factor, eps, matrix_axes=matrix_axes),
+        scale_by_flora(
+            rank,
+            b1,
+            kappa,
+            projection,
+            residual,
+            seed,
+            embedding_momentum,
+            mu_dtype,
+            ratio=ratio,
+            matrix_axes=matrix_axes,
+        ),
+    ]
+    if clipping_threshold is not None:
+        pieces.append(optax.clip_by_block_rms(clipping_threshold))
+    if weight_decay is not None:
+        pieces.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
+    if multiply_by_parameter_scale:
+        pieces.append(optax.scale_by_param_block_rms(min_parameter_scale))
+    return in_float32(optax.chain(*pieces, optax.scale_by_learning_rate(learning_rate)))

@@ -1,0 +1,120 @@
+"""The momentum as one pure gradient transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import DTypeLike
+
+from floragrad._checks import DEFAULT_RANK
+from floragrad.jax.axes import MatrixAxesOrFn
+from floragrad.jax.leaf_step import Leaf, initial_momentum, initial_weight, step_leaf
+from floragrad.jax.options import resolve
+from floragrad.policy import EmbeddingMomentum, StateDtype
+from floragrad.policy import Projection as ProjectionKind
+
+
+class ScaleByFloraState(NamedTuple):
+    """State of :func:`scale_by_flora`.
+
+    Attributes:
+        count: Steps taken, int32.
+        mu: For each leaf its momentum (:class:`~floragrad.jax.quantize.Stored`), a sketch or whole; an
+            :class:`optax.MaskedNode` where there is none.
+        projection_weight: The learnt weights of ``"adaptive"``, (..., n) in float32; an ``optax.MaskedNode``
+            elsewhere.
+    """
+
+    count: Array  # type: ignore[assignment]  # optax's name for it, which a tuple has too
+    mu: Any
+    projection_weight: Any
+
+
+def scale_by_flora(
+    rank: int | None = DEFAULT_RANK,
+    b1: float | Array | None = 0.9,
+    kappa: int | Array = 1000,
+    projection: ProjectionKind = "sign",
+    residual: bool | None = None,
+    seed: int | Array = 0,
+    embedding_momentum: EmbeddingMomentum = "none",
+    mu_dtype: StateDtype | DTypeLike = "int8",
+    *,
+    ratio: int | None = None,
+    matrix_axes: MatrixAxesOrFn = None,
+) -> optax.GradientTransformation:
+    """Replace updates by their momentum, kept as a random projection that is redrawn every ``kappa`` steps.
+
+    For a kernel's update U (n x m: in, out) and P (k x n), drawn from ``seed``::
+
+        M ← b1·transfer(M) + (1 − b1) P U        D = U + Pᵀ (P Pᵀ)⁻¹ (M − P U)
+
+    M is k x m with k ≈ n·rank / min(m, n): the only large state. With ``residual=False``, the paper's
+    estimator, D = (1 − b1) U + b1 Pᵀ M with M and P as they were before this step. Arrays that hold no matrix
+    keep their momentum whole, in float32; embedding-like ones (aspect ratio above 4) keep none unless asked to.
+    Maths is float32; updates are returned in the dtype that they come in.
+
+    Args:
+        rank: r of the paper; ρ = min(m, n) // r inputs share one number of the momentum.
+        b1: Decay of the momentum; None or 0 keeps none and allocates nothing.
+        kappa: Steps between two projections. ``"adaptive"`` wants a smaller one: 100.
+        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more), ``"gaussian"`` (the paper's).
+        residual: Momentum inside the sketched subspace and the fresh update outside it, as above; False is the
+            paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
+        seed: Of projections and of rounding, 0 to 2**32 - 1. The same seed gives the same numbers.
+        embedding_momentum: What embedding-like arrays keep: ``"none"``, ``"full"``, ``"compressed"``.
+        mu_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"`` (or such a
+            dtype), the last three rounded stochastically, so that the average stays unbiased.
+        ratio: ρ itself, the same for every array; instead of ``rank``.
+        matrix_axes: Which axes are inputs and outputs: a :class:`~floragrad.jax.MatrixAxes`, a tree of them or
+            a function from the parameters to one. None: the last two axes of each array, in this order.
+
+    Returns:
+        A transformation whose state is a :class:`ScaleByFloraState`.
+
+    Raises:
+        ValueError: An option has a wrong value, or options contradict each other.
+
+    Example:
+        >>> momentum = scale_by_flora(rank=4)
+        >>> state = momentum.init({"kernel": jnp.zeros((16, 32)), "bias": jnp.zeros(32)})
+        >>> state.mu["kernel"].payload.shape, state.mu["bias"].payload.shape
+        ((4, 32), (32,))
+
+    Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, algorithm 2.
+    Deviations from it: ``docs/method.md``.
+    """
+    options = resolve(
+        rank=rank,
+        ratio=ratio,
+        b1=b1,
+        kappa=kappa,
+        projection=projection,
+        residual=residual,
+        seed=seed,
+        embedding_momentum=embedding_momentum,
+        mu_dtype=mu_dtype,
+        matrix_axes=matrix_axes,
+    )
+
+    def leaves(tree: Any) -> Any:
+        found = [Leaf(options, *each, index) for index, each in enumerate(options.plans(tree))]
+        return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+    def init(params: Any) -> ScaleByFloraState:
+        each = leaves(params)
+        mu = jax.tree.map(initial_momentum, each, params)
+        return ScaleByFloraState(jnp.zeros([], jnp.int32), mu, jax.tree.map(initial_weight, each))
+
+    def update(updates: Any, state: ScaleByFloraState, params: Any = None) -> tuple[Any, ScaleByFloraState]:
+        del params
+        each, count = leaves(updates), optax.safe_increment(state.count)
+        steps = jax.tree.map(
+            lambda leaf, *its: step_leaf(leaf, count, *its), each, updates, state.mu, state.projection_weight
+        )
+        direction, mu, weight = (jax.tree.map(lambda _, step, at=at: step[at], each, steps) for at in range(3))
+        return direction, ScaleByFloraState(count, mu, weight)
+
+    return optax.GradientTransformation(init, update)
