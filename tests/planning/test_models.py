@@ -167,6 +167,40 @@ def test_a_sequence_that_is_not_read_is_refused(name: str, asked: int, message: 
     assert str(refused.value) == message
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "sketched", "expected"),
+    [
+        ("gpt2", None, True, 128),
+        ("gpt2", 384, True, 384),
+        ("gpt2", 768, False, 768),
+        ("llama-60m", None, True, 128),
+        ("vit-b-16", 1, True, 1),
+    ],
+)
+def test_the_rank_is_as_asked_or_the_librarys(name: str, asked: int | None, sketched: bool, expected: int) -> None:
+    assert find_model(name).rank(asked, sketched) == expected
+
+
+def test_a_small_model_has_a_quarter_of_its_width_as_rank() -> None:
+    """At the library's rank of 128 Flora would sketch nothing, and warn."""
+    assert planned_model(SMALL["llama"], "llama").rank(None, True) == 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "sketched", "end"),
+    [
+        (385, True, "768, and a sketch needs half of it or less: give at most 384"),
+        (769, False, "768: give at most 768"),
+    ],
+)
+def test_a_rank_that_is_too_large_is_refused(rank: int, sketched: bool, end: str) -> None:
+    with pytest.raises(UserError) as refused:
+        find_model("gpt2").rank(rank, sketched)
+    assert str(refused.value) == (
+        f"--rank {rank} is too large for MODEL gpt2: the largest smaller side of its hidden matrices is {end}"
+    )
+
+
 @pytest.mark.parametrize("content", [None, {}, {"model_type": "no-such-type"}, "no json"], ids=str)
 def test_what_is_no_model_is_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "config.json"

@@ -3,6 +3,7 @@
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import torch
@@ -16,7 +17,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from floragrad._checks import DEFAULT_RANK
 from floragrad.planning.presets import MODELS
+from floragrad.policy import matrix_view
+from floragrad.torch import param_groups
 from floragrad.train.errors import UserError
 
 Task = Literal["causal language model", "sequence-to-sequence model", "image classifier"]
@@ -74,6 +78,38 @@ class PlannedModel:
                 f"give at most {longest}"
             )
         return asked or min(longest or DEFAULT_SEQUENCE, DEFAULT_SEQUENCE)
+
+    def largest_rank(self, sketched: bool) -> int:
+        """The largest rank that makes sense: the largest smaller side of a hidden matrix, for a sketch half of it."""
+        return self._widest_side // 2 if sketched else self._widest_side
+
+    def rank(self, asked: int | None, sketched: bool) -> int:
+        """The rank: as asked for, else 128, or a quarter of the widest matrix's smaller side where that is less.
+
+        Args:
+            asked: By the user.
+            sketched: Whether it is Flora's too.
+
+        Raises:
+            UserError: It is above every dimension, or a sketch of that rank would be none.
+        """
+        largest = self.largest_rank(sketched)
+        if asked is not None and asked > largest:
+            half = ", and a sketch needs half of it or less" if sketched else ""
+            raise UserError(
+                f"--rank {asked} is too large for MODEL {self.name}: the largest smaller side of its hidden matrices "
+                f"is {self._widest_side}{half}: give at most {largest}"
+            )
+        return asked or min(DEFAULT_RANK, max(1, self._widest_side // 4))
+
+    @cached_property
+    def _widest_side(self) -> int:
+        """The largest smaller side that a hidden matrix has."""
+        with torch.device("meta"):
+            model = self.build(torch.bfloat16, 1)
+        matrices = [group["params"] for group in param_groups(model, lr=0.0) if group["kind"] == "matrix"]
+        views = [matrix_view(parameter.shape) for named in matrices for _, parameter in named]
+        return max((min(view.rows, view.columns) for view in views if view is not None), default=0)
 
     def build(self, dtype: torch.dtype, blocks: int) -> Any:
         """The model in training mode, on torch's default device.

@@ -1,0 +1,69 @@
+"""What ``floragrad plan`` shows on the screen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from floragrad._text import format_bytes
+from floragrad.planning import result
+from floragrad.planning.result import MemoryPlan, PlanSettings
+from floragrad.planning.verdict import WORDS
+
+WIDTH_WITHOUT_TERMINAL = 160
+"""Columns of a table that no terminal shows: in a file nothing should be wrapped."""
+EVERYWHERE = ("parameters", "gradients", "accumulation", "optimizer_state", "activations", "temporaries")
+
+
+def console(stderr: bool = False) -> Console:
+    """The screen."""
+    screen = Console(stderr=stderr)
+    return screen if screen.is_terminal else Console(stderr=stderr, width=WIDTH_WITHOUT_TERMINAL)
+
+
+@contextmanager
+def progress(screen: Console) -> Iterator[result.Progress]:
+    """A bar that says what is being done; nothing is left of it, and without a terminal there is none."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda doing, done: bar.update(task, description=doing, completed=done)
+
+
+def title(name: str, settings: PlanSettings, reads_text: bool) -> str:
+    """The training step in a few words."""
+    return f"{name}: {', '.join(_settings_in_words(settings, reads_text))}"
+
+
+def _settings_in_words(settings: PlanSettings, reads_text: bool) -> Iterator[str]:
+    yield f"batch {settings.batch} x {settings.sequence:,} tokens" if reads_text else f"batch {settings.batch}"
+    yield settings.dtype
+    if settings.accumulate > 1:
+        yield f"{settings.accumulate} micro-batches"
+    if settings.checkpointing:
+        yield "activations recomputed"
+    for way, devices in (("DDP", settings.ddp), ("FSDP2", settings.fsdp)):
+        if devices > 1:
+            yield f"{way} over {devices} devices"
+
+
+def plan_table(plan: MemoryPlan, heading: str) -> Table:
+    """Bytes of each category and the peak, a line for each optimizer."""
+    distributed = plan.settings.ddp > 1 or plan.settings.fsdp > 1
+    categories = (*EVERYWHERE, "buckets") if distributed else EVERYWHERE
+    table = Table(title=heading, title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    for category in categories:
+        table.add_column(WORDS[category], justify="right")
+    table.add_column("peak", justify="right", style="bold")
+    table.add_column("at the peak")
+    for name in plan.settings.optimizers:
+        if name in plan.optimizers:
+            row = plan.optimizers[name]
+            sizes = (format_bytes(getattr(row, category)) for category in categories)
+            table.add_row(name, *sizes, format_bytes(row.peak), row.peak_moment)
+        else:
+            table.add_row(name, *[""] * (len(categories) + 1), plan.unavailable[name])
+    return table

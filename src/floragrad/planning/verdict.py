@@ -1,0 +1,75 @@
+"""Whether a step fits a device, and what to try where it does not."""
+
+from typing import Any, Final
+
+from floragrad._text import format_bytes
+from floragrad.planning.result import OptimizerPlan, PlanSettings
+from floragrad.planning.sizes import Size
+
+WORDS: Final = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "accumulation": "accumulation buffers",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+    "temporaries": "temporaries",
+    "buckets": "buckets",
+}
+"""The categories as they are called and ordered on the screen."""
+
+
+def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size, reads_text: bool = True) -> str:
+    """One line: how much room is left, or what the peak is and what to try.
+
+    Args:
+        name: The optimizer.
+        row: Its plan.
+        settings: Of the plan.
+        device: The memory there is.
+        reads_text: Whether the model reads sequences of tokens.
+
+    Example:
+        >>> bytes_at_peak = {"parameters": 10_000_000_000, "activations": 20_000_000_000}
+        >>> row = OptimizerPlan(
+        ...     parameters=10_000_000_000, optimizer_state=0, accumulation=0, gradients=0, buckets=0,
+        ...     activations=20_000_000_000, temporaries=0, peak=30_000_000_000, peak_moment="backward",
+        ...     at_peak=bytes_at_peak, timeline=(),
+        ... )
+        >>> verdict("flora", row, PlanSettings(), Size(24_000_000_000, "24 GB"))
+        'does not fit 24 GB, by 6.0 GB: the peak is the activations, try --checkpointing'
+        >>> verdict("flora", row, PlanSettings(), Size(32_000_000_000, "32 GB"))
+        'fits 32 GB with 2.0 GB to spare'
+    """
+    spare = device.nbytes - row.peak
+    if spare >= 0:
+        return f"fits {device.words} with {format_bytes(spare)} to spare"
+    largest = max(row.at_peak, key=lambda category: row.at_peak[category])
+    return (
+        f"does not fit {device.words}, by {format_bytes(-spare)}: the peak is the {WORDS[largest]}, "
+        f"try {_way_out(largest, name, settings, reads_text)}"
+    )
+
+
+def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
+    """The same in plain types."""
+    return {"fits": row.peak <= device.nbytes, "spare": device.nbytes - row.peak}
+
+
+def _way_out(category: str, name: str, settings: PlanSettings, reads_text: bool) -> str:
+    """What makes the largest category smaller, and is not done yet."""
+    flora = name.startswith("flora")
+    ways = {
+        "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],
+        "gradients": [(name != "flora+release", "flora+release")],
+        "accumulation": [(name != "flora+release", "flora+release")],
+        "optimizer_state": [(not flora, "flora"), (settings.state_dtype != "int4", "--state-dtype int4")],
+        "activations": [
+            (not settings.checkpointing, "--checkpointing"),
+            (settings.batch > 1, "a smaller --batch"),
+            (reads_text, "a shorter --sequence-length"),
+        ],
+        "temporaries": [(not flora, "flora")],
+        "buckets": [],
+    }
+    share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
+    return next((way for undone, way in ways[category] if undone), share)
