@@ -1,17 +1,53 @@
 """Runs :mod:`floragrad.reference` beside an optimizer: the same tensors, the same dense projections."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from floragrad import reference
+from floragrad.policy import TensorPlan
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.tensor_step import TensorStep, adaptive_noise, initial_state
 from tests.torch.cases import Case
 
 INDEX = 0  # the only parameter of its optimizer
+TOLERANCE = 1e-5
+
+
+class Draws(Protocol):
+    """What a framework draws for one tensor, as float64 NumPy."""
+
+    def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+        """P, (k, n)."""
+        ...
+
+    def initial_weights(self, plan: TensorPlan) -> np.ndarray:
+        """Of the adaptive projection, (batch, n)."""
+        ...
+
+    def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+        """What is added to the weights before they are learnt, (n,)."""
+        ...
+
+
+class TorchDraws:
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+
+    def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"))
+        return double(at.projection(epoch).matrix())
+
+    def initial_weights(self, plan: TensorPlan) -> np.ndarray:
+        assert plan.view is not None
+        state = initial_state(plan, self.group, INDEX, torch.device("cpu"))
+        return double(state["projection_weight"]).reshape(-1, plan.view.columns)
+
+    def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+        assert plan.view is not None
+        return double(adaptive_noise(plan.view.columns, plan.width, self.group["seed"], INDEX, epoch))
 
 
 def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: Any) -> list[np.ndarray]:
@@ -19,6 +55,14 @@ def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: A
     group = resolve_group(case.all_options(**changes), {**_defaults(), "compile": False})
     plan = plan_of(torch.Size(case.shape), group)
     view = plan.view or (1, 1, max(1, torch.Size(case.shape).numel()))
+    param, *grads = (double(each).reshape(view) for each in (case.parameter(), *gradients))
+    return reference_course(plan, group, param, grads, TorchDraws(group))
+
+
+def reference_course(
+    plan: TensorPlan, group: dict[str, Any], param: np.ndarray, gradients: list[np.ndarray], draws: Draws
+) -> list[np.ndarray]:
+    """The parameter after every step: all of it in the shape of the plan's view, (batch, m, n)."""
     shared = {field.name for field in dataclasses.fields(reference.Options)} & group.keys()
     options = reference.Options(
         **{name: group[name] for name in shared - {"beta1"}},
@@ -26,23 +70,26 @@ def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: A
         factored=plan.factored,
     )
     state = reference.State()
-    param = _double(case.parameter()).reshape(view)
-    weights = _initial_weights(plan, group)
+    adaptive = plan.momentum == "sketch" and plan.projection == "adaptive"
+    weights = draws.initial_weights(plan) if adaptive else None
     before = now = None
     trajectory = []
     for grad in gradients:
         state.step += 1
-        update = reference.second_moment(_double(grad).reshape(view), state, options)
+        update = reference.second_moment(grad, state, options)
         if plan.momentum == "sketch":
             opens = state.step == 1 or state.step % group["kappa"] == 0
-            if plan.projection == "adaptive":
+            epoch = state.step // group["kappa"]
+            if weights is not None:
                 before = _stack(weights, plan.width) if now is None else now
                 if opens:
                     blended = reference.blend(update, state, options, before)
-                    weights = _learn(weights, blended, plan.width, group, state.step)
+                    start = weights + draws.noise(plan, epoch)
+                    learnt = map(reference.adaptive_weights, blended, start, [plan.width] * len(start))
+                    weights = np.stack(list(learnt))
                     now = _stack(weights, plan.width)
             elif opens:
-                before, now = now, _drawn(plan, group, state.step)
+                before, now = now, draws.projection(plan, epoch)
                 before = now if before is None else before
             if not opens:
                 before = now
@@ -52,32 +99,21 @@ def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: A
     return trajectory
 
 
+def assert_same_course(case: Case, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for step, (ours, oracle) in enumerate(zip(found, expected, strict=True), start=1):
+        error = np.abs(ours.reshape(oracle.shape) - oracle).max() / np.abs(oracle).max()
+        assert error < TOLERANCE, f"{case} leaves the oracle at step {step}: relative error {error:.2e}"
+
+
 def _defaults() -> dict[str, Any]:
     from floragrad import Flora
 
     return dict(Flora([torch.nn.Parameter(torch.zeros(1))], lr=1.0).defaults)
 
 
-def _double(tensor: torch.Tensor) -> np.ndarray:
+def double(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
-
-
-def _drawn(plan: Any, group: dict[str, Any], step: int) -> np.ndarray:
-    at = TensorStep(plan, group, INDEX, step, torch.device("cpu"))
-    return _double(at.projection(at.epoch).matrix())
-
-
-def _initial_weights(plan: Any, group: dict[str, Any]) -> np.ndarray | None:
-    state = initial_state(plan, group, INDEX, torch.device("cpu"))
-    if "projection_weight" not in state:
-        return None
-    return _double(state["projection_weight"]).reshape(-1, plan.view.columns)
 
 
 def _stack(weights: np.ndarray, k: int) -> np.ndarray:
     return np.stack([reference.bucket_projection(each, k) for each in weights])
-
-
-def _learn(weights: np.ndarray, blended: np.ndarray, k: int, group: dict[str, Any], step: int) -> np.ndarray:
-    noise = _double(adaptive_noise(weights.shape[-1], k, group["seed"], INDEX, step // group["kappa"]))
-    return np.stack([reference.adaptive_weights(m, w + noise, k) for m, w in zip(blended, weights, strict=True)])

@@ -7,9 +7,7 @@ import torch
 from floragrad import Flora
 from floragrad.torch import tensor_step
 from tests.torch.cases import CASES, STEPS, Case
-from tests.torch.oracle import reference_trajectory
-
-TOLERANCE = 1e-5
+from tests.torch.oracle import assert_same_course, reference_trajectory
 
 
 def trajectory(case: Case, gradients: list[torch.Tensor], **changes: object) -> list[np.ndarray]:
@@ -21,12 +19,6 @@ def trajectory(case: Case, gradients: list[torch.Tensor], **changes: object) -> 
         optimizer.step()
         after.append(param.detach().double().numpy().copy())
     return after
-
-
-def assert_same_course(case: Case, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    for step, (ours, oracle) in enumerate(zip(found, expected, strict=True), start=1):
-        error = np.abs(ours.reshape(oracle.shape) - oracle).max() / np.abs(oracle).max()
-        assert error < TOLERANCE, f"{case} leaves the oracle at step {step}: relative error {error:.2e}"
 
 
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
