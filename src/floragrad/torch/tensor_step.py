@@ -102,9 +102,11 @@ class TensorStep:
 def initial_state(plan: TensorPlan, group: Group, index: int, device: torch.device) -> State:
     """Every buffer of the plan: zeros, and for ``"adaptive"`` random signs over their bucket's norm."""
     state = {
-        key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device="cpu" if key == "step" else device)
+        key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
         for key, buffer in plan.buffers.items()
     }
+    # Among fake tensors only what was made of a number knows its value, and every step reads this one.
+    state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
     if "projection_weight" in state and device.type != "meta":
         weight = state["projection_weight"]
         signs = random_signs(weight.shape[-1], group["seed"], index, 0, Stream.MOMENTUM).expand_as(weight)
@@ -215,12 +217,13 @@ def _descend(param: Tensor, directions: list[Tensor], squares: Tensor, at: Tenso
     generator = at.generator(Stream.PARAMETER_ROUNDING) if rounded else None
     run = _maybe_compiled(_block_descend, at)
     # A parameter that is not contiguous in its view is written through a copy.
-    params = param.view(at.view) if _viewable(param, at.view) else param.reshape(at.view)
+    viewable = _viewable(param, at.view)
+    params = param.view(at.view) if viewable else param.reshape(at.view)
     for where, direction in zip(at.blocks(), directions, strict=True):
         target = params[where]
         bits = random_bits(target.shape, generator) if generator is not None else None
         target.copy_(run(target, direction, keep, size, bits))
-    if params.data_ptr() != param.data_ptr():
+    if not viewable:
         param.copy_(params.view(param.shape))
 
 

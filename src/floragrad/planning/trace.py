@@ -1,0 +1,133 @@
+"""One training step, with the real model, optimizer and accumulator, on tensors that need not be real.
+
+On fake tensors it is the prediction, on real ones the measurement: the same function runs both.
+"""
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from floragrad.planning.optimizers import ROWS
+from floragrad.planning.repeats import repeated_work
+from floragrad.planning.result import CATEGORIES, OptimizerName, PlanSettings
+from floragrad.planning.step import TrainingStep, hold_sketches, hold_state
+from floragrad.planning.subject import Subject
+from floragrad.planning.tracker import MemoryTracker, Moment, Profiles
+
+DISTINCT_MICRO_BATCHES: Final = 3
+"""The first, any in between and the last: those in between hold the same."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What lived during a training step.
+
+    Attributes:
+        first: The moments of the first step, of one micro-batch; empty where the optimizer's state is allocated
+            before it, so that it is like any other.
+        micro_batches: Those of a later step's micro-batches, of at most three of them.
+        update: Those of its clipping and update.
+        kept: Bytes of each category between steps.
+    """
+
+    first: tuple[Moment, ...]
+    micro_batches: tuple[tuple[Moment, ...], ...]
+    update: tuple[Moment, ...]
+    kept: tuple[int, ...]
+
+
+def predict(
+    subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int, profiles: Profiles | None
+) -> Trace:
+    """Trace a step on fake tensors: nothing is allocated, nothing computed.
+
+    Args:
+        subject: The model.
+        name: The row.
+        settings: The step.
+        blocks: How many of the model's blocks to build.
+        profiles: Where to remember the work on one tensor, that on others like it repeats; None repeats none.
+    """
+    with torch.device("meta"):
+        model = ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
+    with FakeTensorMode():
+        _materialise(model)
+        return _traced(model, subject, name, settings, blocks, MemoryTracker(profiles))
+
+
+def run(subject: Subject, name: OptimizerName, settings: PlanSettings) -> Trace:
+    """Trace a step for real, on the CPU."""
+    model = ROWS[name].adapted(subject.build(_dtype(settings), subject.blocks), settings)
+    return _traced(model, subject, name, settings, subject.blocks, MemoryTracker())
+
+
+def _dtype(settings: PlanSettings) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give a model of the meta device tensors of the current mode on the CPU, tied ones once."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[old] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+                table[name] = made[old]  # type: ignore[assignment]
+
+
+def _traced(
+    model: nn.Module,
+    subject: Subject,
+    name: OptimizerName,
+    settings: PlanSettings,
+    blocks: int,
+    tracker: MemoryTracker,
+) -> Trace:
+    if settings.checkpointing:
+        with warnings.catch_warnings():
+            # Newer versions of transformers have another name for it, older ones only this.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    names = {param: each for each, param in model.named_parameters()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracker.hold(tensor, "parameters", names.get(tensor, ""))
+    count = min(settings.accumulate, DISTINCT_MICRO_BATCHES)
+    row = ROWS[name]
+    with tracker, repeated_work(tracker), ExitStack() as hooks:
+        step = TrainingStep(model, partial(subject.inputs, settings.batch, settings.sequence, _dtype(settings)), tracker)
+        optimizer = row.optimizer(model, settings)
+        is_steady = hold_state(tracker, optimizer)
+        hooks.enter_context(step.module_moments())
+        with step.gradient_moments(row.clip):
+            accumulator = row.accumulator(optimizer, count)
+        if accumulator is not None:
+            hooks.callback(accumulator.close)
+            hold_sketches(tracker, accumulator)
+        first: tuple[Moment, ...] = ()
+        tracker.cut()
+        if not is_steady:
+            step.micro_batch(1, None)
+            step.update(optimizer, None)
+            hold_state(tracker, optimizer)
+            first = tracker.cut()
+        micro_batches = []
+        for index in range(count):
+            step.micro_batch(count, accumulator, is_last=index == count - 1)
+            micro_batches.append(tracker.cut())
+        step.update(optimizer, accumulator)
+        hold_state(tracker, optimizer)
+        update = tracker.cut()
+        kept = tuple(tracker.bytes_of(category) for category in CATEGORIES)
+    return Trace(first, tuple(micro_batches), update, kept)
