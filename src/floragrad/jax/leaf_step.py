@@ -70,7 +70,7 @@ class Leaf:
         return stream_key(self.options.seed, self.index, counter, stream)
 
     def drawn(self, epoch: ArrayLike) -> Projection:
-        """The projection of an epoch, drawn."""
+        """The projection of an epoch, drawn; of ``"adaptive"`` the signs that its weights start from."""
         return draw(self.plan.projection, self.key(epoch, Stream.MOMENTUM), self.columns, self.plan.width)
 
 
@@ -91,7 +91,7 @@ def initial_weight(leaf: Leaf) -> Any:
     """For ``"adaptive"`` random signs over their bucket's norm."""
     if not leaf.learns:
         return optax.MaskedNode()
-    signs = draw("sign", leaf.key(0, Stream.MOMENTUM), leaf.columns, leaf.plan.width)
+    signs = leaf.drawn(0)
     assert isinstance(signs, BucketProjection)
     weight = normalise_buckets(signs.weight, leaf.plan.width, signs.weight)
     return jnp.broadcast_to(weight, (*leaf.layout.matrices[:-2], leaf.columns))

@@ -168,7 +168,7 @@ def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
     """A projection of n columns to k, drawn at random.
 
     Args:
-        kind: ``"sign"`` or ``"gaussian"``.
+        kind: ``"gaussian"``, or any other for signs.
         key: From :func:`stream_key`.
         n: Columns.
         k: Columns of a sketch.
@@ -231,6 +231,11 @@ def normalise_buckets(weight: Array, k: int, fallback: Array) -> Array:
     return jnp.where(norm == 0, fallback, weight / jnp.where(norm == 0, 1.0, norm))
 
 
+def adaptive_noise(key: Array, n: int, k: int) -> Array:
+    """Noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,)."""
+    return jax.random.uniform(key, (n,), minval=-1.0, maxval=1.0) * (ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
+
+
 def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) -> Array:
     """Adaptive weights: two power iterations in every bucket, w ← Vᵀ(V w) / ‖Vᵀ(V w)‖, from ``start`` plus noise.
 
@@ -241,12 +246,11 @@ def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) ->
         matrix: (..., n, m).
         start: The weights before, (..., n), of norm 1 in each bucket.
         k: Buckets.
-        key: Of the noise, uniform and of norm about ``ADAPTIVE_NOISE`` in every bucket.
+        key: Of the noise.
         axis: Of the columns.
     """
     n = start.shape[-1]
-    noise = jax.random.uniform(key, (n,), minval=-1.0, maxval=1.0) * (ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
-    weight = normalise_buckets(start + noise, k, start)
+    weight = normalise_buckets(start + adaptive_noise(key, n, k), k, start)
     for _ in range(2):
         sketch = BucketProjection.normalised(weight, k).encode(matrix, axis=axis)
         weight = normalise_buckets((matrix * tile(sketch, n, axis=axis)).sum(-3 - axis), k, weight)
