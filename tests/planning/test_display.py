@@ -2,9 +2,12 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from floragrad.planning.display import WIDTH_WITHOUT_TERMINAL, plan_table, progress, title
+from floragrad.planning.display import WIDTH_WITHOUT_TERMINAL, fits_table, plan_table, progress, title
+from floragrad.planning.limits import Limits
 from floragrad.planning.result import MemoryPlan, PlanSettings
+from floragrad.planning.sizes import parse_size
 from tests.planning.support import row
 
 ROWS = {
@@ -14,17 +17,20 @@ ROWS = {
 SETTINGS = PlanSettings(optimizers=("adamw", "galore", "flora"))
 
 
-def shown(settings: PlanSettings) -> list[list[str]]:
-    """The cells of the table, line by line."""
-    plan = MemoryPlan("gpt2", settings, ROWS, {"galore": "galore_torch is not installed"})
+def plan(settings: PlanSettings) -> MemoryPlan:
+    return MemoryPlan("gpt2", settings, ROWS, {"galore": "galore_torch is not installed"})
+
+
+def shown(table: Table) -> list[list[str]]:
+    """The cells of a table, line by line."""
     screen = io.StringIO()
-    Console(file=screen, width=WIDTH_WITHOUT_TERMINAL).print(plan_table(plan, "title"))
+    Console(file=screen, width=WIDTH_WITHOUT_TERMINAL).print(table)
     lines = [line.replace("┃", "│") for line in screen.getvalue().splitlines()]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
 
 
 def test_every_category_has_its_column() -> None:
-    head, adamw, galore, flora = shown(SETTINGS)
+    head, adamw, galore, flora = shown(plan_table(plan(SETTINGS), "title"))
     assert head == [
         "optimizer", "parameters", "gradients", "accumulation buffers", "optimizer state", "activations",
         "temporaries", "peak", "at the peak",
@@ -38,7 +44,7 @@ def test_every_category_has_its_column() -> None:
 
 @pytest.mark.parametrize("devices", [{"ddp": 2}, {"fsdp": 2}], ids=str)
 def test_buckets_are_shown_where_there_are_several_devices(devices: dict[str, int]) -> None:
-    head, _, _, flora = shown(PlanSettings(optimizers=SETTINGS.optimizers, **devices))
+    head, _, _, flora = shown(plan_table(plan(PlanSettings(optimizers=SETTINGS.optimizers, **devices)), "title"))
     assert head[7] == "buckets"
     assert flora[7] == "7.0 GB"
 
@@ -57,7 +63,22 @@ def test_buckets_are_shown_where_there_are_several_devices(devices: dict[str, in
     ],
 )
 def test_the_title_says_what_was_asked_for(settings: PlanSettings, reads_text: bool, words: str) -> None:
-    assert title("m", settings, reads_text) == words
+    assert title(MemoryPlan("m", settings, {}), reads_text) == words
+
+
+def test_the_verdict_stands_beside_the_limits() -> None:
+    limits = {"adamw": Limits(0, 17, None), "flora": Limits(4, 8192, 128)}
+    head, adamw, flora = shown(fits_table(plan(SETTINGS), parse_size("14GB"), limits, reads_text=True))
+    assert head == ["optimizer", "verdict", "largest batch", "sequence", "rank"]
+    assert adamw[0] == "adamw"
+    assert adamw[1].startswith("does not fit 14 GB, by 1.0 GB: the peak is the temporaries, try flora")
+    assert adamw[2:] == ["none", "17", ""]
+    assert flora == ["flora", "fits 14 GB with 0 B to spare", "4", "8,192", "128"]
+
+
+def test_limits_that_were_not_looked_for_have_no_columns() -> None:
+    head, _, _ = shown(fits_table(plan(SETTINGS), parse_size("14GB"), {}, reads_text=True))
+    assert head == ["optimizer", "verdict"]
 
 
 def test_the_bar_says_what_is_done_on_a_terminal_and_nothing_elsewhere() -> None:

@@ -1,7 +1,8 @@
 """What ``floragrad plan`` shows on the screen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -9,32 +10,36 @@ from rich.table import Table
 
 from floragrad._text import format_bytes
 from floragrad.planning import result
-from floragrad.planning.result import MemoryPlan, PlanSettings
-from floragrad.planning.verdict import WORDS
+from floragrad.planning.result import MemoryPlan, OptimizerName, PlanSettings
+from floragrad.planning.sizes import Size
+from floragrad.planning.verdict import WORDS, verdict
+
+if TYPE_CHECKING:
+    from floragrad.planning.limits import Limits
 
 WIDTH_WITHOUT_TERMINAL = 160
 """Columns of a table that no terminal shows: in a file nothing should be wrapped."""
 EVERYWHERE = ("parameters", "gradients", "accumulation", "optimizer_state", "activations", "temporaries")
 
 
-def console(stderr: bool = False) -> Console:
-    """The screen."""
-    screen = Console(stderr=stderr)
-    return screen if screen.is_terminal else Console(stderr=stderr, width=WIDTH_WITHOUT_TERMINAL)
+def screen() -> Console:
+    """Where tables go."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
 
 
 @contextmanager
-def progress(screen: Console) -> Iterator[result.Progress]:
+def progress(console: Console) -> Iterator[result.Progress]:
     """A bar that says what is being done; nothing is left of it, and without a terminal there is none."""
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda doing, done: bar.update(task, description=doing, completed=done)
 
 
-def title(name: str, settings: PlanSettings, reads_text: bool) -> str:
+def title(plan: MemoryPlan, reads_text: bool) -> str:
     """The training step in a few words."""
-    return f"{name}: {', '.join(_settings_in_words(settings, reads_text))}"
+    return f"{plan.model}: {', '.join(_settings_in_words(plan.settings, reads_text))}"
 
 
 def _settings_in_words(settings: PlanSettings, reads_text: bool) -> Iterator[str]:
@@ -67,3 +72,23 @@ def plan_table(plan: MemoryPlan, heading: str) -> Table:
         else:
             table.add_row(name, *[""] * (len(categories) + 1), plan.unavailable[name])
     return table
+
+
+def fits_table(plan: MemoryPlan, device: Size, limits: Mapping[OptimizerName, "Limits"], reads_text: bool) -> Table:
+    """Whether each optimizer fits a device, with its limits where they were looked for."""
+    table = Table(title=f"on a device of {device.words}", title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("verdict")
+    for head in ("largest batch", "sequence", "rank") if limits else ():
+        table.add_column(head, justify="right")
+    for name, row in plan.optimizers.items():
+        cells = [verdict(name, row, plan.settings, device, reads_text)]
+        if limits:
+            found = limits[name]
+            cells += [_limit(number) for number in (found.batch, found.sequence, found.rank)]
+        table.add_row(name, *cells)
+    return table
+
+
+def _limit(number: int | None) -> str:
+    return "" if number is None else f"{number:,}" if number else "none"

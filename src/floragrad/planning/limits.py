@@ -1,6 +1,71 @@
 """The largest batch, sequence and rank that still fit a device, found by bisection."""
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+from floragrad.planning.models import PlannedModel
+from floragrad.planning.result import OptimizerName, PlanSettings
+
+MOST_EXAMPLES: Final = 2**16
+"""Nobody wants a larger micro-batch."""
+MOST_TOKENS: Final = 2**20
+"""Nor a longer sequence, where the model sets no limit."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest numbers that fit, each with everything else as it was asked for; 0 where none does.
+
+    Attributes:
+        batch: Examples of a micro-batch.
+        sequence: Tokens of a sequence; None of a model that reads images.
+        rank: Of the optimizer; None where it has none.
+    """
+
+    batch: int
+    sequence: int | None
+    rank: int | None
+
+    def to_json(self) -> dict[str, int | None]:
+        """The limits in plain types."""
+        return asdict(self)
+
+
+def find_limits(
+    name: OptimizerName,
+    model: PlannedModel,
+    settings: PlanSettings,
+    room: int,
+    peak: Callable[[PlanSettings], int],
+) -> Limits:
+    """Find an optimizer's limits.
+
+    Args:
+        name: The optimizer.
+        model: Whose positions and dimensions bound sequence and rank.
+        settings: What was asked for.
+        room: Bytes that there are.
+        peak: The optimizer's peak with other settings.
+    """
+    sequence = rank = None
+    if model.reads_text:
+        longest = model.positions or MOST_TOKENS
+        sequence = largest_that_fits(
+            lambda tokens: peak(replace(settings, sequence=tokens)), room, settings.sequence, longest
+        )
+    if has_rank(name, settings):
+        largest = model.largest_rank(sketched=name.startswith("flora"))
+        rank = largest_that_fits(lambda r: peak(replace(settings, rank=r)), room, settings.rank, largest)
+    batch = largest_that_fits(
+        lambda examples: peak(replace(settings, batch=examples)), room, settings.batch, MOST_EXAMPLES
+    )
+    return Limits(batch, sequence, rank)
+
+
+def has_rank(name: OptimizerName, settings: PlanSettings) -> bool:
+    """Whether ``rank`` says how large an optimizer's state is."""
+    return name in ("lora", "galore") or (name.startswith("flora") and settings.ratio is None)
 
 
 def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: int) -> int:

@@ -55,9 +55,14 @@ class PlannedModel:
     blocks: int
 
     @property
+    def reads_text(self) -> bool:
+        """Whether its examples are sequences of tokens; else they are images."""
+        return self.task != "image classifier"
+
+    @property
     def positions(self) -> int | None:
         """The longest sequence that it reads; None: any, or it reads images."""
-        if self.task == "image classifier":
+        if not self.reads_text:
             return None
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
@@ -67,7 +72,7 @@ class PlannedModel:
         Raises:
             UserError: It does not read so many, or it reads images.
         """
-        if asked is not None and self.task == "image classifier":
+        if asked is not None and not self.reads_text:
             raise UserError(
                 f"--sequence-length {asked} belongs to models of text, and MODEL {self.name} reads images: leave it out"
             )
@@ -139,7 +144,7 @@ class PlannedModel:
             sequence: Tokens of an example, and of its target; images have the size that the model reads.
             dtype: Of images.
         """
-        if self.task == "image classifier":
+        if not self.reads_text:
             size = getattr(self.config, "image_size", DEFAULT_IMAGE_SIZE)
             height, width = (size, size) if isinstance(size, int) else size
             return {

@@ -55,7 +55,12 @@ Checkpointing = Annotated[
 ]
 Optimizers = Annotated[
     str,
-    typer.Option(rich_help_panel=COMPARED, metavar="NAME,NAME,…", help=f"What to compare: {', '.join(OPTIMIZERS)}."),
+    typer.Option(
+        rich_help_panel=COMPARED,
+        metavar="NAME,NAME,…",
+        help=f"What to compare: {', '.join(OPTIMIZERS)}.",
+        show_default="all",
+    ),
 ]
 Rank = Annotated[
     int | None,
@@ -95,9 +100,16 @@ Fits = Annotated[
         parser=_size,
         metavar="SIZE",
         rich_help_panel=DEVICE,
-        help="Memory of a device, like 24GB or 80GiB: says what fits, with how much to spare, and the largest batch, "
-        "sequence and rank that still do.",
+        help="Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare.",
         show_default=False,
+    ),
+]
+Largest = Annotated[
+    bool,
+    typer.Option(
+        "--largest",
+        rich_help_panel=DEVICE,
+        help="Of what fits: the largest batch, sequence and rank that still do. Takes some plans more.",
     ),
 ]
 Json = Annotated[
