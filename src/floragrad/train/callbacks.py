@@ -1,89 +1,52 @@
-"""What watches a run: when to evaluate, save and stop, and what is written down."""
+"""The Trainer's side of what watches a run: its callbacks ask the schedule and tell the recorder."""
 
-import json
-import time
-from math import exp, isfinite
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from floragrad.train.config import RunConfig
-from floragrad.train.display import Display
-from floragrad.train.environment import memory_bytes
-from floragrad.train.folder import METRICS, RunFolder
-from floragrad.train.interrupt import StopRequest
-from floragrad.train.opening import accumulation_line, opening_report
-from floragrad.train.optimizers import accumulation_bytes, gradient_bytes
-
-LARGEST_EXPONENT = 700.0
+from floragrad.train.recorder import Recorder, Schedule
 
 
-def perplexity(loss: float) -> float:
-    """E to the loss, bounded by what a float can hold."""
-    return exp(min(loss, LARGEST_EXPONENT))
+class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Sets the Trainer's flags after each step. The Trainer saves after it evaluates."""
 
-
-class Schedule(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Decides after each step whether to evaluate, to save, to stop."""
-
-    def __init__(self, config: RunConfig, stop: StopRequest) -> None:
-        self._config = config
-        self._stop = stop
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
 
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
-        """Set the Trainer's flags. It saves after it evaluates, so a resumed run does neither twice."""
-        step, last = state.global_step, state.global_step >= state.max_steps
-        control.should_evaluate = last or step % self._config.eval_every == 0
-        control.should_save = (last and self._config.keep_checkpoint) or step % self._config.save_every == 0
-        if self._stop.signum is not None and not last:
-            control.should_save = control.should_training_stop = True
+        """Evaluate, save and stop as the schedule says."""
+        due = self._schedule.after(state.global_step)
+        control.should_evaluate, control.should_save = due.evaluate, due.save
+        control.should_training_stop = control.should_training_stop or due.stop
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Writes the metrics, publishes the checkpoints, and keeps the display up to date.
+class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Passes on what the Trainer reports.
 
-    Attributes:
-        accumulation_bytes: What the gradients of earlier micro-batches take.
-        diverged_at: The step at which the loss was no finite number any more; None otherwise.
+    Args:
+        recorder: To whom.
+        opening: What to say of the optimizer before the first step.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, tokenizer: Any, display: Display) -> None:
-        self._config = config
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._display = display
-        earlier = folder.metrics()
-        self._seconds_before = earlier[-1]["seconds"] if earlier else 0.0
-        self._began = self._step_began = time.perf_counter()
+    def __init__(self, recorder: Recorder, opening: Callable[[Any], str]) -> None:
+        self._recorder = recorder
+        self._opening = opening
         self._rates: dict[str, float] = {}
-        self.accumulation_bytes = 0
-        self.diverged_at: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on this run, in all its sessions."""
-        return float(self._seconds_before + time.perf_counter() - self._began)
 
     def on_train_begin(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the optimizer's report, then the progress."""
-        self._began = time.perf_counter()
-        optimizer = kwargs["optimizer"]
-        self.accumulation_bytes = accumulation_bytes(self._config, optimizer)
-        self._display.say(opening_report(optimizer.optimizer))
-        if self._config.micro_batches > 1:
-            exact = gradient_bytes(optimizer)
-            self._display.say(accumulation_line(self._config, self.accumulation_bytes, exact))
-        self._display.begin(state.global_step, state.max_steps)
+        self._recorder.begin(self._opening(kwargs["optimizer"]), state.global_step)
 
     def on_step_begin(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: Any
     ) -> None:
         """Start the step's clock."""
-        self._step_began = time.perf_counter()
+        self._recorder.step_begins()
 
     def on_pre_optimizer_step(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **kwargs: Any
@@ -99,26 +62,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         logs: dict[str, float] | None = None,
         **_kwargs: Any,
     ) -> None:
-        """Write a training step's line. The Trainer's own history, which would grow, is not kept."""
+        """Record a training step. The Trainer's own history, which would grow, is not kept."""
         state.log_history.clear()
-        if logs is None or "loss" not in logs:
-            return
-        # By now the loss has been read from the device, so that the step is really over.
-        step_seconds = time.perf_counter() - self._step_began
-        memory = memory_bytes()
-        speed = self._config.tokens_per_step / step_seconds
-        self._write(
-            state.global_step,
-            loss=logs["loss"],
-            lr=self._rates.get("matrix"),
-            embedding_lr=self._rates.get("vocabulary"),
-            grad_norm=logs.get("grad_norm"),
-            step_seconds=step_seconds,
-            memory_bytes=memory,
-        )
-        self._display.step(state.global_step, logs["loss"], speed, memory)
-        if not isfinite(logs["loss"]):
-            self._diverged(state, control)
+        if logs is not None and "loss" in logs:
+            self._recorder.step(state.global_step, logs["loss"], self._rates, logs.get("grad_norm"))
+            self._stop_if_diverged(control)
 
     def on_evaluate(
         self,
@@ -128,26 +76,16 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers carries n
         metrics: dict[str, float],
         **_kwargs: Any,
     ) -> None:
-        """Write an evaluation's line."""
-        loss = metrics["eval_loss"]
-        self._write(state.global_step, validation_loss=loss, perplexity=perplexity(loss))
-        self._display.evaluation(state.global_step, loss, perplexity(loss))
-        if not isfinite(loss):
-            self._diverged(state, control)
+        """Record an evaluation."""
+        self._recorder.evaluation(state.global_step, metrics["eval_loss"])
+        self._stop_if_diverged(control)
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:
-        """Complete the checkpoint with the tokenizer, then put it in its place."""
-        self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{state.global_step}")
-        self._folder.publish(state.global_step)
+        """Complete and publish the checkpoint."""
+        self._recorder.saved(state.global_step)
 
-    def _diverged(self, state: TrainerState, control: TrainerControl) -> None:
-        """Stop, and save nothing of a model that is lost."""
-        self.diverged_at = state.global_step
-        control.should_training_stop = True
-        control.should_evaluate = control.should_save = False
-
-    def _write(self, step: int, **values: float | None) -> None:
-        known = {name: value if value is None or isfinite(value) else None for name, value in values.items()}
-        line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
-        with open(self._folder.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _stop_if_diverged(self, control: TrainerControl) -> None:
+        """Save nothing of a model that is lost."""
+        if self._recorder.diverged_at is not None:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = False

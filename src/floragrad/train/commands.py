@@ -1,6 +1,6 @@
 """The commands of ``floragrad``: each takes its options, and calls what does the work.
 
-What trains is imported inside the commands, so that ``--help`` and errors in options need no torch.
+What trains is imported inside the commands, so that ``--help`` and errors in options need no framework.
 """
 
 import shlex
@@ -87,6 +87,7 @@ def train(
     max_megabytes: options.MaxMegabytes = None,
     vocab_size: options.VocabSize = None,
     sequence_length: options.SequenceLength = None,
+    backend: options.Backend = None,
     dtype: options.Dtype = None,
     optimizer: options.OptimizerName = None,
     lr: options.LearningRate = None,
@@ -122,7 +123,7 @@ def train(
         _continue_training(resume)
         return
     config = RunConfig.resolve(**_fields(given))
-    environment.prepare(hub=config.uses_hub)
+    environment.prepare(config.backend, hub=config.uses_hub)
     from floragrad.train.run import begin
 
     _train(begin(config, out or _new_name(f"{Path(config.model).name}-{config.optimizer}")))
@@ -174,7 +175,7 @@ def compare(
     grid = ("optimizers", "accumulators", "seeds", "lrs", "embedding_lrs")
     fields = _fields({name: value for name, value in given.items() if name not in grid})
     hub = resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
-    environment.prepare(hub=hub)
+    environment.prepare("torch", hub=hub)
     from floragrad.train import compare as comparison
 
     if resume is not None:
@@ -206,7 +207,8 @@ def _continue_training(path: Path) -> None:
 
         Display(Console()).summary(summary, str(path))
         return
-    environment.prepare(hub=folder.config.uses_hub and not folder.checkpoints())
+    config = folder.config
+    environment.prepare(config.backend, hub=config.uses_hub and not folder.checkpoints())
     _train(folder)
 
 

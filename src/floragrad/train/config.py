@@ -18,6 +18,7 @@ CHOICES: Final = {
     "optimizer": tuple(LEARNING_RATES),
     "projection": ("sign", "adaptive", "gaussian"),
     "state_dtype": ("float32", "bfloat16", "int8", "int4"),
+    "backend": ("torch", "jax"),
     "dtype": ("float32", "bfloat16"),
     "accumulator": ("flora", "exact", "none"),
     "accumulator_dtype": ("float32", "bfloat16", "int8", "int4"),
@@ -87,6 +88,7 @@ class RunConfig:
     kappa: int | None
     projection: str | None
     state_dtype: str | None
+    backend: str
     dtype: str
     seed: int
     eval_every: int
@@ -197,7 +199,7 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "accumulator_ratio": 1 if sketched else None,
         "accumulator_dtype": "int4" if sketched else None,
         "accumulator_projection": "sign" if sketched else None,
-        "release": flora if sketched else None,
+        "release": flora and chosen.get("backend") != "jax" if sketched else None,
         "steps": steps,
         "lr": rates.lr,
         "embedding_lr": chosen.get("lr", rates.lr) * (rates.embedding_lr / rates.lr),
@@ -208,6 +210,7 @@ def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
         "kappa": (100 if chosen.get("projection") == "adaptive" else 1000) if flora else None,
         "projection": "sign" if flora else None,
         "state_dtype": "int8" if flora else None,
+        "backend": "torch",
         "dtype": "float32",
         "seed": 0,
         "eval_every": min(1000, max(1, steps // 10)),
@@ -250,6 +253,14 @@ def _check_values(chosen: Mapping[str, Any]) -> None:
 
 
 def _check_conflicts(chosen: Mapping[str, Any]) -> None:
+    if chosen.get("backend") == "jax":
+        if chosen.get("model", "tiny") not in PRESETS:
+            raise UserError(
+                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {chosen['model']} is "
+                "none of them: choose one, or leave --backend out"
+            )
+        if "release" in chosen:
+            raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
     if "text" in chosen and "dataset" in chosen:
         raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
     for name in ("dataset_config", "dataset_split", "text_column"):

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from floragrad.train.config import RunConfig
@@ -85,7 +83,7 @@ class Corpus:
         return np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r")
 
 
-class Blocks(Dataset[dict[str, torch.Tensor]]):
+class Blocks:
     """Blocks of ``length`` tokens: each once and in order, or shuffled anew for every pass.
 
     The order follows from ``seed`` and the position alone, so that a run may start anywhere in it, and runs
@@ -108,12 +106,12 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, position: int) -> dict[str, NDArray[np.int64]]:
         number, index = divmod(position, len(self._blocks))
         if self._seed is not None and number != self._pass:
             generator = np.random.Generator(np.random.Philox(key=[self._seed, number]))
             self._order, self._pass = generator.permutation(len(self._blocks)), number
-        block = torch.from_numpy(self._blocks[self._order[index]].astype(np.int64))
+        block = self._blocks[self._order[index]].astype(np.int64)
         return {"input_ids": block, "labels": block}
 
 

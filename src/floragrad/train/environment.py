@@ -6,17 +6,35 @@ import platform
 import socket
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from floragrad._extras import require
 from floragrad.train.errors import UserError
 
-MODULES = ("torch", "tokenizers", "transformers", "accelerate", "psutil", "datasets", "matplotlib")
+MODULES: Final = ("tokenizers", "transformers", "psutil", "datasets", "matplotlib")
+BACKEND_MODULES: Final = {"torch": ("torch", "accelerate"), "jax": ("jax", "optax", "flax", "orbax.checkpoint")}
+EXTRAS: Final = {"torch": "train", "jax": "train-jax"}
 MOST_THREADS = 8
 """Small models get slower, not faster, with more threads than this."""
+
+
+class Gpu(NamedTuple):
+    """A GPU, as the framework that uses it sees it.
+
+    Attributes:
+        name: The device's.
+        allocated: Bytes in use now.
+        peak: The most bytes that ever were.
+    """
+
+    name: str
+    allocated: Callable[[], int]
+    peak: Callable[[], int]
 
 
 def available_cores() -> int:
@@ -31,15 +49,16 @@ def available_cores() -> int:
 
 
 def default_threads() -> int:
-    """Threads for torch: OMP_NUM_THREADS where it is set, else the cores there are, up to a bound."""
+    """Threads to compute with: OMP_NUM_THREADS where it is set, else the cores there are, up to a bound."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) > 0 else min(available_cores(), MOST_THREADS)
 
 
-def prepare(hub: bool) -> None:
-    """Make the process ready to train, before torch is imported: one device, no foreign output.
+def prepare(backend: str, hub: bool) -> None:
+    """Make the process ready to train, before a framework is imported: one device, no foreign output.
 
     Args:
+        backend: ``"torch"`` or ``"jax"``.
         hub: Whether the Hugging Face hub will be asked for something.
 
     Raises:
@@ -60,8 +79,8 @@ def prepare(hub: bool) -> None:
     if hub and not _hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        for module in MODULES:
-            require(module, "train")
+        for module in (*BACKEND_MODULES[backend], *MODULES):
+            require(module, EXTRAS[backend])
     except ImportError as error:
         raise UserError(str(error)) from error
     _silence()
@@ -103,21 +122,24 @@ def configure_torch(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def memory_bytes() -> int:
+def torch_gpu() -> Gpu | None:
+    """The GPU that torch computes on, if any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return Gpu(torch.cuda.get_device_name(), torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
+
+
+def memory_bytes(gpu: Gpu | None) -> int:
     """Memory in use now: the GPU's allocations, or the process's resident set."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return int(import_module("psutil").Process().memory_info().rss)
+    return int(import_module("psutil").Process().memory_info().rss) if gpu is None else gpu.allocated()
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(gpu: Gpu | None) -> int:
     """The most memory ever used: the GPU's allocations, or the process's resident set."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if gpu is not None:
+        return gpu.peak()
     status = Path("/proc/self/status")
     if status.is_file():
         # Not getrusage: its peak is inherited from the process that started this one.
@@ -131,20 +153,18 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """The versions that a result depends on, those of some libraries among them."""
+    found = {name: version(name) for name in libraries}
     return {"python": platform.python_version(), "floragrad": version("floragrad"), **found}
 
 
-def machine() -> str:
+def machine(gpu: Gpu | None) -> str:
     """The machine in a few words: the processor, the cores, the GPU."""
-    import torch
-
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
         names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].partition(":")[2].strip() if names else processor
     words = f"{processor}, {available_cores()} cores"
-    return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
+    return words if gpu is None else f"{words}, {gpu.name}"

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from floragrad import param_groups
+from floragrad.policy import matrix_view
+from floragrad.train.architecture import llama_config
 from floragrad.train.config import RunConfig
 from floragrad.train.errors import UserError
 from floragrad.train.presets import PRESETS
@@ -15,25 +18,13 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> Any:
-    """The architecture of the run's model, in transformers' terms. The Llamas' embeddings are not tied.
+    """The architecture of the run's model, in transformers' terms.
 
     Raises:
         UserError: There is no such model, or it cannot read blocks of the run's length.
     """
-    preset = PRESETS.get(config.model)
-    if preset is not None:
-        return LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=preset.hidden_size,
-            intermediate_size=preset.intermediate_size,
-            num_attention_heads=preset.heads,
-            num_hidden_layers=preset.layers,
-            max_position_embeddings=config.sequence_length,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
+    if config.model in PRESETS:
+        return llama_config(config, vocab_size)
     try:
         found = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError, KeyError) as error:
@@ -71,10 +62,18 @@ def rebuild_model(config: RunConfig, checkpoint: Path) -> Any:
     return _from_config(AutoConfig.from_pretrained(checkpoint), config)
 
 
-def empty_model(config: RunConfig, vocab_size: int) -> Any:
-    """The model without memory for its weights, to look at its shapes."""
+def widest_matrix(config: RunConfig) -> int:
+    """The largest smaller side of the hidden matrices of a model of Hugging Face.
+
+    Raises:
+        UserError: There is no such model, or it is no causal language model.
+    """
     with torch.device("meta"):
-        return _from_config(model_config(config, vocab_size), config)
+        model = _from_config(model_config(config, 0), config)
+    groups = param_groups(model, lr=config.lr)
+    shapes = [parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]]
+    views = [view for view in map(matrix_view, shapes) if view is not None]
+    return max((min(view.rows, view.columns) for view in views), default=0)
 
 
 def _from_config(found: Any, config: RunConfig) -> Any:

@@ -4,29 +4,38 @@ import re
 from itertools import groupby
 from typing import Any
 
-import torch
-
-from floragrad import Flora
 from floragrad._text import format_bytes, format_table
 from floragrad.train.config import RunConfig
-from floragrad.train.optimizers import adamw_bytes
+from floragrad.train.engine import Engine
 
 
-def opening_report(optimizer: torch.optim.Optimizer) -> str:
-    """What the optimizer compresses and what it will keep, like tensors of all layers in one line."""
-    if isinstance(optimizer, Flora):
-        return _condensed(optimizer.report())
-    whole = adamw_bytes(optimizer)
-    if isinstance(optimizer, torch.optim.AdamW):
-        return f"AdamW compresses nothing: two numbers for every parameter, {format_bytes(whole)} of state"
-    return (
-        "Adafactor keeps rows and columns of the second moment, and one number of momentum for every "
-        f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
-    )
+def opening(config: RunConfig, report: Any, engine: Engine) -> str:
+    """What the optimizer compresses and what it will keep, and how gradients are gathered where they are.
+
+    Args:
+        config: Of the run.
+        report: Flora's; None for the other optimizers.
+        engine: What counts the bytes.
+    """
+    whole = engine.adamw_state_bytes
+    if report is not None:
+        said = _condensed(report)
+    elif config.optimizer == "flora":
+        kept = engine.optimizer_state_bytes
+        said = f"Flora keeps {format_bytes(kept)} of state, {kept / whole:.1%} of AdamW's {format_bytes(whole)}"
+    elif config.optimizer == "adamw":
+        said = f"AdamW compresses nothing: two numbers for every parameter, {format_bytes(whole)} of state"
+    else:
+        said = (
+            "Adafactor keeps rows and columns of the second moment, and one number of momentum for every "
+            f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
+        )
+    return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, engine)}"
 
 
-def accumulation_line(config: RunConfig, kept: int, exact: int) -> str:
+def _accumulation_line(config: RunConfig, engine: Engine) -> str:
     """How the gradients of several micro-batches are gathered, and in how many bytes."""
+    kept, exact = engine.accumulation_bytes, engine.gradient_bytes
     if config.accumulator == "exact":
         return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"
     projected = "" if config.accumulator_ratio == 1 else f" of one number for {config.accumulator_ratio} columns"

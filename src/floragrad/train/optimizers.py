@@ -7,11 +7,8 @@ import torch
 from transformers.optimization import Adafactor
 
 from floragrad import Flora, param_groups
-from floragrad.policy import matrix_view
 from floragrad.torch import report
 from floragrad.train.config import RunConfig
-from floragrad.train.errors import UserError
-from floragrad.train.models import empty_model
 
 
 def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -28,25 +25,6 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
         return Adafactor, {"params": groups, "lr": config.lr, **settings}
     flora = {name: getattr(config, name) for name in ("rank", "kappa", "projection", "state_dtype", "seed")}
     return Flora, {"params": groups, "lr": config.lr, **flora}
-
-
-def check_rank(config: RunConfig, vocab_size: int) -> None:
-    """Refuse a rank at which Flora would compress nothing, before anything is read or written.
-
-    Raises:
-        UserError: It is such a rank.
-    """
-    if config.optimizer != "flora":
-        return
-    groups = param_groups(empty_model(config, vocab_size), lr=config.lr)
-    shapes = [parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]]
-    views = [view for view in map(matrix_view, shapes) if view is not None]
-    widest = max((min(view.rows, view.columns) for view in views), default=0)
-    if config.rank is not None and widest < 2 * config.rank:
-        raise UserError(
-            f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "
-            f"{config.model} is {widest}, and a sketch needs half of it or less: give at most {widest // 2}"
-        )
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -108,6 +108,15 @@ SequenceLength = Annotated[
         show_default="128 for tiny, else 256",
     ),
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=WHAT,
+        metavar=_choices("backend"),
+        help="The framework: PyTorch with transformers' Trainer, or JAX with flax, optax and orbax.",
+        show_default="torch",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -426,7 +435,7 @@ Threads = Annotated[
         parser=_whole_number,
         metavar="INTEGER",
         rich_help_panel=OUTPUT,
-        help="Threads that torch computes with.",
+        help="Threads to compute with.",
         show_default="OMP_NUM_THREADS, else the cores there are, at most 8",
     ),
 ]

@@ -18,7 +18,7 @@ def main(path: Path, title: str) -> int:
     folder = RunFolder.open(path)
     config = folder.config
     try:
-        environment.prepare(hub=config.uses_hub)
+        environment.prepare(config.backend, hub=config.uses_hub)
         from floragrad.train.display import Display
         from floragrad.train.run import train
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from floragrad.train.jax.weights import Params
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -55,6 +57,12 @@ class Llama(nnx.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return self.lm_head(self.norm(hidden))
+
+
+def abstract_llama(config: Any, dtype: jax.typing.DTypeLike) -> tuple[Any, Params]:
+    """The model's structure for ``nnx.merge``, and the shapes of its weights: no memory is taken for them."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
 
 
 def next_token_loss(model: Llama, tokens: jax.Array) -> jax.Array:
@@ -113,9 +121,8 @@ def rotated(heads: jax.Array, theta: float) -> jax.Array:
         theta: The base of the frequencies.
 
     Example:
-        >>> print(rotated(jnp.ones((1, 2, 1, 2)), 10_000.0)[0, :, 0].round(2))
-        [[ 1.    1.  ]
-         [-0.3   1.38]]
+        >>> [f"{value:.4f}" for value in rotated(jnp.ones((1, 2, 1, 2)), 10_000.0)[0, 1, 0]]
+        ['-0.3012', '1.3818']
 
     Source: Su et al., "RoFormer" (arXiv 2104.09864), with the halves paired as transformers pairs them.
     """

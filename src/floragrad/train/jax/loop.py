@@ -1,0 +1,145 @@
+"""The JAX backend's training loop."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from floragrad.train.architecture import llama_config
+from floragrad.train.config import RunConfig
+from floragrad.train.corpus import Blocks, Corpus
+from floragrad.train.environment import Gpu
+from floragrad.train.folder import RunFolder
+from floragrad.train.jax.checkpoint import restore, save
+from floragrad.train.jax.model import DTYPES, Llama, abstract_llama, next_token_loss
+from floragrad.train.jax.optimizers import GRADIENT_NORM, learning_rates, transformation, windowed
+from floragrad.train.jax.weights import Params
+from floragrad.train.opening import opening
+from floragrad.train.recorder import Recorder, Schedule
+
+
+class JaxEngine:
+    """A run with flax NNX, optax and orbax; see :class:`floragrad.train.engine.Engine`.
+
+    Args:
+        config: Of the run.
+        folder: Its folder, with the checkpoint to go on from.
+        corpus: Its text.
+        step: The step of that checkpoint; 0 begins.
+    """
+
+    libraries = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers")
+
+    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int) -> None:
+        self._config, self._folder, self._step = config, folder, step
+        self._train_blocks, self._held_out = corpus.train_blocks(config), corpus.validation_blocks(config)
+        self._model_config = llama_config(config, corpus.facts.vocab_size)
+        self._graph, shapes = abstract_llama(self._model_config, DTYPES[config.dtype])
+        self._transformation = windowed(config, transformation(config))
+        if step:
+            state = jax.eval_shape(self._transformation.init, shapes)
+            self._params, self._state = restore(folder.checkpoints()[-1][1], shapes, state)
+        else:
+            drawn = Llama(self._model_config, DTYPES[config.dtype], nnx.Rngs(config.seed))
+            self._params = nnx.to_pure_dict(nnx.state(drawn))
+            self._state = self._transformation.init(self._params)
+        self._micro_step = jax.jit(self._updated, donate_argnums=(0, 1))
+        self._loss = jax.jit(self._loss_of)
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that JAX computes on."""
+        (device, *_) = jax.devices()
+        if device.platform != "gpu":
+            return None
+        return Gpu(
+            device.device_kind,
+            lambda: int(device.memory_stats()["bytes_in_use"]),
+            lambda: int(device.memory_stats()["peak_bytes_in_use"]),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._params))
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """What the optimizer keeps, measured from its arrays."""
+        return _bytes(self._state if self._config.micro_batches == 1 else self._state.inner_opt_state)
+
+    @property
+    def adamw_state_bytes(self) -> int:
+        """What optax's AdamW would keep."""
+        return _bytes(jax.eval_shape(optax.adamw(1.0).init, self._params))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """One gradient of every parameter."""
+        return _bytes(self._params)
+
+    @property
+    def accumulation_bytes(self) -> int:
+        """What the gradients of earlier micro-batches take, measured from their arrays."""
+        return 0 if self._config.micro_batches == 1 else _bytes(self._state.acc_grads)
+
+    def run(self, schedule: Schedule, recorder: Recorder) -> int:
+        """Train until the last step, a signal, or a loss that is not finite. Returns the steps made."""
+        rates = learning_rates(self._config)
+        recorder.begin(opening(self._config, None, self), self._step)
+        if self._step == 0:
+            recorder.evaluation(0, self._validate())
+        while self._step < self._config.steps and recorder.diverged_at is None:
+            recorder.step_begins()
+            applied: dict[str, float] = {kind: float(rate(self._step)) for kind, rate in rates.items()}
+            loss = self._train_step()
+            self._step += 1
+            due = schedule.after(self._step)
+            recorder.step(self._step, loss, applied, float(optax.tree.get(self._state, GRADIENT_NORM)))
+            if due.evaluate and recorder.diverged_at is None:
+                recorder.evaluation(self._step, self._validate())
+            if due.save and recorder.diverged_at is None:
+                save(self._folder.staging / f"checkpoint-{self._step}", self._model_config, self._params, self._state)
+                recorder.saved(self._step)
+            if due.stop:
+                break
+        return self._step
+
+    def _train_step(self) -> float:
+        """One optimizer step from all its micro-batches. Returns the mean of their losses."""
+        losses = []
+        for number in range(self._config.micro_batches):
+            first = (self._step * self._config.micro_batches + number) * self._config.batch_size
+            tokens = _stacked(self._train_blocks, first, self._config.batch_size)
+            self._params, self._state, loss = self._micro_step(self._params, self._state, tokens)
+            losses.append(loss)
+        return float(np.mean(losses))
+
+    def _updated(self, params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any, jax.Array]:
+        loss, gradients = jax.value_and_grad(self._loss_of)(params, tokens)
+        updates, state = self._transformation.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    def _loss_of(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return next_token_loss(nnx.merge(self._graph, params), tokens)
+
+    def _validate(self) -> float:
+        """The mean loss over the held-out blocks."""
+        total, size = 0.0, self._config.batch_size
+        for first in range(0, len(self._held_out), size):
+            tokens = _stacked(self._held_out, first, min(size, len(self._held_out) - first))
+            total += float(self._loss(self._params, tokens)) * len(tokens)
+        return total / len(self._held_out)
+
+
+def _stacked(blocks: Blocks, first: int, count: int) -> jax.Array:
+    """A batch of ``count`` blocks from ``first`` on."""
+    rows = [blocks[position]["input_ids"] for position in range(first, first + count)]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
