@@ -44,7 +44,7 @@ class JaxDraws:
         return np.asarray(self.leaf.drawn(epoch).matrix(), np.float64)
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:
-        return np.asarray(initial_weight(self.leaf), np.float64).reshape(-1, self.leaf.columns)
+        return np.asarray(initial_weight(self.leaf, None), np.float64).reshape(-1, self.leaf.columns)
 
     def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
         key = self.leaf.key(epoch, Stream.ADAPTIVE_NOISE)

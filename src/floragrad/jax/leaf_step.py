@@ -87,14 +87,15 @@ def initial_momentum(leaf: Leaf, param: Any) -> Any:
     return jax.tree.map(lambda each: place(each, param, leaf.layout), zeros)
 
 
-def initial_weight(leaf: Leaf) -> Any:
+def initial_weight(leaf: Leaf, param: Any) -> Any:
     """For ``"adaptive"`` random signs over their bucket's norm."""
     if not leaf.learns:
         return optax.MaskedNode()
     signs = leaf.drawn(0)
     assert isinstance(signs, BucketProjection)
     weight = normalise_buckets(signs.weight, leaf.plan.width, signs.weight)
-    return jnp.broadcast_to(weight, (*leaf.layout.matrices[:-2], leaf.columns))
+    stacked = jnp.broadcast_to(weight, (*leaf.layout.matrices[:-2], leaf.columns))
+    return place(stacked, param, leaf.layout, without=-3 - leaf.layout.axis)
 
 
 def step_leaf(leaf: Leaf, count: Array, update: Array, stored: Any, weight: Any) -> Step:

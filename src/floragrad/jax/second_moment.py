@@ -9,7 +9,7 @@ from jax import Array
 
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
 from floragrad.jax.options import check_static
-from floragrad.jax.sharding import like, mergeable
+from floragrad.jax.sharding import like, mergeable, place
 
 
 class _Step(NamedTuple):
@@ -66,7 +66,16 @@ def scale_by_factored_rms_of_matrices(
         init = of_matrix.init
         for _ in layout.stack:
             init = jax.vmap(init)
-        return init(zeros)
+        state = init(zeros)
+        if state.v.shape == zeros.shape:
+            return state
+        # The longest axis, the last of two like ones, is what optax averages over for v_row.
+        *_, above, last = layout.matrices
+        longest, other = (-1, -2) if last >= above else (-2, -1)
+        return state._replace(
+            v_row=place(state.v_row, param, layout, inputs=True, without=longest),
+            v_col=place(state.v_col, param, layout, inputs=True, without=other),
+        )
 
     def step_leaf(layout: Layout, count: Array, update: Array, *kept: Array) -> _Step:
         inner = of_vector if layout.view is None else of_matrix

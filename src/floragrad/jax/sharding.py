@@ -9,23 +9,29 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from floragrad.jax.axes import Layout
 
 
-def place(state: Array, param: Any, layout: Layout) -> Array:
+def place(state: Array, param: Any, layout: Layout, *, inputs: bool = False, without: int | None = None) -> Array:
     """A state array of the layout's matrices, sharded along stacks and outputs as its parameter is.
 
     Where sharding is the compiler's (automatic meshes under ``jit``), and where there is none, it is left as it is.
 
     Args:
-        state: An array with the dimensions of ``layout.matrices``, the inputs' one of any length.
+        state: An array with the dimensions of ``layout.matrices``.
         param: The parameter: an array, a tracer, or anything with a shape.
         layout: The parameter as matrices.
+        inputs: Whether it is sharded along inputs as well; else each device has all of them.
+        without: A dimension that it does not have, -1 or -2.
     """
     sharding = _sharding(param)
     if sharding is None:
         return state
-    kept = NamedSharding(sharding.mesh, _matrices_spec(_padded(sharding.spec, len(layout.shape)), layout))
+    axes = _matrices_axes(_padded(sharding.spec, len(layout.shape)), layout, inputs)
+    if without is not None:
+        axes.pop(without)
     if _is_explicit(sharding):
-        return _reshard(state, kept)
-    placed: Array = jax.device_put(state, kept)
+        return _reshard(state, NamedSharding(sharding.mesh, _spec(*axes)))
+    while axes and axes[-1] is None:  # as the compiler writes it: other words for the same sharding would recompile
+        axes.pop()
+    placed: Array = jax.device_put(state, NamedSharding(sharding.mesh, _spec(*axes)))
     return placed
 
 
@@ -92,10 +98,10 @@ def _padded(spec: PartitionSpec, ndim: int) -> list[Any]:
     return [*spec, *[None] * (ndim - len(spec))]
 
 
-def _matrices_spec(given: list[Any], layout: Layout) -> PartitionSpec:
-    """How the layout's matrices are sharded: along stacks, and along outputs as the outermost of them is."""
+def _matrices_axes(given: list[Any], layout: Layout, inputs: bool) -> list[Any]:
+    """How the layout's matrices are sharded: along merged axes as the outermost of them is."""
     stacks = [given[axis] for axis in layout.stack]
     if not layout.inputs:
-        return _spec(*stacks)
-    output = given[layout.outputs[0]] if layout.outputs else None
-    return _spec(*stacks, *((None, output) if layout.axis == -2 else (output, None)))
+        return stacks
+    within = [given[layout.inputs[0]] if inputs else None, given[layout.outputs[0]] if layout.outputs else None]
+    return stacks + (within if layout.axis == -2 else within[::-1])

@@ -105,8 +105,8 @@ def scale_by_flora(
 
     def init(params: Any) -> ScaleByFloraState:
         each = leaves(params)
-        mu = jax.tree.map(initial_momentum, each, params)
-        return ScaleByFloraState(jnp.zeros([], jnp.int32), mu, jax.tree.map(initial_weight, each))
+        mu, weight = (jax.tree.map(initial, each, params) for initial in (initial_momentum, initial_weight))
+        return ScaleByFloraState(jnp.zeros([], jnp.int32), mu, weight)
 
     def update(updates: Any, state: ScaleByFloraState, params: Any = None) -> tuple[Any, ScaleByFloraState]:
         del params
