@@ -101,3 +101,20 @@ def shared_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, str]]:
             "use projection='sign' or residual=True",
         ),
     ]
+
+
+def accumulator_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """What ``rank``, ``ratio`` and ``projection`` of an accumulator may not say."""
+    rank, ratio = options["rank"], options["ratio"]
+    return [
+        (ratio is None, "ratio=None: must be an integer >= 1; leave it out to go by rank"),
+        (
+            rank is not None and ratio != 1,
+            f"rank={rank} and ratio={ratio}: give one of them (ratio is min(m, n) // rank, the same for every tensor)",
+        ),
+        (
+            options["projection"] == "adaptive",
+            "projection='adaptive': a learnt projection is not unbiased, and a window's sum must be; "
+            "use projection='sign'",
+        ),
+    ]

@@ -23,7 +23,13 @@ from floragrad.policy import StateDtype, storage
 quantize = jax.jit(module.quantize, static_argnames=("state_dtype", "axis"))
 save = jax.jit(module.save, static_argnames=("state_dtype", "axis"))
 load = jax.jit(module.load, static_argnames=("width", "state_dtype", "axis"))
-random_bits = jax.jit(module.random_bits, static_argnums=(1, 2))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def random_bits(key: Array, shape: tuple[int, ...], axis: int) -> Array:
+    (words,) = module.random_words(key, shape, axis, 1)
+    return module.random_bits(*words)
+
 
 LOW_BIT: list[StateDtype] = ["int8", "int4"]
 EVERY: list[StateDtype] = [*LOW_BIT, "bfloat16", "float32"]
@@ -245,6 +251,16 @@ def test_random_bits_are_fair_and_pairwise_independent(axis: int) -> None:
     agreement = every.T @ every / len(keys)
     assert np.abs(agreement - np.eye(96)).max() <= bound
     assert np.abs(corners.mean(0)).max() <= bound
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_words_drawn_together_are_of_each_array(axis: int) -> None:
+    """Words of 32 bits: two agree with probability 2⁻³²."""
+    first, second = module.random_words(jax.random.key(0), (40, 60), axis, 2)
+    for one, other in zip(first, second, strict=True):
+        assert (one != other).all()
+    rows, columns = ((40, 1), (1, 60)) if axis == -1 else ((1, 60), (40, 1))
+    assert [each.shape for each in first] == [rows, columns]
 
 
 def test_random_bits_of_one_key_are_uniform() -> None:

@@ -22,13 +22,19 @@ from floragrad._checks import (
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan, plan_tensor
 
+SEED_CHECK: Final[Check] = (
+    lambda value: is_integer(value, 0) and value < 2**32,
+    "an integer from 0 to 2**32 - 1",
+)
+"""A seed is one word of a key."""
+
 _TRACEABLE: Final[dict[str, Check]] = {
     "b1": (
         lambda value: value is None or (is_number(value) and 0 <= value < 1),
         "a number in [0, 1), or None for no momentum",
     ),
     "kappa": SHARED_CHECKS["kappa"],
-    "seed": (lambda value: is_integer(value, 0) and value < 2**32, "an integer from 0 to 2**32 - 1"),
+    "seed": SEED_CHECK,
 }
 """Numbers that may also be arrays, as :func:`optax.inject_hyperparams` makes of them."""
 

@@ -80,7 +80,14 @@ def save(values: Array, state_dtype: StateDtype, key: Array, *, axis: int = -1) 
     """
     if state_dtype == "float32":
         return Stored(values, None)
-    bits = random_bits(key, values.shape, axis)
+    (words,) = random_words(key, values.shape, axis, 1)
+    return save_with_bits(values, state_dtype, random_bits(*words), axis=axis)
+
+
+def save_with_bits(values: Array, state_dtype: StateDtype, bits: Array, *, axis: int = -1) -> Stored:
+    """As :func:`save`, with the random bits as an argument: uint32 below 2¹⁶, of the shape of ``values``."""
+    if state_dtype == "float32":
+        return Stored(values, None)
     if state_dtype == "bfloat16":
         return Stored(round_to_bfloat16(values, bits), None)
     return quantize(values, state_dtype, bits, axis=axis)
@@ -94,7 +101,26 @@ def load(stored: Stored, width: int, state_dtype: StateDtype, *, axis: int = -1)
     return integers.astype(jnp.float32) * _spread(stored.scale, QUANTIZATION_BLOCK, width, axis)
 
 
-def random_bits(key: Array, shape: tuple[int, ...], axis: int) -> Array:
+def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> list[tuple[Array, Array]]:
+    """One random word for each row and for each column of ``count`` arrays: what :func:`random_bits` is made of.
+
+    Together they are two draws, each of which is a loop to compile; arrays of one shape are best drawn at once.
+
+    Args:
+        key: A key of ``jax.random``; another one for every call.
+        shape: Of the values.
+        axis: The dimension along a row.
+        count: How many arrays of that shape.
+    """
+    rows, columns = list(shape), [1] * len(shape)
+    rows[axis], columns[axis] = 1, shape[axis]
+    row_key, column_key = jax.random.split(key)
+    return list(
+        zip(jax.random.bits(row_key, (count, *rows)), jax.random.bits(column_key, (count, *columns)), strict=True)
+    )
+
+
+def random_bits(row_words: Array, column_words: Array) -> Array:
     """16 random bits for every number, as uint32: bits(r, c) = top half of h(a_r + b_c).
 
     a and b are one random word for each row and each column, so that drawing costs rows + columns instead of
@@ -103,16 +129,10 @@ def random_bits(key: Array, shape: tuple[int, ...], axis: int) -> Array:
     rounding errors have the mean and the variance of truly independent ones.
 
     Args:
-        key: A key of ``jax.random``.
-        shape: Of the values.
-        axis: The dimension along a row.
+        row_words: a, with one column.
+        column_words: b, with one row.
     """
-    row_key, column_key = jax.random.split(key)
-    columns = [1] * len(shape)
-    columns[axis] = shape[axis]
-    rows = list(shape)
-    rows[axis] = 1
-    word = jax.random.bits(row_key, rows) + jax.random.bits(column_key, columns)
+    word = row_words + column_words
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         word = (word ^ (word >> shift)) * jnp.uint32(factor)
     return word >> 16

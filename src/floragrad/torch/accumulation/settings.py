@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from floragrad._checks import is_count
+from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.options import check_option, state_dtype_name
@@ -38,18 +38,7 @@ class Settings:
             raise ValueError(f"steps={settings.steps!r}: must be an integer >= 1, the micro-batches of a window")
         for name in ("ratio", "rank", "state_dtype", "projection", "seed"):
             check_option(name, getattr(settings, name))
-        if settings.ratio is None:
-            raise ValueError("ratio=None: must be an integer >= 1; leave it out to go by rank")
-        if settings.rank is not None and settings.ratio != 1:
-            raise ValueError(
-                f"rank={settings.rank} and ratio={settings.ratio}: give one of them "
-                "(ratio is min(m, n) // rank, the same for every tensor)"
-            )
-        if settings.projection == "adaptive":
-            raise ValueError(
-                "projection='adaptive': a learnt projection is not unbiased, and a window's sum must be; "
-                "use projection='sign'"
-            )
+        check_contradictions(accumulator_contradictions(asdict(settings)))
         return settings
 
     def plan(self, shape: torch.Size, kind: Kind | None) -> AccumulatorPlan:

@@ -1,0 +1,181 @@
+"""A tree of gradients kept as sketches: what is stored between micro-batches, not when."""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from floragrad._checks import SHARED_CHECKS, accumulator_contradictions, check_contradictions, check_value
+from floragrad._streams import Stream
+from floragrad.jax import quantize
+from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
+from floragrad.jax.projection import Projection, draw
+from floragrad.jax.quantize import Stored
+from floragrad.policy import AccumulatorPlan, StateDtype, plan_accumulator
+from floragrad.policy import Projection as ProjectionKind
+
+Words = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class LeafSketch:
+    """C ← C + w·encode(G) of one leaf; decode(C) is the sum of w·G in the mean.
+
+    At ρ = 1 nothing is projected and only the bits are few; with float32 as well the sum is exact.
+
+    Attributes:
+        layout: The leaf as matrices.
+        plan: What is kept.
+    """
+
+    layout: Layout
+    plan: AccumulatorPlan
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers that are kept."""
+        shape = list(self.layout.matrices)
+        if self.layout.view is not None:
+            shape[self.layout.axis] = self.plan.width
+        return tuple(shape)
+
+    def empty(self) -> Stored:
+        """No gradient."""
+        leading = list(self.layout.matrices)
+        if self.layout.view is None:
+            return Stored(jnp.zeros(leading), None)
+        del leading[self.layout.axis]
+        return quantize.zeros(tuple(leading), self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
+
+    def add(
+        self, kept: Stored, grad: Array, weight: ArrayLike, projection: Projection | None, words: Words | None
+    ) -> Stored:
+        """Fold a gradient in.
+
+        Args:
+            kept: C.
+            grad: G.
+            weight: w.
+            projection: Of this window; None at ρ = 1.
+            words: Of the rounding, others for every fold; None where nothing is rounded.
+        """
+        fresh = self.layout.to_matrices(grad).astype(jnp.float32)
+        if projection is not None:
+            fresh = projection.encode(fresh, axis=self.layout.axis)
+        total = self._load(kept) + fresh * weight
+        if words is None:
+            return Stored(total, None)
+        bits = quantize.random_bits(*words)
+        return quantize.save_with_bits(total, self.plan.state_dtype, bits, axis=self.layout.axis)
+
+    def decode(self, kept: Stored, projection: Projection | None) -> Array:
+        """The sum of w·G in the mean, float32."""
+        rows = self._load(kept)
+        return self.layout.from_matrices(rows if projection is None else projection.decode(rows, axis=self.layout.axis))
+
+    def _load(self, kept: Stored) -> Array:
+        return quantize.load(kept, self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """How a tree of gradients is kept: one :class:`~floragrad.jax.quantize.Stored` for every leaf."""
+
+    ratio: int
+    rank: int | None
+    state_dtype: StateDtype
+    projection: ProjectionKind
+    matrix_axes: MatrixAxesOrFn
+
+    def leaves(self, tree: Any) -> list[LeafSketch]:
+        """What is kept of each leaf, from its shape alone."""
+        return [LeafSketch(layout, self._plan(layout)) for layout in layouts(tree, self.matrix_axes)]
+
+    def empty(self, tree: Any) -> Any:
+        """No gradients, for a tree of parameters, gradients or anything with a shape."""
+        return jax.tree.unflatten(jax.tree.structure(tree), [leaf.empty() for leaf in self.leaves(tree)])
+
+    def add(self, kept: Any, grads: Any, weight: ArrayLike, window: Array, fold: ArrayLike) -> Any:
+        """Fold a tree of gradients in.
+
+        Args:
+            kept: From :meth:`empty` or the fold before.
+            grads: The gradients.
+            weight: Of all of them.
+            window: A key; another one for every window.
+            fold: How many folds there were before in this window.
+        """
+        structure: Any = jax.tree.structure(grads)
+        leaves = self.leaves(grads)
+        words = _words(leaves, jax.random.fold_in(jax.random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold))
+        each = zip(
+            leaves,
+            structure.flatten_up_to(kept),
+            jax.tree.leaves(grads),
+            self._drawn(leaves, window),
+            words,
+            strict=True,
+        )
+        return structure.unflatten(leaf.add(c, g, weight, projection, word) for leaf, c, g, projection, word in each)
+
+    def decode(self, kept: Any, like: Any, window: Array) -> Any:
+        """The weighted sum of the gradients in the mean, float32.
+
+        Args:
+            kept: The sketches.
+            like: A tree with the gradients' shapes.
+            window: The key of the window.
+        """
+        structure: Any = jax.tree.structure(like)
+        leaves = self.leaves(like)
+        each = zip(leaves, structure.flatten_up_to(kept), self._drawn(leaves, window), strict=True)
+        return structure.unflatten(leaf.decode(c, projection) for leaf, c, projection in each)
+
+    def _plan(self, layout: Layout) -> AccumulatorPlan:
+        # A leaf without matrices is one vector to the policy, whatever its shape.
+        shape = layout.shape if layout.view else (prod(layout.shape),)
+        return plan_accumulator(shape, ratio=self.ratio, rank=self.rank, state_dtype=self.state_dtype, view=layout.view)
+
+    def _drawn(self, leaves: list[LeafSketch], window: Array) -> list[Projection | None]:
+        """The projections of a window; None where every column is kept."""
+        plans = [leaf.plan for leaf in leaves]
+        keys = jax.random.split(jax.random.fold_in(window, int(Stream.ACCUMULATOR)), len(leaves))
+        return [
+            draw(self.projection, key, plan.view.columns, plan.width) if plan.ratio > 1 else None
+            for plan, key in zip(plans, keys, strict=True)
+        ]
+
+
+def _words(leaves: list[LeafSketch], key: Array) -> list[Words | None]:
+    """Random words for each leaf that is rounded, drawn at once for all of one shape."""
+    rounded = [(leaf.shape, leaf.layout.axis) if leaf.plan.state_dtype != "float32" else None for leaf in leaves]
+    drawn = {
+        each: iter(quantize.random_words(jax.random.fold_in(key, index), *each, count))
+        for index, (each, count) in enumerate(Counter(filter(None, rounded)).items())
+    }
+    return [next(drawn[each]) if each else None for each in rounded]
+
+
+def checked_sketches(
+    ratio: int,
+    rank: int | None,
+    state_dtype: StateDtype | DTypeLike,
+    projection: ProjectionKind,
+    matrix_axes: MatrixAxesOrFn,
+) -> Sketches:
+    """How gradients are kept, from an accumulator's options.
+
+    Raises:
+        ValueError: An option has a wrong value, or two options contradict each other.
+    """
+    dtype: Any = state_dtype if isinstance(state_dtype, str) else jnp.dtype(state_dtype).name
+    options = {"ratio": ratio, "rank": rank, "state_dtype": dtype, "projection": projection}
+    for name, value in options.items():
+        check_value(name, value, SHARED_CHECKS[name])
+    check_contradictions(accumulator_contradictions(options))
+    return Sketches(ratio, rank, dtype, projection, matrix_axes)
