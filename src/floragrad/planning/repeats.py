@@ -50,12 +50,12 @@ def repeated_work(tracker: MemoryTracker) -> Iterator[None]:
         tracker.once(("norm", sketch.plan), work)
         return torch.zeros(())
 
-    with ExitStack() as replaced:
-        replaced.enter_context(_replaced(GradientSketch, "decode_into", decode_into))
+    with ExitStack() as stack:
+        stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))
         if tracker.repeats:
-            replaced.enter_context(_replaced(flora, "step_tensor", step_tensor))
-            replaced.enter_context(_replaced(GradientSketch, "add", add_gradient))
-            replaced.enter_context(_replaced(GradientSketch, "squared_norm", squared_norm))
+            stack.enter_context(replaced(flora, "step_tensor", step_tensor))
+            stack.enter_context(replaced(GradientSketch, "add", add_gradient))
+            stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))
         yield
 
 
@@ -67,7 +67,8 @@ def _layout(tensor: Tensor) -> Hashable:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

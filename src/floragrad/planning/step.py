@@ -117,7 +117,7 @@ class TrainingStep:
         self._tracker.hold(param.grad, "gradients", name)
         if clip is not None:
             word = "update" if self._is_last and self._updates_early else "fold"
-            self._around = self._tracker.during(word, "temporaries", follow=True)
+            self._around = self._tracker.during(f"{word} of {name}", "temporaries")
             self._around.__enter__()
 
     def _gradient_went(self, _: Tensor) -> None:

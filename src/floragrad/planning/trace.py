@@ -12,9 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from floragrad.planning.optimizers import ROWS
-from floragrad.planning.repeats import repeated_work
+from floragrad.planning.repeats import repeated_work, replaced
 from floragrad.planning.result import CATEGORIES, OptimizerName, PlanSettings
 from floragrad.planning.step import TrainingStep, hold_sketches, hold_state
 from floragrad.planning.subject import Subject
@@ -56,15 +57,17 @@ def predict(
     """
     with torch.device("meta"):
         model = ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
-    with FakeTensorMode():
+    # Of fake positions it cannot tell that they are of one text, and would have a mask drawn up for several.
+    one_text = replaced(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    with FakeTensorMode(), one_text:
         _materialise(model)
-        return _traced(model, subject, name, settings, blocks, MemoryTracker(profiles))
+        return _traced(model, subject, name, settings, MemoryTracker(profiles))
 
 
 def run(subject: Subject, name: OptimizerName, settings: PlanSettings) -> Trace:
     """Trace a step for real, on the CPU."""
     model = ROWS[name].adapted(subject.build(_dtype(settings), subject.blocks), settings)
-    return _traced(model, subject, name, settings, subject.blocks, MemoryTracker())
+    return _traced(model, subject, name, settings, MemoryTracker())
 
 
 def _dtype(settings: PlanSettings) -> torch.dtype:
@@ -92,7 +95,6 @@ def _traced(
     subject: Subject,
     name: OptimizerName,
     settings: PlanSettings,
-    blocks: int,
     tracker: MemoryTracker,
 ) -> Trace:
     if settings.checkpointing:
@@ -106,7 +108,9 @@ def _traced(
     count = min(settings.accumulate, DISTINCT_MICRO_BATCHES)
     row = ROWS[name]
     with tracker, repeated_work(tracker), ExitStack() as hooks:
-        step = TrainingStep(model, partial(subject.inputs, settings.batch, settings.sequence, _dtype(settings)), tracker)
+        step = TrainingStep(
+            model, partial(subject.inputs, settings.batch, settings.sequence, _dtype(settings)), tracker
+        )
         optimizer = row.optimizer(model, settings)
         is_steady = hold_state(tracker, optimizer)
         hooks.enter_context(step.module_moments())

@@ -197,6 +197,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented
         self.touch(*args)
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default:
+            # What torch.tensor made is new, though this is how it enters.
+            args = ()
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._notice(tensor, args, kwargs)

@@ -1,0 +1,124 @@
+"""From a model and settings to a plan: :func:`floragrad.plan`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from floragrad.planning.depth import SHALLOW, DepthError, deepened
+from floragrad.planning.models import find_model, planned_model
+from floragrad.planning.optimizers import why_not
+from floragrad.planning.result import (
+    CATEGORIES,
+    MemoryPlan,
+    OptimizerName,
+    OptimizerPlan,
+    PlanSettings,
+    Progress,
+    Sample,
+)
+from floragrad.planning.subject import Subject
+from floragrad.planning.trace import Trace, predict
+from floragrad.planning.tracker import Moment, Profiles
+
+FIRST_STEP = " (first step)"
+"""What a moment's name ends with where it is of the first step, in which the state is allocated."""
+
+
+def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> MemoryPlan:
+    """What a training step of a model holds in memory with each optimizer, without allocating it.
+
+    The whole step (forward and backward passes of all micro-batches, clipping, update) is run on fake tensors, with
+    the real model, optimizer and accumulator code, under a dispatch mode that counts what is made and freed.
+
+    Args:
+        model: A preset or another name that ``floragrad plan`` takes, a configuration or a model of transformers.
+        progress: Called with the row in work and the fraction of all rows that is done.
+        **settings: Of :class:`floragrad.planning.result.PlanSettings`: ``batch=1``, ``sequence=1024``,
+            ``dtype="float32"``, ``optimizers=…``, ``rank=128``, ``ratio=None``, ``state_dtype="int8"``,
+            ``accumulate=1``, ``checkpointing=False``, ``ddp=1``, ``fsdp=1``.
+
+    Returns:
+        A row for each optimizer. Bytes are counted as on a CPU: what a GPU's allocator rounds up, its context and
+        its libraries' workspaces come on top.
+
+    Raises:
+        ValueError: A setting has a wrong value.
+        floragrad.train.errors.UserError: There is no such model, or it cannot be planned for.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        >>> found = plan(config, sequence=32, rank=8, optimizers=("adamw", "flora"))
+        >>> found.optimizers["flora"].optimizer_state < found.optimizers["adamw"].optimizer_state / 4
+        True
+    """
+    return plan_subject(_subject(model), PlanSettings(**settings), progress)
+
+
+def plan_subject(subject: Subject, settings: PlanSettings, progress: Progress | None = None) -> MemoryPlan:
+    """:func:`plan` of a model that has been found already."""
+    rows: dict[OptimizerName, OptimizerPlan] = {}
+    unavailable: dict[OptimizerName, str] = {}
+    profiles: Profiles = {}
+    for index, name in enumerate(settings.optimizers):
+        if progress is not None:
+            progress(name, index / len(settings.optimizers))
+        reason = why_not(name, settings)
+        if reason is None:
+            rows[name] = row_of(_predicted(subject, name, settings, profiles), settings)
+        else:
+            unavailable[name] = reason
+    if progress is not None:
+        progress("done", 1.0)
+    return MemoryPlan(subject.name, settings, rows, unavailable)
+
+
+def _subject(model: Any) -> Subject:
+    if isinstance(model, str):
+        return find_model(model)
+    config = getattr(model, "config", model)
+    return planned_model(config, config.model_type)
+
+
+def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
+    """The trace of the whole model; of a deep one, from those of shallow ones."""
+    if subject.blocks > SHALLOW + 1:
+        traces = [predict(subject, name, settings, count, profiles) for count in (SHALLOW, SHALLOW + 1)]
+        try:
+            return deepened(traces[0], traces[1], subject.blocks)
+        except DepthError:
+            # Blocks that are not alike after all are traced one by one.
+            pass
+    return predict(subject, name, settings, subject.blocks, profiles)
+
+
+def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
+    """A trace as a row: the highest sample of all, and the most of each category."""
+    first = [replace(moment, name=moment.name + FIRST_STEP) for moment in trace.first]
+    later = list(_in_order(trace, settings.accumulate))
+    # Of equal peaks the one of a later step is named, which comes again.
+    peak = max((*later, *first), key=lambda moment: sum(moment.peak))
+    most = {name: max(moment.highest[at] for moment in (*first, *later)) for at, name in enumerate(CATEGORIES)}
+    kept = dict(zip(CATEGORIES, trace.kept, strict=True))
+    return OptimizerPlan(
+        parameters=kept["parameters"],
+        optimizer_state=kept["optimizer_state"],
+        accumulation=kept["accumulation"],
+        gradients=most["gradients"],
+        buckets=most["buckets"],
+        activations=most["activations"],
+        temporaries=most["temporaries"],
+        peak=sum(peak.peak),
+        peak_moment=peak.name,
+        at_peak=dict(zip(CATEGORIES, peak.peak, strict=True)),
+        timeline=tuple(Sample(moment.name, moment.peak) for moment in later),
+    )
+
+
+def _in_order(trace: Trace, accumulate: int) -> Iterator[Moment]:
+    """A step in the steady state, the micro-batches that were traced once for many as often as they are there."""
+    last = len(trace.micro_batches) - 1
+    for index, moments in enumerate(trace.micro_batches):
+        for _ in range(accumulate - last if 0 < index < last else 1):
+            yield from moments
+    yield from trace.update
