@@ -9,6 +9,15 @@ from floragrad.jax.accumulation import sketch_accumulator  # noqa: E402
 from floragrad.jax.alias import flora  # noqa: E402
 from floragrad.jax.axes import MatrixAxes  # noqa: E402
 from floragrad.jax.multi_steps import compressed_multi_steps  # noqa: E402
+from floragrad.jax.report import flora_report  # noqa: E402
 from floragrad.jax.transform import ScaleByFloraState, scale_by_flora  # noqa: E402
 
-__all__ = ["MatrixAxes", "ScaleByFloraState", "compressed_multi_steps", "flora", "scale_by_flora", "sketch_accumulator"]
+__all__ = [
+    "MatrixAxes",
+    "ScaleByFloraState",
+    "compressed_multi_steps",
+    "flora",
+    "flora_report",
+    "scale_by_flora",
+    "sketch_accumulator",
+]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from floragrad._checks import DEFAULT_RANK
+from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.options import plan_of, resolve_group
-from floragrad.torch.report import Report, report_row
+from floragrad.torch.report import report_row
 from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]

@@ -1,80 +1,12 @@
-"""What was compressed, what was not, why, and in how many bytes."""
+"""The report's rows of PyTorch's parameters."""
 
-from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from floragrad._text import format_bytes, format_table
-from floragrad.policy import MatrixView, Momentum, TensorPlan
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One tensor.
-
-    Attributes:
-        name: Its name where the optimizer was given named parameters, else its position.
-        shape: Its global shape.
-        view: Its matrix view, None where it has none.
-        ratio: ρ, 1 where every column is kept.
-        momentum: ``"sketch"``, ``"whole"`` or ``"none"``.
-        state_bytes: Bytes of its state.
-        adamw_bytes: Bytes of ``torch.optim.AdamW``'s state for it.
-        adafactor_bytes: Bytes of Hugging Face's ``Adafactor(beta1=0.9)``'s state for it.
-        reason: Why its momentum is no sketch; empty where it is one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    view: MatrixView | None
-    ratio: int
-    momentum: Momentum
-    state_bytes: int
-    adamw_bytes: int
-    adafactor_bytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """One row per tensor, and totals; ``str`` gives a table."""
-
-    rows: tuple[ReportRow, ...]
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the whole state."""
-        return sum(row.state_bytes for row in self.rows)
-
-    @property
-    def adamw_bytes(self) -> int:
-        """Bytes of ``torch.optim.AdamW``'s state for the same parameters."""
-        return sum(row.adamw_bytes for row in self.rows)
-
-    @property
-    def adafactor_bytes(self) -> int:
-        """Bytes of Hugging Face's ``Adafactor(beta1=0.9)``'s state for the same parameters."""
-        return sum(row.adafactor_bytes for row in self.rows)
-
-    @property
-    def compressed(self) -> int:
-        """How many tensors keep their momentum as a sketch."""
-        return sum(row.momentum == "sketch" for row in self.rows)
-
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "view", "ρ", "state", "kept")
-        cells = [header, *(_cells(row) for row in self.rows)]
-        return "\n".join([*format_table(cells), "", *self._totals()])
-
-    def _totals(self) -> list[str]:
-        tensors = "1 tensor" if len(self.rows) == 1 else f"{len(self.rows)} tensors"
-        lines = [f"{self.compressed} of {tensors} keep a sketch; state {format_bytes(self.state_bytes)}"]
-        for name, peer in (("AdamW", self.adamw_bytes), ("Adafactor with momentum", self.adafactor_bytes)):
-            if peer:
-                lines.append(f"{name}: {format_bytes(peer)} ({self.state_bytes / peer:.1%} of it here)")
-        return lines
+from floragrad._report import ReportRow
+from floragrad.policy import TensorPlan
 
 
 def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
@@ -101,20 +33,3 @@ def _adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     itemsize = max(4, dtype.itemsize)
     second = prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape)
     return itemsize * (prod(shape) + second)
-
-
-def _cells(row: ReportRow) -> tuple[str, ...]:
-    view = "-"
-    if row.view is not None:
-        stack = f"{row.view.batch} x " if row.view.batch > 1 else ""
-        view = f"{stack}{row.view.rows} x {row.view.columns}"
-    ratio = str(row.ratio) if row.momentum == "sketch" else "-"
-    kept = "sketch" if row.momentum == "sketch" else row.reason
-    return (
-        row.name,
-        "x".join(map(str, row.shape)) or "scalar",
-        view,
-        ratio,
-        format_bytes(row.state_bytes),
-        kept,
-    )
