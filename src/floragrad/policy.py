@@ -268,10 +268,15 @@ class AccumulatorPlan:
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
-        """Every tensor that is kept: ``data``, and where it is rounded ``scale`` and ``noise``."""
+        """Every tensor that is kept: ``data``; where it is rounded ``scale`` and ``noise``.
+
+        And where every column is kept in few bits, the columns' mean squares in earlier windows, ``col_var``.
+        """
         buffers = storage(self.view[:2], self.width, self.state_dtype)
         if self.state_dtype != "float32":
             buffers["noise"] = Buffer((), "float32")
+        if self.ratio == 1 and "scale" in buffers:
+            buffers["col_var"] = Buffer((self.view.batch, self.view.columns), "float32")
         return buffers
 
     @property
@@ -309,7 +314,7 @@ def plan_accumulator(
 
     Example:
         >>> plan = plan_accumulator((768, 3072))
-        >>> plan.state_bytes == 768 * (3072 // 2 + 4 * 3072 // 64) + 4
+        >>> plan.state_bytes == 768 * (3072 // 2 + 4 * 3072 // 64) + 4 * 3072 + 4
         True
     """
     shape = tuple(shape)

@@ -59,11 +59,13 @@ def test_complete_window_is_saved_before_its_step() -> None:
     assert torch.equal(run.result(), resumed.result())
 
 
-def test_between_windows_only_the_position_is_saved() -> None:
+def test_between_windows_no_gradient_is_saved() -> None:
+    """The position, and of what is rounded in columns of one size those sizes."""
     run = Run(torch.float32)
     run.go(0, STEPS)
     state = run.accumulator.state_dict()
-    assert state["sketches"] == {}
+    assert {key for sketch in state["sketches"].values() for key in sketch} == {"folds", "col_var"}
+    assert {sketch["folds"] for sketch in state["sketches"].values()} == {0}
     assert state["window"] == 1
 
 

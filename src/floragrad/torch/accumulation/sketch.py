@@ -1,7 +1,7 @@
 """One tensor's sum of gradients over a window, kept as a sketch: what is stored, not when."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,12 +13,21 @@ from floragrad.torch.projection import Projection, draw_projection, philox
 from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save, seeded_generator
 from floragrad.torch.tensor_step import block_elements
 
+FOLD_ELEMENTS: Final = 2**15
+"""A block has at least so many elements, where a tensor has them: its temporaries take less than its launches."""
+COLUMN_DECAY: Final = 0.9
+"""How much of the columns' mean squares a window leaves of the windows before."""
+COLUMN_FLOOR: Final = 0.01
+"""What a column counts as at least, in units of the mean over columns."""
+
 
 class GradientSketch:
     """C ← C + w·encode(G), stored in few bits; decode(C) is the sum of w·G in the mean.
 
-    At ρ = 1 nothing is projected and only the bits are few; with float32 as well the sum is exact. The work is
-    done in blocks of rows, so that no second tensor of the gradient's size exists.
+    At ρ = 1 nothing is projected and only the bits are few; with float32 as well the sum is exact. Numbers that
+    share a scale should then be of one size, or the large ones' rounding drowns the small: columns are divided
+    by their root mean square in earlier windows before they are rounded. The work is done in blocks of rows, so
+    that no second tensor of the gradient's size exists.
 
     Args:
         plan: What is kept.
@@ -44,7 +53,7 @@ class GradientSketch:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """``data``, ``scale`` and ``noise``, as the plan lists them."""
+        """``data``, ``scale``, ``noise`` and ``col_var``, as the plan lists them."""
         return self._buffers
 
     def add(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
@@ -57,7 +66,7 @@ class GradientSketch:
             measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
         """
         stored = self._stored(grad.device, self._rounding(grad.device, window))
-        projection = self._projection(window)
+        projection, columns = self._projection(window), self._column_sizes(grad.device)
         grads, dtype = grad.reshape(self.plan.view), self.plan.state_dtype
         if self.folds == 0 and "noise" in self._buffers:
             self._buffers["noise"].zero_()
@@ -65,6 +74,8 @@ class GradientSketch:
             fresh = grads[where].float()
             if projection is not None:
                 fresh = projection.encode(fresh)
+            elif columns is not None:
+                fresh = fresh / columns[where[0]]
             if self.folds == 0:
                 total = fresh * weight
             else:
@@ -73,19 +84,25 @@ class GradientSketch:
             stored.write(where, kept)
             if measure_noise and "noise" in self._buffers:
                 error = load(kept, dtype, stored.width).sub_(total)
+                if columns is not None:
+                    error.mul_(columns[where[0]])
                 self._buffers["noise"] += torch.linalg.vector_norm(error).square_()
         self.folds += 1
 
     def squared_norm(self) -> Tensor:
         """‖C‖² less the squared rounding errors: in the mean the squared norm of the sum of w·G.
 
+        C is taken with its columns in their own size.
+
         Every rounding error has mean zero whatever came before it, so they add to ‖C‖² in the mean exactly
         the sum of their squares. A single value can be negative.
         """
         total = torch.zeros((), device=self._buffers["data"].device)
-        stored = self._stored(total.device)
+        stored, columns = self._stored(total.device), self._column_sizes(total.device)
         for where in self._blocks(total.device):
             rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+            if columns is not None:
+                rows.mul_(columns[where[0]])
             total += torch.linalg.vector_norm(rows).square_()
         return total - self._buffers["noise"] if "noise" in self._buffers else total
 
@@ -99,20 +116,33 @@ class GradientSketch:
             factor: Of all, a number or a tensor of one element.
         """
         stored, projection = self._stored(grad.device), self._projection(window)
-        grads = grad.view(self.plan.view)
+        grads, columns = grad.view(self.plan.view), self._column_sizes(grad.device)
+        squares = None if columns is None else torch.zeros_like(self._buffers["col_var"])
         if isinstance(factor, Tensor):
             factor = factor.to(grad.device)
         for where in self._blocks(grad.device):
             rows = load(stored.read(where), self.plan.state_dtype, stored.width)
             if projection is not None:
                 rows = projection.decode(rows)
+            elif columns is not None:
+                rows.mul_(columns[where[0]])
             if own:
                 rows = rows.add(grads[where], alpha=own)
+            if squares is not None:
+                squares[where[0]] += rows.square().sum(1)
             grads[where] = rows * factor
+        if squares is not None:
+            self._remember(squares / self.plan.view.rows)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether something is to be saved: a window's sum, or what outlives a window."""
+        return self.folds > 0 or "col_var" in self._buffers
 
     def state_dict(self) -> dict[str, Any]:
-        """``folds`` and the buffers."""
-        return {"folds": self.folds, **self._buffers}
+        """``folds`` and the buffers; between two windows only what outlives a window."""
+        kept = self._buffers if self.folds else {key: self._buffers[key] for key in self._buffers if key == "col_var"}
+        return {"folds": self.folds, **kept}
 
     def check_loadable(self, saved: dict[str, Any], name: str) -> None:
         """Refuse the sketch of another tensor.
@@ -120,6 +150,8 @@ class GradientSketch:
         Raises:
             ValueError: The buffers have other shapes or dtypes.
         """
+        if not saved["folds"]:
+            return
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if key != "folds"}
         expected = {key: (tuple(value.shape), value.dtype) for key, value in self._buffers.items()}
         if found != expected:
@@ -132,7 +164,9 @@ class GradientSketch:
         """Take over what :meth:`state_dict` of another sketch of the same tensor gave."""
         self.folds = int(saved["folds"])
         for key, value in self._buffers.items():
-            value.copy_(saved[key])
+            # Between two windows other settings may be taken up: then the columns are measured anew.
+            if self.folds or (key in saved and saved[key].shape == value.shape):
+                value.copy_(saved[key])
 
     def _allocate(self, device: torch.device) -> None:
         self._buffers = {
@@ -148,6 +182,25 @@ class GradientSketch:
             self._buffers = {key: value.to(device) for key, value in self._buffers.items()}
         buffers = tuple(self._buffers[key] for key in ("data", "scale") if key in self._buffers)
         return StoredRows(buffers, self.plan.width, self.plan.state_dtype, bits)
+
+    def _column_sizes(self, device: torch.device) -> Tensor | None:
+        """What columns are divided by before they are rounded, (batch, 1, columns); None where they are not.
+
+        Their root mean squares in units of all columns', from the floor on; 1 before the first window has ended.
+        """
+        if "col_var" not in self._buffers:
+            return None
+        squares = self._buffers["col_var"].to(device)
+        mean = squares.mean(-1, keepdim=True)
+        relative = torch.where(mean > 0, squares / mean, 1.0)
+        return relative.add_(COLUMN_FLOOR).sqrt_().unsqueeze(-2)
+
+    def _remember(self, squares: Tensor) -> None:
+        """Take a window's mean squares of columns into their average; the first window is taken whole."""
+        average = self._buffers["col_var"]
+        decay = torch.where(average.mean(-1, keepdim=True) > 0, COLUMN_DECAY, 0.0)
+        updated = squares + decay * (average - squares)
+        average.copy_(torch.where(updated.isfinite(), updated, average))
 
     def _rounding(self, device: torch.device, window: int) -> torch.Generator | None:
         """Of the bits for the next fold of a window."""
@@ -166,5 +219,6 @@ class GradientSketch:
 
     def _blocks(self, device: torch.device) -> Iterator[Block]:
         gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
-        elements = block_elements(self.plan.view.numel, device)
+        total = self.plan.view.numel
+        elements = max(block_elements(total, device), min(total, FOLD_ELEMENTS))
         return row_blocks(self.plan.view, elements, gaussian=gaussian)
