@@ -135,6 +135,81 @@ def test_the_norm_would_be_biased_without_the_measured_noise() -> None:
     assert excess.item() == pytest.approx(found["noise"].mean().item(), rel=0.1)
 
 
+SIZES = torch.tensor([1.0, 10.0]).repeat(64)
+
+
+def uneven_window(sketch: GradientSketch, window: int) -> tuple[Tensor, Tensor]:
+    """A window's decoded sum and the exact one, of columns of two sizes."""
+    generator = torch.Generator().manual_seed(window)
+    grads = torch.randn(len(WEIGHTS), 32, 128, generator=generator) * SIZES
+    sketch.folds = 0
+    for grad, weight in zip(grads, WEIGHTS, strict=True):
+        sketch.add(grad, weight, window, measure_noise=True)
+    decoded = torch.empty(32, 128)
+    sketch.decode_into(decoded, window, own=0.0, factor=1.0)
+    return decoded, torch.einsum("i,imn->mn", torch.tensor(WEIGHTS), grads)
+
+
+def uneven_sketch() -> GradientSketch:
+    return GradientSketch(plan_accumulator((32, 128), kind="matrix"), "sign", 0, 0, torch.device("cpu"))
+
+
+def test_small_columns_are_not_drowned_by_large_ones() -> None:
+    """Each fold's variance is at most a quarter of the squared scale: a seventh of the block's largest number.
+
+    In the first window that number is a large column's, later one of its own size.
+    """
+    sketch, small = uneven_sketch(), SIZES == 1
+    drowned, exact = uneven_window(sketch, 0)
+    assert (drowned - exact)[:, small].square().mean() > exact[:, small].square().mean()
+    for window in range(1, 20):
+        squares = sketch.buffers["col_var"][0].clone()
+        kept, exact = uneven_window(sketch, window)
+    sizes = (squares / squares.mean() + 0.01).sqrt()
+    # The largest partial sum of a block of 64, which rounding moves by a seventh at most.
+    largest = (torch.tensor(WEIGHTS).square().cumsum(0).sqrt() * 5 * (SIZES / sizes).max() * (1 + 1 / 7)) / 7
+    bound = largest.square().sum() / 4 * sizes**2
+    assert ((kept - exact).square().mean(0) < bound).all()
+    assert (kept - exact)[:, small].square().mean() < 0.1 * exact[:, small].square().mean()
+
+
+def test_columns_of_one_size_leave_sum_and_norm_unbiased() -> None:
+    sketch = uneven_sketch()
+    uneven_window(sketch, 0)
+    sizes = sketch.buffers["col_var"].clone()
+    assert sizes[0, 1::2].mean() > 10 * sizes[0, ::2].mean() > 0
+    generator = torch.Generator().manual_seed(9)
+    grad = torch.randn(32, 128, generator=generator) * SIZES
+    draws = 400
+    decoded, squares = torch.empty(draws, 32, 128), torch.empty(draws)
+    for window in range(draws):
+        sketch.buffers["col_var"].copy_(sizes)
+        sketch.folds = 0
+        sketch.add(grad, 1.0, window, measure_noise=True)
+        squares[window] = sketch.squared_norm()
+        sketch.decode_into(decoded[window], window, own=0.0, factor=1.0)
+    own = (sizes / sizes.mean() + 0.01).sqrt()
+    step = (grad / own).view(32, 2, 64).abs().amax(-1).repeat_interleave(64, 1).double() / 7 * own
+    up = (grad / step) % 1
+    # Var = p(1 − p) step²; what has hardly a chance to be rounded up is up once in all draws or so.
+    assert_mean(decoded.double(), grad.double(), (up * (1 - up)).clamp(min=1 / draws) * step**2)
+    assert_mean(squares.double(), grad.double().square().sum())
+
+
+def test_sizes_of_columns_are_an_average_over_windows() -> None:
+    sketch = uneven_sketch()
+    first, _ = uneven_window(sketch, 0)
+    average = first.square().mean(0)
+    torch.testing.assert_close(sketch.buffers["col_var"][0], average)
+    second, _ = uneven_window(sketch, 1)
+    torch.testing.assert_close(sketch.buffers["col_var"][0], 0.9 * average + 0.1 * second.square().mean(0))
+    before = sketch.buffers["col_var"].clone()
+    sketch.folds = 0
+    sketch.add(torch.full((32, 128), torch.inf), 1.0, 2, measure_noise=True)
+    sketch.decode_into(torch.empty(32, 128), 2, own=0.0, factor=1.0)
+    assert torch.equal(sketch.buffers["col_var"], before), "a window that is not finite says nothing of sizes"
+
+
 class Recorder(torch.optim.Optimizer):
     """Keeps every gradient that it is given."""
 
