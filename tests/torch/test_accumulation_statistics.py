@@ -188,6 +188,7 @@ def test_columns_of_one_size_leave_sum_and_norm_unbiased() -> None:
         sketch.add(grad, 1.0, window, measure_noise=True)
         squares[window] = sketch.squared_norm()
         sketch.decode_into(decoded[window], window, own=0.0, factor=1.0)
+        torch.testing.assert_close(sketch.buffers["noise"], (decoded[window] - grad).square().sum())
     own = (sizes / sizes.mean() + 0.01).sqrt()
     step = (grad / own).view(32, 2, 64).abs().amax(-1).repeat_interleave(64, 1).double() / 7 * own
     up = (grad / step) % 1
