@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import typer
 
-    from floragrad.train.commands import app
+    from floragrad.planning.command import app
     from floragrad.train.errors import DivergenceError, StoppedError, UserError
 
     try:

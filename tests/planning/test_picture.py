@@ -12,7 +12,7 @@ STEP = (
     sample("forward of wte", parameters=2, activations=1),
     sample("forward of h.0", parameters=2, activations=3),
     sample("backward of h.0", parameters=2, activations=2, gradients=2),
-    sample("update of wte", parameters=2, gradients=2, temporaries=1),
+    sample("clipping", parameters=2, gradients=2, temporaries=1),
 )
 PLAN = MemoryPlan(
     "gpt2",
@@ -35,19 +35,30 @@ def test_the_areas_are_the_bytes_on_top_of_each_other() -> None:
         "parameters", "optimizer state", "accumulation buffers", "gradients", "buckets", "activations", "temporaries",
     ]  # fmt: skip
     assert len(areas) == len(CATEGORIES)
-    for number, total in enumerate([3, 5, 6, 5]):
-        at = areas["temporaries"][areas["temporaries"][:, 0] == number]
+    for place, total in {0: 3, 0.5: 5, 1: 6, 2: 5}.items():
+        at = areas["temporaries"][areas["temporaries"][:, 0] == place]
         assert at[:, 1].max() == pytest.approx(total)
-    gradients = areas["gradients"][areas["gradients"][:, 0] == 2]
+    gradients = areas["gradients"][areas["gradients"][:, 0] == 1]
     assert (gradients[:, 1].min(), gradients[:, 1].max()) == (pytest.approx(2), pytest.approx(4))
 
 
-def test_the_dot_is_at_the_peak_and_the_phases_at_their_beginnings() -> None:
+def test_the_dot_is_at_the_peak_and_each_pass_has_its_name() -> None:
     panel = plan_figure(PLAN, "title").axes[0]
     (dot,) = panel.lines
-    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([2], [6.0])
-    assert list(panel.get_xticks()) == [0, 2, 3]
+    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([1], [6.0])
+    assert list(panel.get_xticks()) == [0.5, 1.5, 2.5]
     assert [label.get_text() for label in panel.get_xticklabels()] == ["forward", "backward", "update"]
+
+
+def test_every_pass_is_as_wide_as_any_other_whatever_is_folded_in_it() -> None:
+    """A backward pass with a fold for every tensor has many times the moments of one without."""
+    folds = [sample(f"{word} of h.{number}", gradients=1) for number in range(50) for word in ("fold", "backward")]
+    step = (STEP[0], STEP[2], *folds, STEP[0], STEP[2], sample("update of h.0", gradients=1), STEP[3], STEP[3])
+    panel = plan_figure(MemoryPlan("m", PLAN.settings, {"flora": row(samples=step)}), "title").axes[0]
+    places = sorted({float(place) for place in panel.collections[0].get_paths()[0].vertices[:, 0]})
+    assert {0.0, 1.0, 2.0, 3.0, 4.0} < set(places)
+    assert places[-1] == 4.5
+    assert len(panel.get_xticks()) == 0, "five passes are too narrow for their names"
 
 
 def test_the_device_is_a_line(tmp_path: Path) -> None:

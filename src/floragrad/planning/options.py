@@ -13,6 +13,14 @@ from floragrad.policy import StateDtype
 STEP, COMPARED, DEVICE, OUTPUT = "Training step", "Optimizers", "Devices", "Output"
 
 
+def _count(value: str) -> int:
+    text = str(value)  # typer puts the defaults through it too
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise typer.BadParameter(f"{value!r} is not a whole number of at least 1")
+    return count
+
+
 def _size(value: str) -> Size:
     try:
         return parse_size(value)
@@ -30,12 +38,19 @@ Model = Annotated[
     ),
 ]
 Batch = Annotated[
-    int, typer.Option(min=1, rich_help_panel=STEP, help="Sequences or images of a micro-batch, on each device.")
+    int,
+    typer.Option(
+        parser=_count,
+        metavar="INTEGER",
+        rich_help_panel=STEP,
+        help="Sequences or images of a micro-batch, on each device.",
+    ),
 ]
 SequenceLength = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        parser=_count,
+        metavar="INTEGER",
         rich_help_panel=STEP,
         help="Tokens of a sequence.",
         show_default="1024, or what the model reads where that is less",
@@ -48,7 +63,10 @@ WeightsDtype = Annotated[
     ),
 ]
 Accumulate = Annotated[
-    int, typer.Option(min=1, rich_help_panel=STEP, help="Micro-batches whose gradients make a step.")
+    int,
+    typer.Option(
+        parser=_count, metavar="INTEGER", rich_help_panel=STEP, help="Micro-batches whose gradients make a step."
+    ),
 ]
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", rich_help_panel=STEP, help="Recompute activations block by block.")
@@ -65,7 +83,8 @@ Optimizers = Annotated[
 Rank = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        parser=_count,
+        metavar="INTEGER",
         rich_help_panel=COMPARED,
         help="Of Flora, GaLore and LoRA.",
         show_default="128, or a quarter of the hidden size where that is less",
@@ -74,7 +93,8 @@ Rank = Annotated[
 Ratio = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        parser=_count,
+        metavar="INTEGER",
         rich_help_panel=COMPARED,
         help="Flora: columns that share one number of the momentum, the same for every tensor, instead of --rank.",
         show_default=False,
@@ -91,9 +111,16 @@ MomentumDtype = Annotated[
 ]
 Ddp = Annotated[
     int,
-    typer.Option(min=1, rich_help_panel=DEVICE, help="Devices that hold the whole model each."),
+    typer.Option(
+        parser=_count, metavar="INTEGER", rich_help_panel=DEVICE, help="Devices that hold the whole model each."
+    ),
 ]
-Fsdp = Annotated[int, typer.Option(min=1, rich_help_panel=DEVICE, help="Devices that share the model (FSDP2).")]
+Fsdp = Annotated[
+    int,
+    typer.Option(
+        parser=_count, metavar="INTEGER", rich_help_panel=DEVICE, help="Devices that share the model (FSDP2)."
+    ),
+]
 Fits = Annotated[
     Size | None,
     typer.Option(
@@ -122,13 +149,5 @@ Picture = Annotated[
         metavar="FILE",
         help="Draw live bytes over one step, a panel for each optimizer, to a PNG.",
         show_default=False,
-    ),
-]
-Measure = Annotated[
-    bool,
-    typer.Option(
-        "--measure",
-        rich_help_panel=OUTPUT,
-        help="Also do the step for real on this machine, at a size that fits, and show predicted beside measured.",
     ),
 ]

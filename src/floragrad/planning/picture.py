@@ -20,6 +20,11 @@ COLOURS = {
     "temporaries": "#d08770",
 }
 PANELS_IN_A_ROW = 4
+STARTS = {"the batch": "forward", "forward": "forward", "backward": "backward", "clipping": "update"}
+"""What moments begin with that begin a pass, and the pass."""
+STEP_BEGINS_WITH = "forward"
+MOST_LABELS = 3
+"""The passes of more than one micro-batch are too narrow for labels."""
 
 
 def plan_figure(plan: MemoryPlan, heading: str, device: Size | None = None) -> Figure:
@@ -47,27 +52,38 @@ def plan_figure(plan: MemoryPlan, heading: str, device: Size | None = None) -> F
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     figure.suptitle(heading, x=0.01, ha="left")
+    micro_batches = "a micro-batch" if plan.settings.accumulate == 1 else f"{plan.settings.accumulate} micro-batches"
+    figure.supxlabel(f"one step: {micro_batches} forward and backward, then clipping and update", fontsize=9)
     return figure
 
 
 def _draw(panel: Axes, row: OptimizerPlan) -> None:
-    """One optimizer's step, with a dot at its peak."""
+    """One optimizer's step, with a dot at its highest moment. Every pass is as wide as any other."""
     samples = row.timeline
+    passes = _passes(samples)
+    places = [number + place / len(run) for number, (_, run) in enumerate(passes) for place in range(len(run))]
     layers = [[sample.bytes[position] / 1e9 for sample in samples] for position in range(len(CATEGORIES))]
     labels = [WORDS[category] for category in CATEGORIES]
     colours = [COLOURS[category] for category in CATEGORIES]
-    panel.stackplot(range(len(samples)), layers, labels=labels, colors=colours, linewidth=0)
+    panel.stackplot(places, layers, labels=labels, colors=colours, linewidth=0)
     highest = max(range(len(samples)), key=lambda number: samples[number].total)
-    panel.plot(highest, samples[highest].total / 1e9, "o", color="#222222", markersize=4)
-    starts = _phases(samples)
-    panel.set_xticks(list(starts), list(starts.values()), fontsize=7, rotation=45, ha="left")
-    panel.set_xlim(0, max(1, len(samples) - 1))
+    panel.plot(places[highest], samples[highest].total / 1e9, "o", color="#222222", markersize=4)
+    shown = passes if len(passes) <= MOST_LABELS else []
+    panel.set_xticks([number + 0.5 for number in range(len(shown))], [name for name, _ in shown], fontsize=8)
+    panel.tick_params(axis="x", length=0)
+    panel.set_xlim(0, places[-1] or 1)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _phases(samples: Sequence[Sample]) -> dict[int, str]:
-    """Where forward, backward and update begin, by the first word of their moments; each only the first time."""
-    starts: dict[str, int] = {}
-    for number, sample in enumerate(samples):
-        starts.setdefault(sample.moment.partition(" ")[0], number)
-    return {number: phase for phase, number in starts.items()}
+def _passes(samples: Sequence[Sample]) -> list[tuple[str, list[Sample]]]:
+    """A step cut where a forward pass, a backward pass or the update of all tensors begins.
+
+    Folds and updates during a backward pass belong to it.
+    """
+    passes: list[tuple[str, list[Sample]]] = []
+    for sample in samples:
+        begun = next((name for start, name in STARTS.items() if sample.moment.startswith(start)), None)
+        if not passes or (begun is not None and begun != passes[-1][0]):
+            passes.append((begun or STEP_BEGINS_WITH, []))
+        passes[-1][1].append(sample)
+    return passes

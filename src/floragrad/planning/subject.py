@@ -7,17 +7,21 @@ from torch import Tensor, nn
 
 
 class Subject(Protocol):
-    """A model that can be built with any number of its repeated blocks, on whatever device is the default one.
+    """A model that can be built with any number of its repeated blocks, on whatever device is the default one."""
 
-    Attributes:
-        name: What the plan calls it.
-        blocks: How often its repeated blocks are there; of an encoder-decoder, in each of both halves. With n
-            of N blocks :meth:`build` gives the same model, that many blocks shallower: memory is traced on a few
-            blocks and is linear in their number.
-    """
+    @property
+    def name(self) -> str:
+        """What the plan calls it."""
+        ...
 
-    name: str
-    blocks: int
+    @property
+    def blocks(self) -> int:
+        """How often its repeated blocks are there; of an encoder-decoder, in each of both halves.
+
+        With n of N blocks :meth:`build` gives the same model, that many blocks shallower: memory is traced on a few
+        blocks and is linear in their number.
+        """
+        ...
 
     def build(self, dtype: torch.dtype, blocks: int) -> nn.Module:
         """The model in training mode, its weights in ``dtype``, with ``blocks`` blocks; no key-value cache."""
