@@ -98,7 +98,8 @@ def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
     later = list(_in_order(trace, settings.accumulate))
     # Of equal peaks the one of a later step is named, which comes again.
     peak = max((*later, *first), key=lambda moment: sum(moment.peak))
-    most = {name: max(moment.highest[at] for moment in (*first, *later)) for at, name in enumerate(CATEGORIES)}
+    # Not of the first step too: there the state is still among the temporaries of the update that allocates it.
+    most = {name: max(moment.highest[at] for moment in later) for at, name in enumerate(CATEGORIES)}
     kept = dict(zip(CATEGORIES, trace.kept, strict=True))
     return OptimizerPlan(
         parameters=kept["parameters"],
