@@ -96,7 +96,7 @@ def _silence() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    for name in ("huggingface_hub", "accelerate", "fsspec"):
+    for name in ("huggingface_hub", "accelerate", "fsspec", "torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
