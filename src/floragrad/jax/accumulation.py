@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from floragrad.jax.axes import MatrixAxesOrFn
+from floragrad.jax.sharding import abstract_as
 from floragrad.jax.sketch import checked_sketches
 from floragrad.policy import Projection, StateDtype
 
@@ -78,7 +79,8 @@ def sketch_accumulator(
 
     def init(value: Any) -> _Window:
         leaves, structure = jax.tree.flatten(value)
-        return _Window(sketches.empty(value), _Shapes(structure, tuple((each.shape, each.dtype) for each in leaves)))
+        shapes = _Shapes(structure, tuple(abstract_as(each, each.dtype) for each in leaves))
+        return _Window(sketches.empty(value), shapes)
 
     def update(window: _Window, value: Any, index: ArrayLike) -> _Window:
         return window._replace(kept=sketches.add(window.kept, value, weight, key, index))
@@ -97,14 +99,13 @@ def sketch_accumulator(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Shapes:
-    """The gradients' shapes and dtypes, which the end of a loop needs and its carry must not hold as arrays."""
+    """The gradients' shapes, dtypes and shardings, which the end of a loop needs and its carry cannot hold."""
 
     structure: Any
-    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    leaves: tuple[Any, ...]
 
     def tree(self) -> Any:
-        leaves = (jax.ShapeDtypeStruct(*each) for each in self.leaves)  # type: ignore[no-untyped-call]
-        return self.structure.unflatten(leaves)
+        return self.structure.unflatten(self.leaves)
 
 
 class _Window(NamedTuple):

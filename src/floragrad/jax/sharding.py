@@ -1,5 +1,6 @@
 """Where the momentum lives: along the outputs wherever its parameter does, whole along the inputs."""
 
+from math import prod
 from typing import Any
 
 import jax
@@ -41,6 +42,15 @@ def whole_inputs(leaf: Array, layout: Layout) -> Array:
     Under automatic sharding the compiler sums the devices' parts of a sketch; explicit sharding wants to be told.
     """
     return _keeping(leaf, layout.stack + layout.outputs[:1])
+
+
+def input_shards(leaf: Any, layout: Layout) -> int:
+    """Over how many parts the inputs are sharded, where that is known; else 1."""
+    sharding = _sharding(leaf)
+    if sharding is None or not layout.inputs:
+        return 1
+    along = _padded(sharding.spec, len(layout.shape))[layout.inputs[0]] or ()
+    return prod(sharding.mesh.shape[axis] for axis in ((along,) if isinstance(along, str) else along))
 
 
 def mergeable(leaf: Array, layout: Layout) -> Array:

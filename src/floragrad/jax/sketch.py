@@ -16,7 +16,8 @@ from floragrad.jax import quantize
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
 from floragrad.jax.projection import Projection, draw
 from floragrad.jax.quantize import Stored
-from floragrad.policy import AccumulatorPlan, StateDtype, plan_accumulator
+from floragrad.jax.sharding import input_shards, like, place, whole_inputs
+from floragrad.policy import QUANTIZATION_BLOCK, AccumulatorPlan, StateDtype, plan_accumulator
 from floragrad.policy import Projection as ProjectionKind
 
 Words = tuple[Array, Array]
@@ -44,13 +45,20 @@ class LeafSketch:
             shape[self.layout.axis] = self.plan.width
         return tuple(shape)
 
-    def empty(self) -> Stored:
-        """No gradient."""
+    def empty(self, leaf: Any) -> Stored:
+        """No gradient, sharded as the leaf is.
+
+        Args:
+            leaf: The leaf, or anything with its shape and sharding.
+        """
         leading = list(self.layout.matrices)
         if self.layout.view is None:
-            return Stored(jnp.zeros(leading), None)
-        del leading[self.layout.axis]
-        return quantize.zeros(tuple(leading), self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
+            kept = Stored(jnp.zeros(leading), None)
+        else:
+            del leading[self.layout.axis]
+            kept = quantize.zeros(tuple(leading), self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
+        inputs = self._keeps_inputs_apart(leaf)
+        return jax.tree.map(lambda each: place(each, leaf, self.layout, inputs=inputs), kept)
 
     def add(
         self, kept: Stored, grad: Array, weight: ArrayLike, projection: Projection | None, words: Words | None
@@ -64,7 +72,8 @@ class LeafSketch:
             projection: Of this window; None at ρ = 1.
             words: Of the rounding, others for every fold; None where nothing is rounded.
         """
-        fresh = self.layout.to_matrices(grad).astype(jnp.float32)
+        where = grad if self._keeps_inputs_apart(grad) else whole_inputs(grad, self.layout)
+        fresh = self.layout.to_matrices(where).astype(jnp.float32)
         if projection is not None:
             fresh = projection.encode(fresh, axis=self.layout.axis)
         total = self._load(kept) + fresh * weight
@@ -73,10 +82,19 @@ class LeafSketch:
         bits = quantize.random_bits(*words)
         return quantize.save_with_bits(total, self.plan.state_dtype, bits, axis=self.layout.axis)
 
-    def decode(self, kept: Stored, projection: Projection | None) -> Array:
-        """The sum of w·G in the mean, float32."""
+    def decode(self, kept: Stored, projection: Projection | None, leaf: Any) -> Array:
+        """The sum of w·G in the mean, float32, sharded as the leaf is."""
         rows = self._load(kept)
-        return self.layout.from_matrices(rows if projection is None else projection.decode(rows, axis=self.layout.axis))
+        if projection is not None:
+            rows = projection.decode(rows, axis=self.layout.axis)
+        return like(self.layout.from_matrices(rows), leaf)
+
+    def _keeps_inputs_apart(self, leaf: Any) -> bool:
+        """Whether inputs that are sharded stay so: where every device has whole blocks of all columns."""
+        return (
+            self.plan.ratio == 1
+            and self.plan.view.columns % (QUANTIZATION_BLOCK * input_shards(leaf, self.layout)) == 0
+        )
 
     def _load(self, kept: Stored) -> Array:
         return quantize.load(kept, self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
@@ -98,7 +116,10 @@ class Sketches:
 
     def empty(self, tree: Any) -> Any:
         """No gradients, for a tree of parameters, gradients or anything with a shape."""
-        return jax.tree.unflatten(jax.tree.structure(tree), [leaf.empty() for leaf in self.leaves(tree)])
+        return jax.tree.unflatten(
+            jax.tree.structure(tree),
+            [leaf.empty(each) for leaf, each in zip(self.leaves(tree), jax.tree.leaves(tree), strict=True)],
+        )
 
     def add(self, kept: Any, grads: Any, weight: ArrayLike, window: Array, fold: ArrayLike) -> Any:
         """Fold a tree of gradients in.
@@ -128,13 +149,15 @@ class Sketches:
 
         Args:
             kept: The sketches.
-            like: A tree with the gradients' shapes.
+            like: A tree with the gradients' shapes and shardings.
             window: The key of the window.
         """
         structure: Any = jax.tree.structure(like)
         leaves = self.leaves(like)
-        each = zip(leaves, structure.flatten_up_to(kept), self._drawn(leaves, window), strict=True)
-        return structure.unflatten(leaf.decode(c, projection) for leaf, c, projection in each)
+        each = zip(
+            leaves, structure.flatten_up_to(kept), self._drawn(leaves, window), jax.tree.leaves(like), strict=True
+        )
+        return structure.unflatten(leaf.decode(c, projection, other) for leaf, c, projection, other in each)
 
     def _plan(self, layout: Layout) -> AccumulatorPlan:
         # A leaf without matrices is one vector to the policy, whatever its shape.
