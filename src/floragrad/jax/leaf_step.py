@@ -80,7 +80,7 @@ def initial_momentum(leaf: Leaf, param: Any) -> Any:
         return optax.MaskedNode()
     shape, axis = leaf.layout.matrices, leaf.layout.axis
     if leaf.layout.view is None:
-        zeros = Stored(jnp.zeros(shape), None)
+        zeros = Stored(jnp.zeros(shape, jnp.float32), None)
     else:
         leading = (*shape[:-2], shape[-3 - axis])
         zeros = quantize.zeros(leading, leaf.plan.width, leaf.storage, axis=axis)
@@ -143,6 +143,6 @@ def _learnt(
     def renewed() -> Array:
         blended = b1 * previous.decode(momentum, axis=axis) + (1 - b1) * matrices
         key = leaf.key(count // leaf.options.kappa, Stream.ADAPTIVE_NOISE)
-        return learn(blended, weight, width, key, axis=axis)
+        return learn(blended.astype(jnp.float32), weight, width, key, axis=axis)
 
     return BucketProjection.normalised(lax.cond(opens, renewed, lambda: weight), width), previous

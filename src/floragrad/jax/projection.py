@@ -78,7 +78,7 @@ class BucketProjection(NamedTuple):
     @classmethod
     def normalised(cls, weight: Array, k: int) -> "BucketProjection":
         """Of weights with norm 1 in each bucket: orthonormal rows."""
-        return cls(weight, jnp.ones(k))
+        return cls(weight, jnp.ones(k, jnp.float32))
 
     def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X."""
@@ -182,7 +182,7 @@ def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
         True
     """
     if kind == "gaussian":
-        return GaussianProjection(jax.random.normal(key, (k, n)) * k**-0.5)
+        return GaussianProjection(jax.random.normal(key, (k, n), jnp.float32) * k**-0.5)
     return BucketProjection.signs(jax.random.rademacher(key, (n,), dtype=jnp.float32), k)
 
 
@@ -243,7 +243,7 @@ def normalise_buckets(weight: Array, k: int, fallback: Array) -> Array:
 def adaptive_noise(key: Array, n: int, k: int) -> Array:
     """Noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,)."""
     scale = float(ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
-    return jax.random.uniform(key, (n,), minval=-scale, maxval=scale)
+    return jax.random.uniform(key, (n,), jnp.float32, minval=-scale, maxval=scale)
 
 
 def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) -> Array:
