@@ -57,7 +57,11 @@ def _moments(three: Sequence[Moment], four: Sequence[Moment], more: int) -> tupl
         if stem is None:
             moments += (_moment(a, b, more) for a, b in _pairs(run, deep_run))
         else:
-            moments += _visit(_by_block(run), _by_block(deep_run), more)
+            visits, deep_visits = _visits(run), _visits(deep_run)
+            if len(visits) != len(deep_visits):
+                raise DepthError(f"{len(visits)} and {len(deep_visits)} visits")
+            for visit, deep_visit in zip(visits, deep_visits, strict=True):
+                moments += _visit(visit, deep_visit, more)
     return tuple(moments)
 
 
@@ -97,8 +101,14 @@ def _pairs(left: list[Moment], right: list[Moment]) -> list[tuple[Moment, Moment
     return list(zip(left, right, strict=True))
 
 
-def _by_block(run: list[Moment]) -> list[list[Moment]]:
-    return [list(group) for _, group in groupby(run, key=lambda moment: _index(moment.name))]
+def _visits(run: list[Moment]) -> list[list[list[Moment]]]:
+    """The moments of each block in turn, anew whenever the first block comes again."""
+    visits: list[list[list[Moment]]] = []
+    for index, group in groupby(run, key=lambda moment: _index(moment.name)):
+        if index == _index(run[0].name):
+            visits.append([])
+        visits[-1].append(list(group))
+    return visits
 
 
 def _stem(moment: Moment) -> str | None:

@@ -1,69 +1,112 @@
-"""The work on one tensor, done for the first tensor of each layout and repeated by its bytes for the others.
+"""The work on one tensor, run once for each layout, on few of its rows, and counted for every tensor.
 
 Flora and its accumulator go through a tensor in blocks of rows, tens of thousands of them in a large model. What
-they make on the way depends on the tensor's layout and on options alone.
+they make on the way depends on the tensor's layout and on options alone; and with more rows it grows by the same
+bytes for every block, since a block stays as high. So the code runs on a tensor with a few blocks and on one with a
+block more, and what the whole tensor needs follows without an error.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from floragrad.planning.tracker import MemoryTracker
+from floragrad.planning.tracker import MemoryTracker, Moment, Profiles, joined
+from floragrad.policy import AccumulatorPlan, MatrixView, TensorPlan
 from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.tensor_step import State, TensorStep
+from floragrad.torch.storage import row_blocks
+from floragrad.torch.tensor_step import State, TensorStep, block_elements, initial_state
+
+FEWEST_BLOCKS: Final = 5
+"""Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
+
+_NOT_OPTIONS: Final = ("params", "param_names")
 
 
 @contextmanager
-def repeated_work(tracker: MemoryTracker) -> Iterator[None]:
-    """Inside, every update, fold and decoding of a tensor goes through :meth:`MemoryTracker.once`.
+def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
+    """Inside, updates, folds and decodings of Flora and its accumulator are counted, not done.
 
-    What is decoded counts as a gradient.
+    Args:
+        tracker: Where they are counted.
+        profiles: What is known of them already.
     """
-    step, add = flora.step_tensor, GradientSketch.add
-    decode, norm = GradientSketch.decode_into, GradientSketch.squared_norm
 
-    def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
+    def step_tensor(param: Tensor, grad: Tensor, _: State, at: TensorStep) -> None:
+        def work(plan: TensorPlan) -> Callable[[], None]:
+            small = replace(at, plan=plan)
+            tensors = _empty(plan, param), _empty(plan, grad)
+            state = initial_state(plan, at.group, at.index, at.device)
+            return lambda: step(*tensors, state, small)
+
         tracker.touch(param)
         options = tuple(sorted((key, value) for key, value in at.group.items() if key not in _NOT_OPTIONS))
-        key = ("update", _layout(param), _layout(grad), at.plan, options, at.opens_epoch)
-        tracker.once(key, lambda: step(param, grad, state, at))
+        count(("update", param.dtype, grad.dtype, options, at.opens_epoch), at.plan, work)
 
-    def add_gradient(sketch: GradientSketch, grad: Tensor, *args: Any, measure_noise: bool) -> None:
-        folds = sketch.folds
-        key = ("fold", _layout(grad), sketch.plan, folds == 0, measure_noise)
-        tracker.once(key, lambda: add(sketch, grad, *args, measure_noise=measure_noise))
-        sketch.folds = folds + 1
+    def add_gradient(sketch: GradientSketch, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
+        def work(plan: AccumulatorPlan) -> Callable[[], None]:
+            small, fresh = emptied(sketch, plan), _empty(plan, grad)
+            return lambda: add(small, fresh, weight, window, measure_noise=measure_noise)
+
+        count(("fold", grad.dtype, sketch.folds == 0, measure_noise), sketch.plan, work)
+        sketch.folds += 1
 
     def decode_into(sketch: GradientSketch, grad: Tensor, window: int, own: float, factor: float | Tensor) -> None:
-        tracker.hold(grad, "gradients")
-        key = ("decode", _layout(grad), sketch.plan, bool(own), isinstance(factor, Tensor))
-        tracker.once(key, lambda: decode(sketch, grad, window, own, factor))
+        def work(plan: AccumulatorPlan) -> Callable[[], None]:
+            small, into = emptied(sketch, plan), _empty(plan, grad)
+            return lambda: decode(small, into, window, own, factor)
+
+        count(("decode", grad.dtype, bool(own), isinstance(factor, Tensor)), sketch.plan, work)
 
     def squared_norm(sketch: GradientSketch) -> Tensor:
-        def work() -> None:
-            norm(sketch)
+        def work(plan: AccumulatorPlan) -> Callable[[], None]:
+            small = emptied(sketch, plan)
 
-        tracker.once(("norm", sketch.plan), work)
+            def discard() -> None:
+                norm(small)
+
+            return discard
+
+        count(("norm",), sketch.plan, work)
         return torch.zeros(())
 
+    def emptied(sketch: GradientSketch, plan: AccumulatorPlan) -> GradientSketch:
+        small = GradientSketch(plan, sketch._kind, 0, 0, torch.device("cpu"))
+        small.folds = sketch.folds
+        return small
+
+    def count(key: Hashable, plan: Any, work: Callable[[Any], Callable[[], None]]) -> None:
+        whole = (key, plan)
+        if whole not in profiles:
+            with tracker.paused():
+                profiles[whole] = _profile(plan, work)
+        tracker.repeat(profiles[whole])
+
+    step, add = flora.step_tensor, GradientSketch.add
+    decode, norm = GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
+        stack.enter_context(replaced(flora, "step_tensor", step_tensor))
+        stack.enter_context(replaced(GradientSketch, "add", add_gradient))
         stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))
-        if tracker.repeats:
-            stack.enter_context(replaced(flora, "step_tensor", step_tensor))
-            stack.enter_context(replaced(GradientSketch, "add", add_gradient))
-            stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))
+        stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))
         yield
 
 
-_NOT_OPTIONS = ("params", "param_names")
+@contextmanager
+def decoded_gradients(tracker: MemoryTracker) -> Iterator[None]:
+    """Inside, what an accumulator decodes into counts as a gradient."""
+    decode = GradientSketch.decode_into
 
+    def decode_into(sketch: GradientSketch, grad: Tensor, *args: Any) -> None:
+        tracker.hold(grad, "gradients")
+        decode(sketch, grad, *args)
 
-def _layout(tensor: Tensor) -> Hashable:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    with replaced(GradientSketch, "decode_into", decode_into):
+        yield
 
 
 @contextmanager
@@ -75,3 +118,50 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _profile(plan: Any, work: Callable[[Any], Callable[[], None]]) -> Moment:
+    """What work on a whole tensor makes: at its highest moment, and each category at its own."""
+    view = plan.view or MatrixView(1, 1, 1)
+    few = _few_rows(view)
+    if few is None:
+        return _run(work(plan))
+    rows, height = few
+    less, more = (_run(work(_with_rows(plan, count))) for count in (rows, rows + height))
+    blocks = (view.rows - rows) // height
+
+    def ahead(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(x + (y - x) * blocks for x, y in zip(a, b, strict=True))
+
+    return Moment("", ahead(less.peak, more.peak), ahead(less.highest, more.highest))
+
+
+def _run(work: Callable[[], None]) -> Moment:
+    with MemoryTracker() as memory:
+        work()
+    return joined(memory.cut(), "")
+
+
+def _few_rows(view: MatrixView) -> tuple[int, int] | None:
+    """Rows of a smaller tensor that is cut into blocks of the same height, and the height; None where none is."""
+    device = torch.device("cpu")
+    elements = block_elements(view.numel, device)
+    _, first = next(row_blocks(view, elements))
+    height = first.stop - first.start
+    rows = view.rows % height + FEWEST_BLOCKS * height
+    small = view._replace(rows=rows)
+    if rows + height >= view.rows or block_elements(small.numel, device) != elements:
+        return None
+    return rows, height
+
+
+def _with_rows(plan: Any, rows: int) -> Any:
+    """The same plan for a tensor of fewer rows."""
+    view, shape = plan.view, plan.shape
+    is_matrices = (view.rows, view.columns) == shape[-2:]
+    fewer = (*shape[:-2], rows, shape[-1]) if is_matrices else (rows, *shape[1:])
+    return replace(plan, shape=fewer, view=view._replace(rows=rows))
+
+
+def _empty(plan: Any, like: Tensor) -> Tensor:
+    return torch.empty(plan.shape, dtype=like.dtype, device=like.device)

@@ -63,11 +63,12 @@ class TrainingStep:
             self._tracker.phase("update", "temporaries", follow=True)
             optimizer.step()
             optimizer.zero_grad()
-            return
-        if not self._updates_early:
-            accumulator.clip_grad_norm_(MAX_NORM)
-        self._tracker.phase("update", "temporaries", follow=True)
-        accumulator.step()
+        else:
+            if not self._updates_early:
+                accumulator.clip_grad_norm_(MAX_NORM)
+            self._tracker.phase("update", "temporaries", follow=True)
+            accumulator.step()
+        self._tracker.phase("between steps", "temporaries")
 
     @contextmanager
     def gradient_moments(self, clip: bool | None) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from floragrad.planning.optimizers import ROWS
-from floragrad.planning.repeats import repeated_work, replaced
+from floragrad.planning.repeats import decoded_gradients, repeated_work, replaced
 from floragrad.planning.result import CATEGORIES, OptimizerName, PlanSettings
 from floragrad.planning.step import TrainingStep, hold_sketches, hold_state
 from floragrad.planning.subject import Subject
@@ -43,9 +43,7 @@ class Trace:
     kept: tuple[int, ...]
 
 
-def predict(
-    subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int, profiles: Profiles | None
-) -> Trace:
+def predict(subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int, profiles: Profiles) -> Trace:
     """Trace a step on fake tensors: nothing is allocated, nothing computed.
 
     Args:
@@ -53,15 +51,16 @@ def predict(
         name: The row.
         settings: The step.
         blocks: How many of the model's blocks to build.
-        profiles: Where to remember the work on one tensor, that on others like it repeats; None repeats none.
+        profiles: What is known of the work on single tensors, from other traces too.
     """
     with torch.device("meta"):
         model = ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
     # Of fake positions it cannot tell that they are of one text, and would have a mask drawn up for several.
     one_text = replaced(masking_utils, "find_packed_sequence_indices", lambda _: None)
-    with FakeTensorMode(), one_text:
+    tracker = MemoryTracker()
+    with FakeTensorMode(), one_text, repeated_work(tracker, profiles):
         _materialise(model)
-        return _traced(model, subject, name, settings, MemoryTracker(profiles))
+        return _traced(model, subject, name, settings, tracker)
 
 
 def run(subject: Subject, name: OptimizerName, settings: PlanSettings) -> Trace:
@@ -107,7 +106,7 @@ def _traced(
         tracker.hold(tensor, "parameters", names.get(tensor, ""))
     count = min(settings.accumulate, DISTINCT_MICRO_BATCHES)
     row = ROWS[name]
-    with tracker, repeated_work(tracker), ExitStack() as hooks:
+    with tracker, decoded_gradients(tracker), ExitStack() as hooks:
         step = TrainingStep(
             model, partial(subject.inputs, settings.batch, settings.sequence, _dtype(settings)), tracker
         )

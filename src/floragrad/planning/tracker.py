@@ -5,7 +5,7 @@ one rule. What a kernel takes and frees inside itself, and what an allocator rou
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class Moment:
 
 
 Profiles = dict[Hashable, Moment]
-"""What pieces of work added to the live bytes, for :meth:`MemoryTracker.once`; to share between trackers."""
+"""What pieces of work add to the live bytes while they run."""
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,9 +54,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     What is made counts as the category of :meth:`phase`, at first ``"temporaries"``, until :meth:`hold` says what
     it is. Storages that were there before count from when they are held.
-
-    Args:
-        profiles: Where :meth:`once` remembers; None does all work.
 
     Attributes:
         peak: The most bytes that lived at once.
@@ -69,22 +66,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (0, 4000)
     """
 
-    def __init__(self, profiles: Profiles | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._by = [0] * len(CATEGORIES)
         self._known: dict[int, _Held] = {}
-        self._profiles = profiles
+        self._is_paused = False
         self._category = _POSITIONS["temporaries"]
         self._follows = False
         self._word = self._name = ""
         self._moments: list[Moment] = []
         self._begin()
-
-    @property
-    def repeats(self) -> bool:
-        """Whether :meth:`once` leaves out work that it has seen."""
-        return self._profiles is not None
 
     @property
     def live(self) -> int:
@@ -101,7 +93,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         merged: list[Moment] = []
         for moment in self._moments:
             if merged and merged[-1].name == moment.name:
-                moment = _joined([merged.pop(), moment], moment.name)
+                moment = joined([merged.pop(), moment], moment.name)
             merged.append(moment)
         self._moments = []
         self._begin()
@@ -170,28 +162,22 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.enter(name)
                 return
 
-    def once(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do work that frees all that it makes; of all work under one key only the first is done.
+    def repeat(self, profile: Moment) -> None:
+        """Count work that made and freed as much as it did elsewhere."""
+        self._observe(_sum(self._by, profile.peak), _sum(self._by, profile.highest))
 
-        The others count as what the first one added to the live bytes.
-        """
-        known = None if self._profiles is None else self._profiles.get(key)
-        if known is not None:
-            self._observe(_sum(self._by, known.peak), _sum(self._by, known.highest))
-            return
-        before = list(self._by)
-        first = len(self._moments)
-        self.enter(self._name)
-        work()
-        self._finish()
-        assert self._by == before, "work that is repeated frees all that it makes"
-        done = self._moments[first + 1 :]
-        if self._profiles is not None:
-            most = _joined(done, "")
-            self._profiles[key] = Moment("", _difference(most.peak, before), _difference(most.highest, before))
-        self._begin()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is made inside is not counted, and must be freed inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_paused:
+            return func(*args, **(kwargs or {}))
         # What a wrapper does inside is seen when it has unwrapped itself.
         if any(hasattr(each, "__tensor_flatten__") for each in types):
             return NotImplemented
@@ -249,7 +235,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = max(self.peak, total)
 
 
-def _joined(moments: Sequence[Moment], name: str) -> Moment:
+def joined(moments: Sequence[Moment], name: str) -> Moment:
     """Several stretches as one."""
     highest = tuple(max(values) for values in zip(*(moment.highest for moment in moments), strict=True))
     return Moment(name, max((moment.peak for moment in moments), key=sum), highest)
@@ -257,10 +243,6 @@ def _joined(moments: Sequence[Moment], name: str) -> Moment:
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
     return [a + b for a, b in zip(left, right, strict=True)]
-
-
-def _difference(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
-    return tuple(a - b for a, b in zip(left, right, strict=True))
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
