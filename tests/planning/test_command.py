@@ -1,11 +1,17 @@
 """``floragrad plan`` from its options to what it prints, on models that take a second."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
+from floragrad._text import format_bytes
+from floragrad.planning.engine import plan as plan_of
+from floragrad.planning.result import CATEGORIES
 from tests.train.support import command
 
 SMALL = {
@@ -80,3 +86,83 @@ def test_a_wrong_request_gets_one_line_and_makes_nothing(
     before = sorted(there.rglob("*"))
     assert message in refused(capsys, *arguments)
     assert sorted(there.rglob("*")) == before
+
+
+def test_the_table_is_the_plan(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "llama", *FAST, "--fits", "1GB")
+    planned = plan_of("llama", optimizers=("adamw", "flora"), sequence=64, rank=16)
+    lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 5}
+    assert shown.startswith("llama: batch 1 x 64 tokens, float32")
+    for name, row in planned.optimizers.items():
+        cells = [cell.strip() for cell in lines[name].split("│")[1:-1]]
+        sizes = (row.parameters, row.gradients, row.accumulation, row.optimizer_state, row.activations)
+        assert cells == [name, *map(format_bytes, (*sizes, row.temporaries, row.peak)), row.peak_moment]
+        assert f"fits 1 GB with {format_bytes(10**9 - row.peak)} to spare" in shown
+
+
+def test_json_is_one_object_of_integers(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--batch", 2, "--sequence-length", 8, "--accumulate", 3, "--dtype", "bfloat16", "--checkpointing")
+    flora = ("--rank", 4, "--state-dtype", "int4")
+    found = json.loads(said(capsys, "llama", *FAST, *options, *flora, "--fits", "1MB", "--json"))
+    planned = plan_of(
+        "llama",
+        batch=2,
+        sequence=8,
+        accumulate=3,
+        dtype="bfloat16",
+        checkpointing=True,
+        rank=4,
+        state_dtype="int4",
+        optimizers=("adamw", "flora"),
+    )
+    fits = found.pop("fits")
+    assert found == json.loads(json.dumps(planned.to_json()))
+    assert found["model"] == "llama"
+    for name, row in planned.optimizers.items():
+        assert {category: type(found["optimizers"][name][category]) for category in CATEGORIES} == dict.fromkeys(
+            CATEGORIES, int
+        )
+        assert fits["optimizers"][name] == {"fits": row.peak <= 10**6, "spare": 10**6 - row.peak}
+    assert fits["memory"] == 10**6
+
+
+def test_the_largest_that_fits_do_and_one_more_does_not(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = plan_of("llama", optimizers=("flora",), batch=2, sequence=32, rank=8)
+    room = planned.optimizers["flora"].peak + 100_000
+    options = ("--batch", 2, "--sequence-length", 32, "--rank", 8, "--optimizers", "flora", "--json", "--largest")
+    largest = json.loads(said(capsys, "llama", *options, "--fits", f"{room / 1000}kB"))["largest"]["flora"]
+    settings = {"batch": 2, "sequence": 32, "rank": 8, "optimizers": ("flora",)}
+    for name, most in (("batch", None), ("sequence", 64), ("rank", 32)):
+        found = largest[name]
+        assert found >= settings[name]
+        assert plan_of("llama", **{**settings, name: found}).optimizers["flora"].peak <= room
+        if found != most:
+            assert plan_of("llama", **{**settings, name: found + 1}).optimizers["flora"].peak > room
+
+
+def test_the_picture_is_drawn(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "llama", "--optimizers", "flora", "--picture", "plan.png")
+    assert (there / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in there.iterdir()) == ["llama", "plan.png"]
+
+
+def test_a_row_whose_package_is_missing_says_so(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    found = json.loads(said(capsys, "llama", "--optimizers", "galore,flora", "--json"))
+    assert list(found["optimizers"]) == ["flora"]
+    assert found["unavailable"].keys() == {"galore"}
+    assert "galore_torch" in found["unavailable"]["galore"]
+    assert "galore_torch" in said(capsys, "llama", "--optimizers", "galore,flora")
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys, floragrad.cli\n"
+        "assert floragrad.cli.main(['plan', '--help']) == 0\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "llama-3-8b" in result.stdout

@@ -16,6 +16,8 @@ WORDS: Final = {
     "buckets": "buckets",
 }
 """The categories as they are called and ordered on the screen."""
+WORTH_SHRINKING: Final = 0.25
+"""Of the peak: what holds less is not worth naming beside the largest category."""
 
 
 def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size, reads_text: bool = True) -> str:
@@ -43,10 +45,10 @@ def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size,
     spare = device.nbytes - row.peak
     if spare >= 0:
         return f"fits {device.words} with {format_bytes(spare)} to spare"
-    largest = max(row.at_peak, key=lambda category: row.at_peak[category])
+    held, way = _way_out(name, row, settings, reads_text)
     return (
-        f"does not fit {device.words}, by {format_bytes(-spare)}: the peak is the {WORDS[largest]}, "
-        f"try {_way_out(largest, name, settings, reads_text)}"
+        f"does not fit {device.words}, by {format_bytes(-spare)}: the peak is the "
+        f"{' and the '.join(WORDS[category] for category in held)}, try {way}"
     )
 
 
@@ -55,8 +57,21 @@ def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
     return {"fits": row.peak <= device.nbytes, "spare": device.nbytes - row.peak}
 
 
-def _way_out(category: str, name: str, settings: PlanSettings, reads_text: bool) -> str:
-    """What makes the largest category smaller, and is not done yet."""
+def _way_out(name: str, row: OptimizerPlan, settings: PlanSettings, reads_text: bool) -> tuple[list[str], str]:
+    """The largest categories at the peak, down to one that something can be done about, and what that is."""
+    descending = sorted(row.at_peak, key=lambda category: -row.at_peak[category])
+    large = [category for category in descending if row.at_peak[category] >= WORTH_SHRINKING * row.peak]
+    for number, category in enumerate(large, start=1):
+        for undone, way in _ways(category, name, settings, reads_text):
+            if undone:
+                return large[:number], way
+    share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
+    # GradientAccumulator trains in one process.
+    return descending[:1], f"flora with {share}" if name in ("flora+accumulator", "flora+release") else share
+
+
+def _ways(category: str, name: str, settings: PlanSettings, reads_text: bool) -> list[tuple[bool, str]]:
+    """What makes a category smaller, the best first, and whether it is not done yet."""
     flora = name.startswith("flora")
     ways = {
         "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],
@@ -69,7 +84,5 @@ def _way_out(category: str, name: str, settings: PlanSettings, reads_text: bool)
             (reads_text, "a shorter --sequence-length"),
         ],
         "temporaries": [(not flora, "flora")],
-        "buckets": [],
     }
-    share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
-    return next((way for undone, way in ways[category] if undone), share)
+    return ways.get(category, [])
