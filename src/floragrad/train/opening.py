@@ -20,9 +20,6 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
     whole = engine.adamw_state_bytes
     if report is not None:
         said = _condensed(report)
-    elif config.optimizer == "flora":
-        kept = engine.optimizer_state_bytes
-        said = f"Flora keeps {format_bytes(kept)} of state, {kept / whole:.1%} of AdamW's {format_bytes(whole)}"
     elif config.optimizer == "adamw":
         said = f"AdamW compresses nothing: two numbers for every parameter, {format_bytes(whole)} of state"
     else:

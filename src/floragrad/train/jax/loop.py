@@ -15,7 +15,7 @@ from floragrad.train.environment import Gpu
 from floragrad.train.folder import RunFolder
 from floragrad.train.jax.checkpoint import restore, save
 from floragrad.train.jax.model import DTYPES, Llama, abstract_llama, next_token_loss
-from floragrad.train.jax.optimizers import GRADIENT_NORM, learning_rates, transformation, windowed
+from floragrad.train.jax.optimizers import GRADIENT_NORM, learning_rates, report, transformation, windowed
 from floragrad.train.jax.weights import Params
 from floragrad.train.opening import opening
 from floragrad.train.recorder import Recorder, Schedule
@@ -88,13 +88,15 @@ class JaxEngine:
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
         """Train until the last step, a signal, or a loss that is not finite. Returns the steps made."""
-        rates = learning_rates(self._config)
-        recorder.begin(opening(self._config, None, self), self._step)
+        steps = np.arange(self._config.steps)
+        rates = {kind: np.asarray(rate(steps)) for kind, rate in learning_rates(self._config).items()}
+        found = report(self._config, self._params) if self._config.optimizer == "flora" else None
+        recorder.begin(opening(self._config, found, self), self._step)
         if self._step == 0:
             recorder.evaluation(0, self._validate())
         while self._step < self._config.steps and recorder.diverged_at is None:
             recorder.step_begins()
-            applied: dict[str, float] = {kind: float(rate(self._step)) for kind, rate in rates.items()}
+            applied = {str(kind): float(rate[self._step]) for kind, rate in rates.items()}
             loss = self._train_step()
             self._step += 1
             due = schedule.after(self._step)

@@ -1,16 +1,17 @@
 """The optimizers of ``--optimizer``, as optax has them, with a learning rate for each kind of parameter."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from floragrad.jax import flora
+from floragrad._report import Report
+from floragrad.jax import compressed_multi_steps, flora, flora_report
 from floragrad.jax.precision import in_float32
-from floragrad.policy import Kind
+from floragrad.policy import Kind, Projection, StateDtype
 from floragrad.train.config import RunConfig
-from floragrad.train.jax.weights import Params
+from floragrad.train.jax.weights import Params, parameter_names
 
 GRADIENT_NORM = "gradient_norm"
 VOCABULARIES = ("embed_tokens", "lm_head")
@@ -43,23 +44,27 @@ def transformation(config: RunConfig) -> optax.GradientTransformation:
     return optax.chain(optax.snapshot(GRADIENT_NORM, _norm), *clipping, optax.partition(groups, kinds))
 
 
-def flora_options(config: RunConfig, kind: Kind) -> dict[str, Any]:
-    """What Flora is given for one kind of parameter; vocabulary-like ones keep no momentum, as in PyTorch."""
-    return {
-        "rank": config.rank,
-        "b1": None if kind == "vocabulary" else 0.9,
-        "kappa": config.kappa,
-        "projection": config.projection,
-        "mu_dtype": config.state_dtype,
-        "seed": config.seed,
-    }
+def report(config: RunConfig, params: Params) -> Report:
+    """What Flora keeps for every parameter, under transformers' names."""
+    leaves = zip(*map(jax.tree.leaves, (parameter_names(params), kinds(params), params)), strict=True)
+    parts = [flora_report({name: leaf}, **_compression(config, kind)) for name, kind, leaf in leaves]
+    return Report(tuple(row for part in parts for row in part.rows))
 
 
 def windowed(config: RunConfig, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same for a step of several micro-batches, whose gradients are gathered first."""
     if config.micro_batches == 1:
         return inner
-    return optax.MultiSteps(inner, config.micro_batches).gradient_transformation()
+    if config.accumulator == "exact":
+        return optax.MultiSteps(inner, config.micro_batches).gradient_transformation()
+    return compressed_multi_steps(
+        inner,
+        config.micro_batches,
+        ratio=config.accumulator_ratio or 1,
+        state_dtype=cast(StateDtype, config.accumulator_dtype),
+        projection=cast(Projection, config.accumulator_projection),
+        seed=config.seed,
+    )
 
 
 def _kind(module: str, leaf: jax.Array) -> Kind:
@@ -79,14 +84,33 @@ def _adamw(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.Gradien
 def _adafactor(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.GradientTransformation:
     # optax's own weight decay would not follow the learning rate.
     decay = _decay(config, kind)
-    return optax.chain(
-        optax.adafactor(rate, min_dim_size_to_factor=1, multiply_by_parameter_scale=False, momentum=0.9),
-        optax.add_decayed_weights(lambda count: -decay * rate(count)),
+    return in_float32(
+        optax.chain(
+            optax.adafactor(rate, min_dim_size_to_factor=1, multiply_by_parameter_scale=False, momentum=0.9),
+            optax.add_decayed_weights(lambda count: -decay * rate(count)),
+        )
     )
 
 
 def _flora(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.GradientTransformation:
-    return flora(rate, weight_decay=_decay(config, kind), **flora_options(config, kind))
+    assert config.kappa is not None
+    return flora(
+        rate,
+        kappa=config.kappa,
+        weight_decay=_decay(config, kind),
+        seed=config.seed,
+        **_compression(config, kind),
+    )
+
+
+def _compression(config: RunConfig, kind: Kind) -> dict[str, Any]:
+    """What Flora compresses of one kind of parameter; vocabulary-like ones keep no momentum, as in PyTorch."""
+    return {
+        "rank": config.rank,
+        "b1": None if kind == "vocabulary" else 0.9,
+        "projection": config.projection,
+        "mu_dtype": config.state_dtype,
+    }
 
 
 _OPTIMIZERS = {"flora": _flora, "adamw": _adamw, "adafactor": _adafactor}
