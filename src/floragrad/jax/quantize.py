@@ -148,7 +148,7 @@ def quantize(values: Array, state_dtype: StateDtype, bits: Array, *, axis: int =
         axis: The dimension along a row.
     """
     largest = LARGEST[state_dtype]
-    scale = jnp.max(jnp.abs(_split(values, QUANTIZATION_BLOCK, axis)), axis=axis) / largest
+    scale = _largest(_split(values, QUANTIZATION_BLOCK, axis), axis) / largest
     # A block of zeros has scale 0: divide it by 1 instead.
     divisor = _spread(jnp.where(scale == 0, 1.0, scale), QUANTIZATION_BLOCK, values.shape[axis], axis)
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
@@ -170,6 +170,13 @@ def round_to_bfloat16(values: Array, bits: Array) -> Array:
     # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
     kept = jnp.where(jnp.isnan(values), 0x7FC0, kept).astype(jnp.uint16)
     return lax.bitcast_convert_type(kept, jnp.bfloat16)
+
+
+def _largest(values: Array, axis: int) -> Array:
+    """The largest absolute value, NaN if there is one: maxima of floats lose it in some of XLA's CPU kernels."""
+    # Without their sign, floats are ordered as integers are, and every NaN is above infinity.
+    patterns = lax.bitcast_convert_type(values, jnp.int32) & 0x7FFFFFFF
+    return lax.bitcast_convert_type(jnp.max(patterns, axis=axis), jnp.float32)
 
 
 def _split(values: Array, size: int, axis: int) -> Array:
