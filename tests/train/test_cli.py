@@ -41,6 +41,16 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["train", "--text", "texts", "--max-megabytes", "0.0001"], "the text is too short: "),
         (["train", "--model", "huge"], "--model huge is unknown: choose one of tiny, small, 60m, 130m, 350m, 1b"),
         (["train", "--model", "texts"], "is unknown: choose one of tiny"),
+        (["train", "--backend", "mxnet"], "--backend 'mxnet' is unknown: choose one of torch, jax"),
+        (
+            ["train", "--backend", "jax", "--model", "texts"],
+            "--backend jax trains new Llamas of the sizes tiny, small,",
+        ),
+        (
+            ["train", "--backend", "jax", "--accumulate", "2", "--release"],
+            "--release frees gradients inside torch's backward pass: leave it out with --backend jax",
+        ),
+        (["train", "--backend", "jax", "--rank", "192"], "--rank 192 compresses nothing: "),
         (["train", "--dataset", "nobody/nothing"], "--dataset nobody/nothing cannot be loaded"),
         (["train", "--optimizer", "sgd"], "--optimizer 'sgd' is unknown: choose one of flora, adamw, adafactor"),
         (["train", "--rank", "192"], "--rank 192 compresses nothing: "),
@@ -211,16 +221,25 @@ def test_help_needs_no_torch() -> None:
     assert "--rank" in result.stdout
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "transformers", "datasets", "tokenizers", "matplotlib"])
-def test_a_missing_extra_is_named(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "backend", "extra"),
+    [
+        *(
+            (name, "torch", "train")
+            for name in ("typer", "torch", "transformers", "datasets", "tokenizers", "matplotlib")
+        ),
+        *((name, "jax", "train-jax") for name in ("jax", "optax", "flax", "transformers")),
+    ],
+)
+def test_a_missing_extra_is_named(module: str, backend: str, extra: str) -> None:
     result = in_python(
         f"import sys; sys.modules[{module!r}] = None\n"
         "from floragrad.cli import main\n"
-        "sys.exit(main(['train', '--text', 'no.txt']))"
+        f"sys.exit(main(['train', '--text', 'no.txt', '--backend', {backend!r}]))"
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"floragrad: {module} is not installed, and this part of floragrad needs it: pip install 'floragrad[train]'\n"
+        f"floragrad: {module} is not installed, and this part of floragrad needs it: pip install 'floragrad[{extra}]'\n"
     )
 
 
