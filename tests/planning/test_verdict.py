@@ -57,6 +57,19 @@ def test_where_the_largest_must_stay_the_next_one_is_named_too() -> None:
     assert said == "does not fit 24 GB, by 10.0 GB: the peak is the parameters and the activations, try --checkpointing"
 
 
+def test_a_little_over_needs_a_little_shrinking() -> None:
+    settings = PlanSettings(dtype="bfloat16", accumulate=16, checkpointing=True)
+    held = row(parameters=16.1, accumulation=4.5, activations=3.8)
+    assert verdict("flora+release", held, settings, DEVICE) == (
+        "does not fit 24 GB, by 400.0 MB: the peak is the parameters and the activations, "
+        "try a shorter --sequence-length"
+    )
+    much = row(parameters=26.1, accumulation=4.5, activations=3.8)
+    assert verdict("flora+release", much, settings, DEVICE).endswith(
+        "the peak is the parameters, try flora with --fsdp 2"
+    )
+
+
 def test_images_have_no_sequence_to_shorten() -> None:
     said = verdict("flora", row(activations=30), PlanSettings(checkpointing=True), DEVICE, reads_text=False)
     assert said == "does not fit 24 GB, by 6.0 GB: the peak is the activations, try --fsdp 2"

@@ -16,8 +16,10 @@ WORDS: Final = {
     "buckets": "buckets",
 }
 """The categories as they are called and ordered on the screen."""
-WORTH_SHRINKING: Final = 0.25
-"""Of the peak: what holds less is not worth naming beside the largest category."""
+LARGE: Final = 0.25
+"""Of the peak: so much of it is worth shrinking, even where that alone is not enough."""
+ENOUGH: Final = 2
+"""Times what is over: of so much, half is enough."""
 
 
 def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size, reads_text: bool = True) -> str:
@@ -45,7 +47,7 @@ def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size,
     spare = device.nbytes - row.peak
     if spare >= 0:
         return f"fits {device.words} with {format_bytes(spare)} to spare"
-    held, way = _way_out(name, row, settings, reads_text)
+    held, way = _way_out(name, row, settings, -spare, reads_text)
     return (
         f"does not fit {device.words}, by {format_bytes(-spare)}: the peak is the "
         f"{' and the '.join(WORDS[category] for category in held)}, try {way}"
@@ -57,14 +59,16 @@ def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
     return {"fits": row.peak <= device.nbytes, "spare": device.nbytes - row.peak}
 
 
-def _way_out(name: str, row: OptimizerPlan, settings: PlanSettings, reads_text: bool) -> tuple[list[str], str]:
-    """The largest categories at the peak, down to one that something can be done about, and what that is."""
+def _way_out(
+    name: str, row: OptimizerPlan, settings: PlanSettings, over: int, reads_text: bool
+) -> tuple[list[str], str]:
+    """The largest category at the peak, the largest one that something can be done about, and what that is."""
     descending = sorted(row.at_peak, key=lambda category: -row.at_peak[category])
-    large = [category for category in descending if row.at_peak[category] >= WORTH_SHRINKING * row.peak]
-    for number, category in enumerate(large, start=1):
+    worth = min(LARGE * row.peak, ENOUGH * over)
+    for category in descending:
         for undone, way in _ways(category, name, settings, reads_text):
-            if undone:
-                return large[:number], way
+            if undone and (row.at_peak[category] >= worth or category == descending[0]):
+                return list(dict.fromkeys((descending[0], category))), way
     share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
     # GradientAccumulator trains in one process.
     return descending[:1], f"flora with {share}" if name in ("flora+accumulator", "flora+release") else share
@@ -76,7 +80,7 @@ def _ways(category: str, name: str, settings: PlanSettings, reads_text: bool) ->
     ways = {
         "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],
         "gradients": [(name != "flora+release", "flora+release")],
-        "accumulation": [(name != "flora+release", "flora+release")],
+        "accumulation": [(name != "flora+release" and settings.accumulate == 1, "flora+release")],
         "optimizer_state": [(not flora, "flora"), (settings.state_dtype != "int4", "--state-dtype int4")],
         "activations": [
             (not settings.checkpointing, "--checkpointing"),
