@@ -20,18 +20,30 @@ from floragrad.jax.update import momentum_step
 from floragrad.policy import StateDtype, TensorPlan
 
 
+class Kept(NamedTuple):
+    """What is kept of a leaf between steps; an ``optax.MaskedNode`` stands for what is not.
+
+    Attributes:
+        mu: The momentum's numbers.
+        mu_scale: Their scales in few bits.
+        weight: The learnt weights of ``"adaptive"``.
+    """
+
+    mu: Any
+    mu_scale: Any
+    weight: Any
+
+
 class Step(NamedTuple):
     """What one step makes of a leaf.
 
     Attributes:
         direction: D, in the shape and dtype of U.
-        mu: The momentum, an ``optax.MaskedNode`` where there is none.
-        weight: The learnt weights of ``"adaptive"``, likewise.
+        kept: What is kept of it.
     """
 
     direction: Array
-    mu: Any
-    weight: Any
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -74,23 +86,26 @@ class Leaf:
         return draw(self.plan.projection, self.key(epoch, Stream.MOMENTUM), self.columns, self.plan.width)
 
 
-def initial_momentum(leaf: Leaf, param: Any) -> Any:
-    """Zeros, sharded along stacks and outputs like the parameter."""
+def initial(leaf: Leaf, param: Any) -> Kept:
+    """A momentum of zeros, sharded along stacks and outputs like the parameter."""
     if leaf.plan.momentum == "none":
-        return optax.MaskedNode()
+        return Kept(*[optax.MaskedNode()] * 3)
     shape, axis = leaf.layout.matrices, leaf.layout.axis
     if leaf.layout.view is None:
         zeros = Stored(jnp.zeros(shape, jnp.float32), None)
     else:
         leading = (*shape[:-2], shape[-3 - axis])
         zeros = quantize.zeros(leading, leaf.plan.width, leaf.storage, axis=axis)
-    return jax.tree.map(lambda each: place(each, param, leaf.layout), zeros)
+    placed = jax.tree.map(lambda each: place(each, param, leaf.layout), zeros)
+    return _kept(placed, initial_weight(leaf, param) if leaf.learns else optax.MaskedNode())
 
 
-def initial_weight(leaf: Leaf, param: Any) -> Any:
-    """For ``"adaptive"`` random signs over their bucket's norm."""
-    if not leaf.learns:
-        return optax.MaskedNode()
+def _kept(stored: Stored, weight: Any) -> Kept:
+    return Kept(stored.payload, optax.MaskedNode() if stored.scale is None else stored.scale, weight)
+
+
+def initial_weight(leaf: Leaf, param: Any) -> Array:
+    """Random signs over their bucket's norm."""
     signs = leaf.drawn(0)
     assert isinstance(signs, BucketProjection)
     weight = normalise_buckets(signs.weight, leaf.plan.width, signs.weight)
@@ -98,23 +113,23 @@ def initial_weight(leaf: Leaf, param: Any) -> Any:
     return place(stacked, param, leaf.layout, without=-3 - leaf.layout.axis)
 
 
-def step_leaf(leaf: Leaf, count: Array, update: Array, stored: Any, weight: Any) -> Step:
-    """D, the momentum and the weights after this step.
+def step_leaf(leaf: Leaf, count: Array, update: Array, kept: Kept) -> Step:
+    """D, and what is kept after this step.
 
     Args:
         leaf: Which one.
         count: t, from 1.
         update: U, in the shape and dtype of its leaf.
-        stored: M.
-        weight: Of ``"adaptive"``.
+        kept: What is kept before it.
     """
-    if isinstance(stored, optax.MaskedNode):
-        return Step(update, stored, weight)
+    if leaf.plan.momentum == "none":
+        return Step(update, kept)
     axis, options = leaf.layout.axis, leaf.options
     matrices = leaf.layout.to_matrices(whole_inputs(update, leaf.layout))
     matrices = matrices.astype(jnp.promote_types(update.dtype, jnp.float32))
-    momentum = quantize.load(stored, leaf.plan.width, leaf.storage, axis=axis)
-    opens = count % options.kappa == 0
+    scale = None if isinstance(kept.mu_scale, optax.MaskedNode) else kept.mu_scale
+    momentum = quantize.load(Stored(kept.mu, scale), leaf.plan.width, leaf.storage, axis=axis)
+    opens, weight = count % options.kappa == 0, kept.weight
     projection: Projection | None = None
     previous: Projection | None = None
     if leaf.learns:
@@ -129,8 +144,8 @@ def step_leaf(leaf: Leaf, count: Array, update: Array, stored: Any, weight: Any)
         matrices, momentum, projection, previous, opens, options.decay, residual=options.residual, axis=axis
     )
     key = leaf.key(count, Stream.STATE_ROUNDING)
-    kept = quantize.save(following.astype(jnp.float32), leaf.storage, key, axis=axis)
-    return Step(like(leaf.layout.from_matrices(direction).astype(update.dtype), update), kept, weight)
+    stored = quantize.save(following.astype(jnp.float32), leaf.storage, key, axis=axis)
+    return Step(like(leaf.layout.from_matrices(direction).astype(update.dtype), update), _kept(stored, weight))
 
 
 def _learnt(

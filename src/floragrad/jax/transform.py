@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad.jax.axes import MatrixAxesOrFn
-from floragrad.jax.leaf_step import Leaf, initial_momentum, initial_weight, step_leaf
+from floragrad.jax.leaf_step import Kept, Leaf, initial, step_leaf
 from floragrad.jax.options import resolve
 from floragrad.policy import EmbeddingMomentum, StateDtype
 from floragrad.policy import Projection as ProjectionKind
@@ -21,14 +21,17 @@ class ScaleByFloraState(NamedTuple):
 
     Attributes:
         count: Steps taken, int32.
-        mu: For each leaf its momentum (:class:`~floragrad.jax.quantize.Stored`), a sketch or whole; an
-            :class:`optax.MaskedNode` where there is none.
+        mu: For each leaf the numbers of its momentum, a sketch or whole; an :class:`optax.MaskedNode` where there
+            is none.
+        mu_scale: In ``"int8"`` and ``"int4"`` their scales, one for each block of 64 along the inputs; an
+            ``optax.MaskedNode`` elsewhere.
         projection_weight: The learnt weights of ``"adaptive"``, (..., n) in float32; an ``optax.MaskedNode``
             elsewhere.
     """
 
     count: Array  # type: ignore[assignment]  # optax's name for it, which a tuple has too
     mu: Any
+    mu_scale: Any
     projection_weight: Any
 
 
@@ -80,7 +83,7 @@ def scale_by_flora(
     Example:
         >>> momentum = scale_by_flora(rank=4)
         >>> state = momentum.init({"kernel": jnp.zeros((16, 32)), "bias": jnp.zeros(32)})
-        >>> state.mu["kernel"].payload.shape, state.mu["bias"].payload.shape
+        >>> state.mu["kernel"].shape, state.mu["bias"].shape
         ((4, 32), (32,))
 
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, algorithm 2.
@@ -105,16 +108,18 @@ def scale_by_flora(
 
     def init(params: Any) -> ScaleByFloraState:
         each = leaves(params)
-        mu, weight = (jax.tree.map(initial, each, params) for initial in (initial_momentum, initial_weight))
-        return ScaleByFloraState(jnp.zeros([], jnp.int32), mu, weight)
+        kept = jax.tree.map(initial, each, params)
+        parts = (jax.tree.map(lambda _, its, at=at: its[at], each, kept) for at in range(3))
+        return ScaleByFloraState(jnp.zeros([], jnp.int32), *parts)
 
     def update(updates: Any, state: ScaleByFloraState, params: Any = None) -> tuple[Any, ScaleByFloraState]:
         del params
         each, count = leaves(updates), optax.safe_increment(state.count)
         steps = jax.tree.map(
-            lambda leaf, *its: step_leaf(leaf, count, *its), each, updates, state.mu, state.projection_weight
+            lambda leaf, update, *kept: step_leaf(leaf, count, update, Kept(*kept)), each, updates, *state[1:]
         )
-        direction, mu, weight = (jax.tree.map(lambda _, step, at=at: step[at], each, steps) for at in range(3))
-        return direction, ScaleByFloraState(count, mu, weight)
+        direction = jax.tree.map(lambda _, step: step.direction, each, steps)
+        parts = (jax.tree.map(lambda _, step, at=at: step.kept[at], each, steps) for at in range(3))
+        return direction, ScaleByFloraState(count, *parts)
 
     return optax.GradientTransformation(init, update)
