@@ -80,9 +80,9 @@ def compressed_multi_steps(
     Example:
         >>> optimizer = compressed_multi_steps(optax.adamw(1e-3), every_k_schedule=2)
         >>> params = {"kernel": jnp.ones((64, 64))}
-        >>> state = optimizer.init(params)
+        >>> state, update = optimizer.init(params), jax.jit(optimizer.update)
         >>> for _ in range(2):
-        ...     updates, state = optimizer.update(params, state, params)
+        ...     updates, state = update(params, state, params)
         ...     print(bool(optimizer.has_updated(state)), bool(updates["kernel"].any()))
         False False
         True True
