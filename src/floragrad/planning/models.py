@@ -19,8 +19,7 @@ from transformers import (
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad.planning.presets import MODELS
-from floragrad.policy import matrix_view
-from floragrad.torch import param_groups
+from floragrad.torch.groups import widest_matrix
 from floragrad.train.errors import UserError
 
 Task = Literal["causal language model", "sequence-to-sequence model", "image classifier"]
@@ -111,10 +110,7 @@ class PlannedModel:
     def _widest_side(self) -> int:
         """The largest smaller side that a hidden matrix has."""
         with torch.device("meta"):
-            model = self.build(torch.bfloat16, 1)
-        matrices = [group["params"] for group in param_groups(model, lr=0.0) if group["kind"] == "matrix"]
-        views = [matrix_view(parameter.shape) for named in matrices for _, parameter in named]
-        return max((min(view.rows, view.columns) for view in views if view is not None), default=0)
+            return widest_matrix(self.build(torch.bfloat16, 1))
 
     def build(self, dtype: torch.dtype, blocks: int) -> Any:
         """The model in training mode, on torch's default device.

@@ -58,6 +58,18 @@ def param_groups(
     return groups
 
 
+def widest_matrix(model: nn.Module) -> int:
+    """The largest smaller side of a model's hidden matrices, which bounds every rank; 0 where it has none.
+
+    Example:
+        >>> widest_matrix(nn.Sequential(nn.Embedding(1000, 512), nn.Linear(64, 48), nn.Linear(16, 16)))
+        48
+    """
+    matrices = [param for param, kind in _kinds(model).items() if kind == "matrix"]
+    views = [view for view in (matrix_view(param.shape) for param in matrices) if view is not None]
+    return max((min(view.rows, view.columns) for view in views), default=0)
+
+
 def _kinds(model: nn.Module) -> dict[Tensor, Kind]:
     """What every trainable parameter is; vocabulary wins where owners disagree."""
     heads, vocabularies = _declared_embeddings(model), _vocabulary_shapes(model)

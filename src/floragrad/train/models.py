@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from floragrad import param_groups
-from floragrad.policy import matrix_view
+from floragrad.torch import groups
 from floragrad.train.architecture import llama_config
 from floragrad.train.config import RunConfig
 from floragrad.train.errors import UserError
@@ -70,10 +69,7 @@ def widest_matrix(config: RunConfig) -> int:
     """
     with torch.device("meta"):
         model = _from_config(model_config(config, 0), config)
-    groups = param_groups(model, lr=config.lr)
-    shapes = [parameter.shape for group in groups if group["kind"] == "matrix" for _, parameter in group["params"]]
-    views = [view for view in map(matrix_view, shapes) if view is not None]
-    return max((min(view.rows, view.columns) for view in views), default=0)
+    return groups.widest_matrix(model)
 
 
 def _from_config(found: Any, config: RunConfig) -> Any:
