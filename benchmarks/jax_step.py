@@ -62,11 +62,13 @@ class Subject:
         self._step = jax.jit(step, donate_argnums=(0, 1))
 
     def seconds(self, grads: Any) -> float:
+        """The time of one step."""
         start = time.perf_counter()
         self.params, self.state = jax.block_until_ready(self._step(self.params, self.state, grads))
         return time.perf_counter() - start
 
     def state_bytes(self) -> int:
+        """The size of all of its state."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
 
 
@@ -109,14 +111,38 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(measured: dict[str, Any]) -> str:
-    rows = [("optimizer", "ratio", "quartiles", "median, ms", "state, MB")]
+def rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The results in words, the header first."""
+    found = [("optimizer", "ratio", "quartiles", "median, ms", "state, MB")]
     for name, each in measured["results"].items():
         low, high = each["quartiles"]
-        rows.append(
-            (name, f"{each['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{each['median_ms']:.1f}", f"{each['state_bytes'] / 1e6:.1f}")
-        )
-    return "\n".join(format_table(rows))
+        quartiles, state = f"{low:.2f} – {high:.2f}", f"{each['state_bytes'] / 1e6:.1f}"
+        found.append((name, f"{each['ratio']:.2f}", quartiles, f"{each['median_ms']:.1f}", state))
+    return found
+
+
+def markdown(measured: dict[str, Any], command: str) -> str:
+    """The page of results."""
+    header, *body = ("| " + " | ".join(row) + " |" for row in rows(measured))
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
+    machine = f"{len(measured['devices'])} x {measured['devices'][0]} device, {measured['cores']} cores"
+    return "\n".join(
+        [
+            "# One jitted update on GPT-2 small's layers",
+            "",
+            f"Medians over {measured['rounds']} rounds of each round's ratio to {BASE}, and their quartiles. "
+            f"Parameters and gradients of {measured['layers']} layers, {measured['parameters'] / 1e6:.1f}M numbers, float32; "
+            "GaLore on its ordinary step, without a decomposition.",
+            "",
+            header,
+            "|" + " --- |" * len(rows(measured)[0]),
+            *body,
+            "",
+            f"- `{command}`",
+            f"- {machine}; {versions}",
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -126,10 +152,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write this path with .json and .md")
     given = parser.parse_args()
     measured = measure(given.layers, given.rounds)
-    print(table(measured))
+    print("\n".join(format_table(rows(measured))))
     if given.out:
+        command = f"python -m benchmarks.jax_step --layers {given.layers} --rounds {given.rounds} --out {given.out}"
         given.out.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-
+        given.out.with_suffix(".md").write_text(markdown(measured, command), encoding="utf-8")
 
 
 if __name__ == "__main__":

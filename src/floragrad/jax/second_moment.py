@@ -68,7 +68,7 @@ def scale_by_factored_rms_of_matrices(
             init = jax.vmap(init)
         state = init(zeros)
         if state.v.shape == zeros.shape:
-            return state
+            return state._replace(v=place(state.v, param, layout, inputs=True))
         # The longest axis, the last of two like ones, is what optax averages over for v_row.
         *_, above, last = layout.matrices
         longest, other = (-1, -2) if last >= above else (-2, -1)
