@@ -131,7 +131,8 @@ def markdown(measured: dict[str, Any], command: str) -> str:
             "# One jitted update on GPT-2 small's layers",
             "",
             f"Medians over {measured['rounds']} rounds of each round's ratio to {BASE}, and their quartiles. "
-            f"Parameters and gradients of {measured['layers']} layers, {measured['parameters'] / 1e6:.1f}M numbers, float32; "
+            f"Parameters and gradients of {measured['layers']} layers, {measured['parameters'] / 1e6:.1f}M numbers in "
+            "float32; "
             "GaLore on its ordinary step, without a decomposition.",
             "",
             header,
