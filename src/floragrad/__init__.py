@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 from floragrad._version import __version__
 
 if TYPE_CHECKING:
+    from floragrad.planning.engine import plan
     from floragrad.torch import Flora, GradientAccumulator, param_groups
 
-__all__ = ["Flora", "GradientAccumulator", "__version__", "param_groups"]
+__all__ = ["Flora", "GradientAccumulator", "__version__", "param_groups", "plan"]
 
-_TORCH_NAMES = ("Flora", "GradientAccumulator", "param_groups")
+_HOME = dict.fromkeys(("Flora", "GradientAccumulator", "param_groups"), "floragrad.torch")
+_HOME["plan"] = "floragrad.planning.engine"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TORCH_NAMES:
-        return getattr(import_module("floragrad.torch"), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'floragrad' has no attribute {name!r}")
 
 

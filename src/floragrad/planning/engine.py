@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from floragrad.planning.closed_form import closed_form
 from floragrad.planning.depth import SHALLOW, DepthError, deepened
 from floragrad.planning.models import find_model, planned_model
 from floragrad.planning.optimizers import why_not
 from floragrad.planning.result import (
     CATEGORIES,
+    LASTING,
     MemoryPlan,
     OptimizerName,
     OptimizerPlan,
@@ -17,7 +19,7 @@ from floragrad.planning.result import (
     Sample,
 )
 from floragrad.planning.subject import Subject
-from floragrad.planning.trace import Trace, predict
+from floragrad.planning.trace import Trace, meta_model, predict
 from floragrad.planning.tracker import Moment, Profiles
 
 FIRST_STEP = " (first step)"
@@ -55,11 +57,20 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
     return plan_subject(_subject(model), PlanSettings(**settings), progress)
 
 
-def plan_subject(subject: Subject, settings: PlanSettings, progress: Progress | None = None) -> MemoryPlan:
-    """:func:`plan` of a model that has been found already."""
+def plan_subject(
+    subject: Subject, settings: PlanSettings, progress: Progress | None = None, profiles: Profiles | None = None
+) -> MemoryPlan:
+    """:func:`plan` of a model that has been found already.
+
+    Args:
+        subject: The model.
+        settings: The step.
+        progress: As in :func:`plan`.
+        profiles: What earlier plans of the same model found out about the work on one tensor.
+    """
     rows: dict[OptimizerName, OptimizerPlan] = {}
     unavailable: dict[OptimizerName, str] = {}
-    profiles: Profiles = {}
+    profiles = {} if profiles is None else profiles
     for index, name in enumerate(settings.optimizers):
         if progress is not None:
             progress(name, index / len(settings.optimizers))
@@ -85,10 +96,13 @@ def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, pr
     if subject.blocks > SHALLOW + 1:
         traces = [predict(subject, name, settings, count, profiles) for count in (SHALLOW, SHALLOW + 1)]
         try:
-            return deepened(traces[0], traces[1], subject.blocks)
+            deep = deepened(traces[0], traces[1], subject.blocks)
         except DepthError:
-            # Blocks that are not alike after all are traced one by one.
-            pass
+            deep = None
+        # Blocks that are not alike after all are traced one by one.
+        whole = meta_model(subject, name, settings, subject.blocks)
+        if deep is not None and deep.kept == closed_form(whole, name, settings).kept:
+            return deep
     return predict(subject, name, settings, subject.blocks, profiles)
 
 
@@ -100,7 +114,7 @@ def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
     peak = max((*later, *first), key=lambda moment: sum(moment.peak))
     # Not of the first step too: there the state is still among the temporaries of the update that allocates it.
     most = {name: max(moment.highest[at] for moment in later) for at, name in enumerate(CATEGORIES)}
-    kept = dict(zip(CATEGORIES, trace.kept, strict=True))
+    kept = dict(zip(LASTING, trace.kept, strict=True))
     return OptimizerPlan(
         parameters=kept["parameters"],
         optimizer_state=kept["optimizer_state"],

@@ -27,6 +27,9 @@ CATEGORIES: Final = (
 )
 """What bytes are held for, from what lives longest to what lives shortest."""
 
+LASTING: Final = ("parameters", "optimizer_state", "accumulation")
+"""The categories that stay from step to step."""
+
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of the whole that is done, 0 to 1."""
 

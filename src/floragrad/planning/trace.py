@@ -12,14 +12,17 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
 
+from floragrad._extras import require
+from floragrad.planning.distributed import bucket_bytes
 from floragrad.planning.optimizers import ROWS
 from floragrad.planning.repeats import decoded_gradients, repeated_work, replaced
-from floragrad.planning.result import CATEGORIES, OptimizerName, PlanSettings
+from floragrad.planning.result import LASTING, OptimizerName, PlanSettings
 from floragrad.planning.step import TrainingStep, hold_sketches, hold_state
 from floragrad.planning.subject import Subject
 from floragrad.planning.tracker import MemoryTracker, Moment, Profiles
+
+masking_utils = require("transformers.masking_utils", "plan")
 
 DISTINCT_MICRO_BATCHES: Final = 3
 """The first, any in between and the last: those in between hold the same."""
@@ -32,9 +35,9 @@ class Trace:
     Attributes:
         first: The moments of the first step, of one micro-batch; empty where the optimizer's state is allocated
             before it, so that it is like any other.
-        micro_batches: Those of a later step's micro-batches, of at most three of them.
+        micro_batches: Those of a later step's micro-batches, where predicted of at most three of them.
         update: Those of its clipping and update.
-        kept: Bytes of each category between steps.
+        kept: Bytes between steps, of each category of :data:`floragrad.planning.result.LASTING`.
     """
 
     first: tuple[Moment, ...]
@@ -53,20 +56,25 @@ def predict(subject: Subject, name: OptimizerName, settings: PlanSettings, block
         blocks: How many of the model's blocks to build.
         profiles: What is known of the work on single tensors, from other traces too.
     """
-    with torch.device("meta"):
-        model = ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
+    model = meta_model(subject, name, settings, blocks)
     # Of fake positions it cannot tell that they are of one text, and would have a mask drawn up for several.
     one_text = replaced(masking_utils, "find_packed_sequence_indices", lambda _: None)
     tracker = MemoryTracker()
     with FakeTensorMode(), one_text, repeated_work(tracker, profiles):
         _materialise(model)
-        return _traced(model, subject, name, settings, tracker)
+        return _traced(model, subject, name, settings, min(settings.accumulate, DISTINCT_MICRO_BATCHES), tracker)
+
+
+def meta_model(subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int) -> nn.Module:
+    """The model that a row trains, of shapes alone."""
+    with torch.device("meta"):
+        return ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
 
 
 def run(subject: Subject, name: OptimizerName, settings: PlanSettings) -> Trace:
     """Trace a step for real, on the CPU."""
     model = ROWS[name].adapted(subject.build(_dtype(settings), subject.blocks), settings)
-    return _traced(model, subject, name, settings, MemoryTracker())
+    return _traced(model, subject, name, settings, settings.accumulate, MemoryTracker())
 
 
 def _dtype(settings: PlanSettings) -> torch.dtype:
@@ -94,6 +102,7 @@ def _traced(
     subject: Subject,
     name: OptimizerName,
     settings: PlanSettings,
+    count: int,
     tracker: MemoryTracker,
 ) -> Trace:
     if settings.checkpointing:
@@ -104,7 +113,8 @@ def _traced(
     names = {param: each for each, param in model.named_parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.hold(tensor, "parameters", names.get(tensor, ""))
-    count = min(settings.accumulate, DISTINCT_MICRO_BATCHES)
+    if settings.ddp > 1:
+        tracker.add("buckets", bucket_bytes(model))
     row = ROWS[name]
     with tracker, decoded_gradients(tracker), ExitStack() as hooks:
         step = TrainingStep(
@@ -132,5 +142,5 @@ def _traced(
         step.update(optimizer, accumulator)
         hold_state(tracker, optimizer)
         update = tracker.cut()
-        kept = tuple(tracker.bytes_of(category) for category in CATEGORIES)
+        kept = tuple(tracker.bytes_of(category) for category in LASTING)
     return Trace(first, tuple(micro_batches), update, kept)

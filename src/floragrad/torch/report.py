@@ -19,7 +19,7 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         momentum=plan.momentum,
         state_bytes=plan.state_bytes,
         adamw_bytes=adamw_bytes(plan.shape, param.dtype),
-        adafactor_bytes=_adafactor_bytes(plan.shape, param.dtype),
+        adafactor_bytes=adafactor_bytes(plan.shape, param.dtype),
         reason=plan.reason,
     )
 
@@ -29,7 +29,8 @@ def adamw_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return 2 * prod(shape) * dtype.itemsize + 4
 
 
-def _adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of Hugging Face's ``Adafactor(beta1=0.9)``'s momentum and second moment for one parameter."""
     itemsize = max(4, dtype.itemsize)
     second = prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape)
     return itemsize * (prod(shape) + second)

@@ -1,0 +1,150 @@
+"""What is predicted on fake tensors is what the same step holds on real ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import floragrad
+from floragrad.planning.closed_form import closed_form
+from floragrad.planning.engine import plan_subject, row_of
+from floragrad.planning.result import CATEGORIES, OPTIMIZERS, MemoryPlan, OptimizerPlan, PlanSettings
+from floragrad.planning.trace import meta_model, run
+from floragrad.planning.tracker import MemoryTracker
+from tests.planning.engine_cases import COMBINATIONS, SMALL, Combination, llama, subject
+
+TOLERANCE = 0.02
+
+
+def measured(case: Combination) -> OptimizerPlan:
+    return row_of(run(subject(case.kind), case.optimizer, case.settings), case.settings)
+
+
+def predicted(case: Combination) -> OptimizerPlan:
+    return plan_subject(subject(case.kind), case.settings).optimizers[case.optimizer]
+
+
+@pytest.mark.parametrize("case", COMBINATIONS, ids=str)
+def test_predicted_is_measured(case: Combination) -> None:
+    here, there = predicted(case), measured(case)
+    for category in ("parameters", "optimizer_state", "accumulation", "gradients"):
+        assert getattr(here, category) == getattr(there, category), category
+    assert abs(here.peak - there.peak) <= TOLERANCE * there.peak
+    kept = closed_form(meta_model(subject(case.kind), case.optimizer, case.settings, 2), case.optimizer, case.settings)
+    assert (here.parameters, here.optimizer_state, here.accumulation) == kept.kept
+    if "+" not in case.optimizer:
+        assert here.gradients == kept.gradients, "every gradient is there at the update"
+
+
+@pytest.fixture(scope="module")
+def whole() -> MemoryPlan:
+    settings = {"batch": 2, "sequence": 32, "rank": 8, "accumulate": 4}
+    return floragrad.plan(llama(2), **settings)
+
+
+def test_a_plan_has_every_row(whole: MemoryPlan) -> None:
+    assert tuple(whole.optimizers) == OPTIMIZERS
+    assert not whole.unavailable
+    assert whole.model == "llama"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_peak_is_made_of_its_categories(whole: MemoryPlan, name: str) -> None:
+    row = whole.optimizers[name]
+    assert sum(row.at_peak.values()) == row.peak
+    assert all(row.at_peak[category] <= getattr(row, category) for category in ("activations", "gradients"))
+    assert max(sample.total for sample in row.timeline) <= row.peak
+    assert row.peak_moment.partition(" (")[0] in {sample.moment for sample in row.timeline}
+    assert row.to_json()["peak"] == row.peak
+    assert set(row.to_json()) == {*CATEGORIES, "peak", "peak_moment", "at_peak"}
+
+
+def test_compressed_state_and_released_gradients_are_smaller(whole: MemoryPlan) -> None:
+    rows = whole.optimizers
+    assert rows["flora"].optimizer_state < rows["adamw-8bit"].optimizer_state < rows["adamw"].optimizer_state
+    assert rows["flora+accumulator"].gradients < rows["flora"].gradients / 3
+    assert rows["flora+accumulator"].accumulation < rows["flora"].gradients / 4
+    assert rows["flora+release"].peak <= rows["flora+accumulator"].peak < rows["flora"].peak
+
+
+def test_moments_follow_the_step(whole: MemoryPlan) -> None:
+    names = [sample.moment for sample in whole.optimizers["flora"].timeline]
+    for first, then in (
+        ("forward of model.layers.0", "forward of model.layers.1"),
+        ("backward of model.layers.1", "backward of model.layers.0"),
+        ("clipping", "update of lm_head.weight"),
+    ):
+        assert names.index(first) < names.index(then)
+    assert names.count("forward of lm_head") == 4, "a micro-batch each"
+    inside = [sample.moment for sample in whole.optimizers["flora+release"].timeline]
+    last = len(inside) - inside[::-1].index("backward of model.embed_tokens")
+    assert inside.index("update of lm_head.weight") < last, "inside the backward pass"
+
+
+def test_checkpointing_recomputes_and_saves_activations() -> None:
+    plain, again = (
+        plan_subject(subject("llama", 4), replace(SMALL, optimizers=("flora",), checkpointing=on)).optimizers["flora"]
+        for on in (False, True)
+    )
+    assert again.activations < plain.activations
+    assert "backward of model.layers.3" in {sample.moment for sample in again.timeline}
+    assert any(sample.moment == "recomputation of model.layers.3" for sample in again.timeline)
+
+
+def test_a_missing_package_is_named_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    found = plan_subject(subject("llama"), replace(SMALL, optimizers=("flora", "lora")))
+    assert tuple(found.optimizers) == ("flora",)
+    assert "peft" in found.unavailable["lora"]
+    assert "floragrad[plan]" in found.unavailable["lora"]
+
+
+def test_progress_reaches_the_end() -> None:
+    seen: list[tuple[str, float]] = []
+    plan_subject(subject("vit"), replace(SMALL, optimizers=("adamw", "flora")), lambda *now: seen.append(now))
+    assert [fraction for _, fraction in seen] == sorted(fraction for _, fraction in seen)
+    assert seen[-1][1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, "batch=0: must be an integer >= 1"),
+        ({"dtype": "float16"}, "dtype='float16': must be one of float32, bfloat16"),
+        ({"optimizers": ("sgd",)}, "optimizers='sgd': must be one of adamw"),
+        ({"optimizers": ()}, "optimizers is empty"),
+        ({"ddp": 2, "fsdp": 2}, "ddp=2 and fsdp=2: give one of them"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_wrong_settings_are_named(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanSettings(**wrong)
+
+
+def test_the_tracker_counts_what_torchs_own_counts() -> None:
+    """Torch's MemTracker, on the same step of the same model."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(8, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peaks = []
+    for tracker in (MemTracker(), MemoryTracker()):
+        model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 8))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        if isinstance(tracker, MemTracker):
+            tracker.track_external(model, optimizer)
+            with tracker:
+                step(model, optimizer)
+            peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        else:
+            for param in model.parameters():
+                tracker.hold(param, "parameters")
+            with tracker:
+                step(model, optimizer)
+            peaks.append(tracker.peak)
+    assert peaks[0] == peaks[1]
