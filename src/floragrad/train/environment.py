@@ -122,6 +122,11 @@ def configure_torch(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def configure_jax(threads: int) -> None:
+    """Set the threads of JAX's CPU client, which reads them when it starts: before the first array is made."""
+    os.environ["PJRT_NPROC"] = str(threads)
+
+
 def torch_gpu() -> Gpu | None:
     """The GPU that torch computes on, if any."""
     import torch

@@ -11,7 +11,7 @@ from flax import nnx
 from floragrad.train.architecture import llama_config
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Blocks, Corpus
-from floragrad.train.environment import Gpu
+from floragrad.train.environment import Gpu, configure_jax
 from floragrad.train.folder import RunFolder
 from floragrad.train.jax.checkpoint import restore, save
 from floragrad.train.jax.model import DTYPES, Llama, abstract_llama, next_token_loss
@@ -34,6 +34,7 @@ class JaxEngine:
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers")
 
     def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int) -> None:
+        configure_jax(config.threads)
         self._config, self._folder, self._step = config, folder, step
         self._train_blocks, self._held_out = corpus.train_blocks(config), corpus.validation_blocks(config)
         self._model_config = llama_config(config, corpus.facts.vocab_size)
