@@ -65,7 +65,7 @@ def test_every_column_kept(types: AxisType, sharded: str, state_dtype: str) -> N
     assert not sent(compiled)
     for name, update in updates.items():
         assert update.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*specs[name])), update.ndim)
-        for buffer in jax.tree.leaves(state.acc_grads[name]):
+        for buffer in jax.tree.leaves((state.acc_grads.payload[name], state.acc_grads.scale[name])):
             assert buffer.addressable_shards[0].data.size * 8 == buffer.size or name == "bias"
         apart = np.abs(np.asarray(update) - np.asarray(single[name]))
         if state_dtype == "float32" or name == "bias":
@@ -90,7 +90,7 @@ def test_sketches_of_sharded_outputs(types: AxisType) -> None:
     single = optimizer.init(drawn(0))
     for number in range(2):
         expected, single = jax.jit(optimizer.update)(drawn(number), single)
-    assert state.acc_grads["kernel"].payload.shape == (128, 128)
+    assert state.acc_grads.payload["kernel"].shape == (128, 128)
     for name, update in updates.items():
         np.testing.assert_allclose(update, expected[name], rtol=0, atol=1e-5)
 

@@ -201,8 +201,11 @@ def test_int4_holds_every_pair_in_one_byte() -> None:
 @low_bit
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_spoils_its_block_and_no_other(state_dtype: StateDtype, axis: int, bad: float) -> None:
-    """In the first, a middle and the short last block of a row, and of shapes for which XLA has fast kernels."""
+def test_what_is_not_finite_stays_so_and_spoils_no_other_block(state_dtype: StateDtype, axis: int, bad: float) -> None:
+    """In the first, a middle and the short last block of a row, and of shapes for which XLA has fast kernels.
+
+    An infinity makes all of its block not finite. A NaN does where maxima propagate it, which is not everywhere.
+    """
     for row, column in ((2, 0), (40, 70), (63, 129)):
         values = drawn(64, 130)
         spoilt = values.copy()
@@ -218,7 +221,7 @@ def test_what_is_not_finite_spoils_its_block_and_no_other(state_dtype: StateDtyp
 
         block = np.zeros((64, 130), bool)
         block[row, column // 64 * 64 : column // 64 * 64 + 64] = True
-        assert not np.isfinite(stored(spoilt)[block]).any()
+        assert not np.isfinite(stored(spoilt)[block] if np.isinf(bad) else stored(spoilt)[row, column]).any()
         np.testing.assert_array_equal(stored(spoilt)[~block], stored(values)[~block])
 
 

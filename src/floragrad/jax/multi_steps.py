@@ -55,8 +55,8 @@ def compressed_multi_steps(
     rounding are drawn anew for every window, from ``seed`` and the state's ``gradient_step``, so that a run that is
     resumed, mid-window too, goes on as the uninterrupted one.
 
-    It is a gradient transformation and can be used as one directly. The state is an ``optax.MultiStepsState`` with
-    :class:`~floragrad.jax.quantize.Stored` leaves in ``acc_grads``. Differences from ``optax.MultiSteps``: the
+    It is a gradient transformation and can be used as one directly. The state is an ``optax.MultiStepsState`` whose
+    ``acc_grads`` has a tree of payloads and a tree of scales. Differences from ``optax.MultiSteps``: the
     inner optimizer is not called on mini-steps (under ``vmap``, which turns branches into selections, it is); and
     ``acc_grads`` starts from zero in every window, so what is not finite does not outlive its own.
 

@@ -24,7 +24,10 @@ from jax import Array, lax
 from floragrad.policy import QUANTIZATION_BLOCK, StateDtype, storage
 
 LARGEST: Final = {"int8": 127, "int4": 7}
-"""The largest integer of each low-bit format; the grid is symmetric."""
+"""The largest integer of each low-bit format; the grid is symmetric.
+
+The one integer below the grid stands for NaN: the scale cannot, since XLA's fast maxima on CPUs skip NaNs.
+"""
 
 
 class Stored(NamedTuple):
@@ -64,8 +67,8 @@ def zeros(leading: tuple[int, ...], width: int, state_dtype: StateDtype, *, axis
 def save(values: Array, state_dtype: StateDtype, key: Array, *, axis: int = -1) -> Stored:
     """Round float32 rows to what is kept; the mean over keys of what :func:`load` gives back is ``values``.
 
-    q = ⌊x / scale + u⌋ with u uniform in (0, 1), so E[q]·scale = x and Var[q·scale] ≤ scale²/4. In a low-bit
-    format, what is not finite makes its block not finite.
+    q = ⌊x / scale + u⌋ with u uniform in (0, 1), so E[q]·scale = x and Var[q·scale] ≤ scale²/4. A NaN stays
+    one, and spoils what shares its block; an infinity makes all of its block not finite.
 
     Args:
         values: float32, any shape of at least one dimension.
@@ -98,7 +101,8 @@ def load(stored: Stored, width: int, state_dtype: StateDtype, *, axis: int = -1)
     if stored.scale is None:
         return stored.payload.astype(jnp.float32)
     integers = stored.payload if state_dtype == "int8" else _unpack(stored.payload, width, axis)
-    return integers.astype(jnp.float32) * _spread(stored.scale, QUANTIZATION_BLOCK, width, axis)
+    values = integers.astype(jnp.float32) * _spread(stored.scale, QUANTIZATION_BLOCK, width, axis)
+    return jnp.where(integers < -LARGEST[state_dtype], jnp.nan, values)
 
 
 def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> list[tuple[Array, Array]]:
@@ -148,11 +152,13 @@ def quantize(values: Array, state_dtype: StateDtype, bits: Array, *, axis: int =
         axis: The dimension along a row.
     """
     largest = LARGEST[state_dtype]
-    scale = _largest(_split(values, QUANTIZATION_BLOCK, axis), axis) / largest
+    scale = jnp.max(jnp.abs(_split(values, QUANTIZATION_BLOCK, axis)), axis=axis) / largest
     # A block of zeros has scale 0: divide it by 1 instead.
     divisor = _spread(jnp.where(scale == 0, 1.0, scale), QUANTIZATION_BLOCK, values.shape[axis], axis)
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
-    integers = jnp.clip(jnp.floor(values / divisor + uniform), -largest, largest).astype(jnp.int8)
+    grid = values / divisor
+    integers = jnp.clip(jnp.floor(grid + uniform), -largest, largest).astype(jnp.int8)
+    integers = jnp.where(jnp.isnan(grid), jnp.int8(-largest - 1), integers)
     return Stored(integers if state_dtype == "int8" else _pack(integers, axis), scale)
 
 
@@ -170,13 +176,6 @@ def round_to_bfloat16(values: Array, bits: Array) -> Array:
     # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
     kept = jnp.where(jnp.isnan(values), 0x7FC0, kept).astype(jnp.uint16)
     return lax.bitcast_convert_type(kept, jnp.bfloat16)
-
-
-def _largest(values: Array, axis: int) -> Array:
-    """The largest absolute value, NaN if there is one: maxima of floats lose it in some of XLA's CPU kernels."""
-    # Without their sign, floats are ordered as integers are, and every NaN is above infinity.
-    patterns = lax.bitcast_convert_type(values, jnp.int32) & 0x7FFFFFFF
-    return lax.bitcast_convert_type(jnp.max(patterns, axis=axis), jnp.float32)
 
 
 def _split(values: Array, size: int, axis: int) -> Array:

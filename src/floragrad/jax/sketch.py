@@ -1,12 +1,14 @@
 """A tree of gradients kept as sketches: what is stored between micro-batches, not when."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -58,7 +60,8 @@ class LeafSketch:
             del leading[self.layout.axis]
             kept = quantize.zeros(tuple(leading), self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
         inputs = self._keeps_inputs_apart(leaf)
-        return jax.tree.map(lambda each: place(each, leaf, self.layout, inputs=inputs), kept)
+        placed: Stored = jax.tree.map(lambda each: place(each, leaf, self.layout, inputs=inputs), kept)
+        return placed
 
     def add(
         self, kept: Stored, grad: Array, weight: ArrayLike, projection: Projection | None, words: Words | None
@@ -102,7 +105,10 @@ class LeafSketch:
 
 @dataclass(frozen=True)
 class Sketches:
-    """How a tree of gradients is kept: one :class:`~floragrad.jax.quantize.Stored` for every leaf."""
+    """How a tree of gradients is kept: one :class:`~floragrad.jax.quantize.Stored` of trees like it.
+
+    In the tree of scales, :class:`optax.MaskedNode` stands where there is none.
+    """
 
     ratio: int
     rank: int | None
@@ -114,14 +120,11 @@ class Sketches:
         """What is kept of each leaf, from its shape alone."""
         return [LeafSketch(layout, self._plan(layout)) for layout in layouts(tree, self.matrix_axes)]
 
-    def empty(self, tree: Any) -> Any:
+    def empty(self, tree: Any) -> Stored:
         """No gradients, for a tree of parameters, gradients or anything with a shape."""
-        return jax.tree.unflatten(
-            jax.tree.structure(tree),
-            [leaf.empty(each) for leaf, each in zip(self.leaves(tree), jax.tree.leaves(tree), strict=True)],
-        )
+        return _together(tree, [leaf.empty(each) for leaf, each in self._leaves(tree)])
 
-    def add(self, kept: Any, grads: Any, weight: ArrayLike, window: Array, fold: ArrayLike) -> Any:
+    def add(self, kept: Stored, grads: Any, weight: ArrayLike, window: Array, fold: ArrayLike) -> Stored:
         """Fold a tree of gradients in.
 
         Args:
@@ -131,20 +134,16 @@ class Sketches:
             window: A key; another one for every window.
             fold: How many folds there were before in this window.
         """
-        structure: Any = jax.tree.structure(grads)
         leaves = self.leaves(grads)
-        words = _words(leaves, jax.random.fold_in(jax.random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold))
+        key = jax.random.fold_in(jax.random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold)
         each = zip(
-            leaves,
-            structure.flatten_up_to(kept),
-            jax.tree.leaves(grads),
-            self._drawn(leaves, window),
-            words,
-            strict=True,
+            self._leaves(grads), _apart(grads, kept), self._drawn(leaves, window), _words(leaves, key), strict=True
         )
-        return structure.unflatten(leaf.add(c, g, weight, projection, word) for leaf, c, g, projection, word in each)
+        return _together(
+            grads, [leaf.add(one, grad, weight, projection, words) for (leaf, grad), one, projection, words in each]
+        )
 
-    def decode(self, kept: Any, like: Any, window: Array) -> Any:
+    def decode(self, kept: Stored, like: Any, window: Array) -> Any:
         """The weighted sum of the gradients in the mean, float32.
 
         Args:
@@ -152,12 +151,12 @@ class Sketches:
             like: A tree with the gradients' shapes and shardings.
             window: The key of the window.
         """
+        each = zip(self._leaves(like), _apart(like, kept), self._drawn(self.leaves(like), window), strict=True)
         structure: Any = jax.tree.structure(like)
-        leaves = self.leaves(like)
-        each = zip(
-            leaves, structure.flatten_up_to(kept), self._drawn(leaves, window), jax.tree.leaves(like), strict=True
-        )
-        return structure.unflatten(leaf.decode(c, projection, other) for leaf, c, projection, other in each)
+        return structure.unflatten(leaf.decode(one, projection, other) for (leaf, other), one, projection in each)
+
+    def _leaves(self, tree: Any) -> Iterator[tuple[LeafSketch, Any]]:
+        return zip(self.leaves(tree), jax.tree.leaves(tree), strict=True)
 
     def _plan(self, layout: Layout) -> AccumulatorPlan:
         # A leaf without matrices is one vector to the policy, whatever its shape.
@@ -172,6 +171,20 @@ class Sketches:
             draw(self.projection, key, plan.view.columns, plan.width) if plan.ratio > 1 else None
             for plan, key in zip(plans, keys, strict=True)
         ]
+
+
+def _together(tree: Any, each: list[Stored]) -> Stored:
+    """A tree of payloads and a tree of scales, for what can hold arrays only at the places of a tree's leaves."""
+    structure: Any = jax.tree.structure(tree)
+    scales = (optax.MaskedNode() if one.scale is None else one.scale for one in each)
+    return Stored(structure.unflatten(one.payload for one in each), structure.unflatten(scales))
+
+
+def _apart(tree: Any, kept: Stored) -> list[Stored]:
+    """The inverse of :func:`_together`."""
+    structure: Any = jax.tree.structure(tree)
+    each = zip(structure.flatten_up_to(kept.payload), structure.flatten_up_to(kept.scale), strict=True)
+    return [Stored(payload, None if isinstance(scale, optax.MaskedNode) else scale) for payload, scale in each]
 
 
 def _words(leaves: list[LeafSketch], key: Array) -> list[Words | None]:
