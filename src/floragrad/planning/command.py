@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from floragrad.planning import display, options
 from floragrad.planning.presets import MODELS
-from floragrad.planning.result import OPTIMIZERS, MemoryPlan, OptimizerName, PlanSettings, Progress
+from floragrad.planning.result import OPTIMIZERS, MemoryPlan, OptimizerName, PlanSettings
 from floragrad.planning.sizes import Size
 from floragrad.planning.verdict import verdict_json
 from floragrad.train import environment
@@ -20,7 +19,6 @@ from floragrad.train.errors import UserError
 
 if TYPE_CHECKING:
     from floragrad.planning.limits import Limits
-    from floragrad.planning.models import PlannedModel
 
 __all__ = ["app", "plan"]
 
@@ -77,14 +75,16 @@ def plan(
         raise UserError(f"--picture {picture} lies in no folder that is there: make {picture.parent}, or give another")
     environment.prepare("torch", hub=model not in MODELS and not Path(model).exists())
     from floragrad.planning.engine import plan_subject
+    from floragrad.planning.limits import limits_of
     from floragrad.planning.models import find_model
 
     subject = find_model(model)
     sketched = any(name.startswith("flora") for name in settings.optimizers) and ratio is None
     settings = replace(settings, sequence=subject.sequence(sequence_length), rank=subject.rank(rank, sketched))
+    profiles: dict[Any, Any] = {}
     with display.progress(Console(stderr=True)) as report:
-        planned = plan_subject(subject, settings, report)
-        limits = _limits(subject, planned, fits, report) if largest and fits is not None else {}
+        planned = plan_subject(subject, settings, report, profiles)
+        limits = limits_of(planned, subject, fits.nbytes, profiles, report) if largest and fits is not None else {}
     heading = display.title(planned, subject.reads_text)
     if as_json:
         print(json.dumps(_as_json(planned, fits, limits), indent=2))
@@ -95,25 +95,6 @@ def plan(
             screen.print(display.fits_table(planned, fits, limits, subject.reads_text))
     if picture is not None:
         _draw(planned, heading, fits, picture)
-
-
-def _limits(
-    subject: "PlannedModel", planned: MemoryPlan, device: Size, report: Progress
-) -> "dict[OptimizerName, Limits]":
-    """The limits of every row of a plan."""
-    from floragrad.planning.limits import find_limits
-
-    limits = {}
-    for number, name in enumerate(planned.optimizers):
-        report(f"the largest batch, sequence and rank with {name}", number / len(planned.optimizers))
-        limits[name] = find_limits(name, subject, planned.settings, device.nbytes, partial(_peak, subject, name))
-    return limits
-
-
-def _peak(subject: "PlannedModel", name: OptimizerName, settings: PlanSettings) -> int:
-    from floragrad.planning.engine import plan_subject
-
-    return plan_subject(subject, replace(settings, optimizers=(name,))).optimizers[name].peak
 
 
 def _as_json(planned: MemoryPlan, device: Size | None, limits: "Mapping[OptimizerName, Limits]") -> dict[str, Any]:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
+from floragrad.planning.engine import plan_subject
 from floragrad.planning.models import PlannedModel
-from floragrad.planning.result import OptimizerName, PlanSettings
+from floragrad.planning.result import MemoryPlan, OptimizerName, PlanSettings, Progress
+from floragrad.planning.tracker import Profiles
 
 MOST_EXAMPLES: Final = 2**16
 """Nobody wants a larger micro-batch."""
@@ -30,6 +32,33 @@ class Limits:
     def to_json(self) -> dict[str, int | None]:
         """The limits in plain types."""
         return asdict(self)
+
+
+def limits_of(
+    planned: MemoryPlan, model: PlannedModel, room: int, profiles: Profiles, report: Progress
+) -> dict[OptimizerName, Limits]:
+    """The limits of every row of a plan.
+
+    Args:
+        planned: The plan.
+        model: It was made for.
+        room: Bytes that there are.
+        profiles: That were found out while it was made.
+        report: Called with what is being done.
+    """
+    limits = {}
+    for number, (name, row) in enumerate(planned.optimizers.items()):
+        report(f"the largest batch, sequence and rank with {name}", number / len(planned.optimizers))
+        alone = replace(planned.settings, optimizers=(name,))
+        known = {alone: row.peak}
+
+        def peak(settings: PlanSettings, name: OptimizerName = name, known: dict[PlanSettings, int] = known) -> int:
+            if settings not in known:
+                known[settings] = plan_subject(model, settings, profiles=profiles).optimizers[name].peak
+            return known[settings]
+
+        limits[name] = find_limits(name, model, alone, room, peak)
+    return limits
 
 
 def find_limits(
