@@ -67,6 +67,9 @@ def _moments(three: Sequence[Moment], four: Sequence[Moment], more: int) -> tupl
 
 def _visit(three: list[list[Moment]], four: list[list[Moment]], more: int) -> list[Moment]:
     """A pass through all blocks, upwards or downwards."""
+    if len(three) == len(four) == 1 and _index(three[0][0].name) == _index(four[0][0].name) == 0:
+        # What only the first block has is like what is outside the blocks.
+        return [_moment(a, b, more) for a, b in _pairs(three[0], four[0])]
     if len(three) != SHALLOW or len(four) != SHALLOW + 1:
         raise DepthError(f"{len(three)} and {len(four)} blocks are visited")
     blocks = SHALLOW + more

@@ -6,6 +6,7 @@ from typing import Any
 
 from floragrad.planning.closed_form import closed_form
 from floragrad.planning.depth import SHALLOW, DepthError, deepened
+from floragrad.planning.distributed import sharded
 from floragrad.planning.models import find_model, planned_model
 from floragrad.planning.optimizers import why_not
 from floragrad.planning.result import (
@@ -92,15 +93,23 @@ def _subject(model: Any) -> Subject:
 
 
 def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
+    """The trace of the whole model on one device."""
+    trace = _traced(subject, name, settings, profiles)
+    if settings.fsdp == 1:
+        return trace
+    return sharded(trace, meta_model(subject, name, settings, subject.blocks), settings.fsdp)
+
+
+def _traced(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
     """The trace of the whole model; of a deep one, from those of shallow ones."""
     if subject.blocks > SHALLOW + 1:
         traces = [predict(subject, name, settings, count, profiles) for count in (SHALLOW, SHALLOW + 1)]
+        whole = meta_model(subject, name, settings, subject.blocks)
         try:
             deep = deepened(traces[0], traces[1], subject.blocks)
         except DepthError:
             deep = None
         # Blocks that are not alike after all are traced one by one.
-        whole = meta_model(subject, name, settings, subject.blocks)
         if deep is not None and deep.kept == closed_form(whole, name, settings).kept:
             return deep
     return predict(subject, name, settings, subject.blocks, profiles)

@@ -45,7 +45,7 @@ def _adamw(model: nn.Module, _: PlanSettings) -> Optimizer:
 def _adamw_8bit(model: nn.Module, _: PlanSettings) -> Optimizer:
     groups = param_groups(model, lr=LR)
     # The constructor looks at the numbers of its tables, which fake tensors do not have.
-    with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+    with unset_fake_temporarily():
         optimizer: Any = require("bitsandbytes", "plan").optim.AdamW8bit(groups, lr=LR)
     fake = active_fake_mode()
     if fake is not None:

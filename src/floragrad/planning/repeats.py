@@ -20,6 +20,7 @@ from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.storage import row_blocks
 from floragrad.torch.tensor_step import State, TensorStep, block_elements, initial_state
+from floragrad.torch.tensor_step import step_tensor as step
 
 FEWEST_BLOCKS: Final = 5
 """Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
@@ -86,8 +87,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
                 profiles[whole] = _profile(plan, work)
         tracker.repeat(profiles[whole])
 
-    step, add = flora.step_tensor, GradientSketch.add
-    decode, norm = GradientSketch.decode_into, GradientSketch.squared_norm
+    add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
         stack.enter_context(replaced(flora, "step_tensor", step_tensor))
         stack.enter_context(replaced(GradientSketch, "add", add_gradient))

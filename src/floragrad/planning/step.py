@@ -54,6 +54,11 @@ class TrainingStep:
         else:
             accumulator.backward(loss)
         self._in_backward = False
+        self.rest()
+
+    def rest(self) -> None:
+        """Nothing happens until the next pass or update."""
+        self._tracker.phase("between passes", "activations")
 
     def update(self, optimizer: Optimizer, accumulator: GradientAccumulator | None) -> None:
         """Clip, update, and free the gradients."""
@@ -68,7 +73,7 @@ class TrainingStep:
                 accumulator.clip_grad_norm_(MAX_NORM)
             self._tracker.phase("update", "temporaries", follow=True)
             accumulator.step()
-        self._tracker.phase("between steps", "temporaries")
+        self.rest()
 
     @contextmanager
     def gradient_moments(self, clip: bool | None) -> Iterator[None]:
@@ -82,11 +87,12 @@ class TrainingStep:
         self._updates_early = clip is False
         names = {param: name for name, param in self._model.named_parameters()}
         for param in self._trainable:
-            param.register_post_accumulate_grad_hook(partial(self._gradient_came, names[param], clip))
+            came = partial(self._gradient_came, names[param], clip)
+            param.register_post_accumulate_grad_hook(came)  # type: ignore[no-untyped-call]
         yield
         if clip is not None:
             for param in self._trainable:
-                param.register_post_accumulate_grad_hook(self._gradient_went)
+                param.register_post_accumulate_grad_hook(self._gradient_went)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def module_moments(self) -> Iterator[None]:
@@ -94,21 +100,19 @@ class TrainingStep:
         handles = []
         for name, module in _parts(self._model):
             handles.append(module.register_forward_pre_hook(partial(self._forward_begins, name)))
-            handles.append(module.register_forward_hook(partial(self._forward_ends, name), always_call=True))
+            handles.append(module.register_forward_hook(partial(self._forward_ends, name)))
         yield
         for handle in handles:
             handle.remove()
 
     def _forward_begins(self, name: str, *_: Any) -> None:
-        self._tracker.enter(f"{'recomputation' if self._in_backward else 'forward'} of {name}")
+        # A checkpointed block may be called again in its backward pass.
+        self._tracker.enter(f"{'backward' if self._in_backward else 'forward'} of {name}")
 
     def _forward_ends(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        if self._in_backward:
-            self._backward_begins(name)
-            return
         first = next((each for each in _tensors(output) if each.requires_grad), None)
-        if first is not None:
-            first.register_hook(partial(self._backward_begins, name))
+        if first is not None and not self._in_backward:
+            first.register_hook(partial(self._backward_begins, name))  # type: ignore[no-untyped-call]
 
     def _backward_begins(self, name: str, *_: Any) -> None:
         self._tracker.enter(f"backward of {name}")

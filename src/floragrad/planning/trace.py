@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from floragrad._extras import require
-from floragrad.planning.distributed import bucket_bytes
 from floragrad.planning.optimizers import ROWS
 from floragrad.planning.repeats import decoded_gradients, repeated_work, replaced
 from floragrad.planning.result import LASTING, OptimizerName, PlanSettings
@@ -82,6 +81,15 @@ def _dtype(settings: PlanSettings) -> torch.dtype:
     return dtype
 
 
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes of the buckets that DistributedDataParallel keeps: a copy of every gradient, in its dtype.
+
+    They are flat buffers that gradients are copied into before they are averaged (``gradient_as_bucket_view=False``,
+    the default of torch and of Hugging Face's Accelerate), and they stay from step to step.
+    """
+    return sum(param.numel() * param.element_size() for param in model.parameters() if param.requires_grad)
+
+
 def _materialise(model: nn.Module) -> None:
     """Give a model of the meta device tensors of the current mode on the CPU, tied ones once."""
     made: dict[Tensor, Tensor] = {}
@@ -110,9 +118,8 @@ def _traced(
             # Newer versions of transformers have another name for it, older ones only this.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    names = {param: each for each, param in model.named_parameters()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        tracker.hold(tensor, "parameters", names.get(tensor, ""))
+    for name_of, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tracker.hold(tensor, "parameters", name_of)
     if settings.ddp > 1:
         tracker.add("buckets", bucket_bytes(model))
     row = ROWS[name]
@@ -129,6 +136,7 @@ def _traced(
             hooks.callback(accumulator.close)
             hold_sketches(tracker, accumulator)
         first: tuple[Moment, ...] = ()
+        step.rest()
         tracker.cut()
         if not is_steady:
             step.micro_batch(1, None)
