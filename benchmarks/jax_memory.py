@@ -15,8 +15,9 @@ argument + output − alias + temp of ``compiled.memory_analysis()``. Parameters
 import argparse
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,9 @@ SCHEDULERS: dict[Scheduler, str] = {
     "default": "CPU_SCHEDULER_TYPE_DEFAULT",
 }
 """In which order a CPU runs what could run at once: for the fewest bytes, as accelerators do, or for more cores."""
+
+MANY = 16
+"""So many times the sequences make the larger micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -146,29 +150,32 @@ def predicted_difference(job: Job) -> int:
 
 
 def table(job: Job) -> str:
-    """All pairs, as Markdown."""
+    """All pairs, with few tokens in a micro-batch and with many, as Markdown."""
     params, _ = llama(job)
     predicted = predicted_difference(job)
     lines = [
         "# Memory of a compiled JAX step",
         "",
         f"`python -m benchmarks.jax_memory`: a Llama of {bytes_of(params) / 4e6:.1f} million parameters in float32, "
-        f"AdamW, windows of {job.microbatches} micro-batches of {job.sequences} x {job.tokens} tokens; "
-        f"jax {version('jax')}, optax {version('optax')}, CPU ({platform.machine()}). The gradient tree takes "
-        f"{bytes_of(params) / 1e6:.1f} MB, and {predicted / 1e6:.1f} MB more than its sketches in int4.",
+        f"AdamW, windows of {job.microbatches} micro-batches; jax {version('jax')}, optax {version('optax')}, CPU "
+        f"({platform.machine()}). The gradient tree takes {bytes_of(params) / 1e6:.1f} MB, which is "
+        f"{predicted / 1e6:.1f} MB more than its sketches in int4: the prediction.",
         "",
-        "| program | scheduled for | exact | sketches | difference | of the prediction |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| program | tokens of a micro-batch | scheduled for | exact | sketches | difference | of the prediction |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for loop, name in (
-        ("microbatch", "a window, `optax.microbatching`"),
-        ("multi_steps", "a micro-batch, `MultiSteps`"),
-    ):
-        for scheduler, goal in (("memory", "memory"), ("default", "CPU cores (the default)")):
-            exact, ours = compiled_pair(job, loop, scheduler)
-            difference = exact.held - ours.held
-            held = " | ".join(f"{each / 1e6:.1f} MB" for each in (exact.held, ours.held, difference))
-            lines.append(f"| {name} | {goal} | {held} | {difference / predicted:.3f} |")
+    loops: dict[Loop, str] = {
+        "microbatch": "a window, `optax.microbatching`",
+        "multi_steps": "a micro-batch, `MultiSteps`",
+    }
+    goals: dict[Scheduler, str] = {"memory": "memory", "default": "CPU cores (the default)"}
+    for loop, sequences, scheduler in product(loops, (job.sequences, MANY * job.sequences), goals):
+        sized = replace(job, sequences=sequences)
+        exact, ours = compiled_pair(sized, loop, scheduler)
+        difference = exact.held - ours.held
+        held = " | ".join(f"{each / 1e6:.1f} MB" for each in (exact.held, ours.held, difference))
+        row = f"{loops[loop]} | {sequences} x {job.tokens} | {goals[scheduler]} | {held} | {difference / predicted:.3f}"
+        lines.append(f"| {row} |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,8 +184,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/jax_memory.md"))
     parser.add_argument("--hidden", type=int, default=Job.hidden)
     parser.add_argument("--layers", type=int, default=Job.layers)
-    parser.add_argument("--sequences", type=int, default=Job.sequences, help="of a micro-batch")
-    parser.add_argument("--tokens", type=int, default=Job.tokens, help="of a sequence")
     given = vars(parser.parse_args())
     out = given.pop("out")
     text = table(Job(**given))
