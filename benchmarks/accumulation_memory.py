@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from floragrad import Flora, GradientAccumulator, param_groups
-from tests.torch.memory import LiveBytes
+from floragrad.planning.tracker import MemoryTracker
 
 CATEGORIES = ("parameters", "optimizer state", "sketches", "gradients", "temporaries", "activations")
 COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#bf616a", "#d08770", "#d8dee9")
 
 
-class Timeline(LiveBytes):
+class Timeline(MemoryTracker):
     """Live bytes by category after every operation.
 
-    What is made inside :meth:`phase` is of that phase's category. Elsewhere it is an activation, but in a
+    What is made inside :meth:`stage` is of that category. Elsewhere it is an activation, but in a
     backward pass or a step a storage of a parameter's size is a gradient, and what else a step or a gradient's
     hook makes is temporary.
 
@@ -40,15 +40,15 @@ class Timeline(LiveBytes):
         super().__init__()
         self.samples: list[tuple[int, ...]] = []
         self._sizes = set(sizes)
-        self._phase = ""
-        self._by = dict.fromkeys(CATEGORIES, 0) | {"parameters": sum(sizes)}
+        self._stage = ""
+        self._bytes = dict.fromkeys(CATEGORIES, 0) | {"parameters": sum(sizes)}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[None]:
         """All that is made inside is of this category, or of a ``"step"``."""
-        before, self._phase = self._phase, name
+        before, self._stage = self._stage, name
         yield
-        self._phase = before
+        self._stage = before
 
     def peak_of(self, *categories: str) -> int:
         """The most bytes that these categories had together at one time."""
@@ -60,24 +60,24 @@ class Timeline(LiveBytes):
         super()._count(storage)
         size = self.live - before
         if size:
-            category = self._category(size)
-            self._by[category] += size
+            category = self._category_of(size)
+            self._bytes[category] += size
             weakref.finalize(storage, self._forget, category, size)
-            self.samples.append(tuple(self._by.values()))
+            self.samples.append(tuple(self._bytes.values()))
 
     def _forget(self, category: str, size: int) -> None:
-        self._by[category] -= size
-        self.samples.append(tuple(self._by.values()))
+        self._bytes[category] -= size
+        self.samples.append(tuple(self._bytes.values()))
 
-    def _category(self, size: int) -> str:
-        if self._phase in CATEGORIES:
-            return self._phase
+    def _category_of(self, size: int) -> str:
+        if self._stage in CATEGORIES:
+            return self._stage
         node = torch._C._current_autograd_node()
-        if node is None and self._phase != "step":
+        if node is None and self._stage != "step":
             return "activations"
         if size in self._sizes:
             return "gradients"
-        ours = self._phase == "step" or "AccumulateGrad" in type(node).__name__ + str(node)
+        ours = self._stage == "step" or "AccumulateGrad" in type(node).__name__ + str(node)
         return "temporaries" if ours else "activations"
 
 
@@ -144,11 +144,11 @@ def measure(job: Job) -> Measured:
     timeline = Timeline(sizes)
     batches = torch.randint(0, job.vocabulary, (job.steps, 1, job.tokens))
     with timeline:
-        with timeline.phase("optimizer state"):
+        with timeline.stage("optimizer state"):
             optimizer = Flora(param_groups(model, lr=1e-3), rank=job.hidden // 6)
         accumulator = None
         if job.options is not None:
-            with timeline.phase("sketches"):
+            with timeline.stage("sketches"):
                 accumulator = GradientAccumulator(optimizer, job.steps, **job.options)
         for tokens in batches:
             loss = model(input_ids=tokens, labels=tokens).loss
@@ -157,7 +157,7 @@ def measure(job: Job) -> Measured:
             else:
                 accumulator.backward(loss)
             del loss
-        with timeline.phase("step"):
+        with timeline.stage("step"):
             if accumulator is None:
                 optimizer.step()
                 optimizer.zero_grad()

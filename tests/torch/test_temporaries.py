@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from floragrad import Flora
+from floragrad.planning.tracker import MemoryTracker
 from tests.torch.cases import CASES, Case
-from tests.torch.memory import LiveBytes
 
 LARGE = {
     1: (2**15,),
@@ -25,7 +25,7 @@ def large_case(case: Case) -> tuple[int, ...]:
 
 
 def test_the_counter_counts() -> None:
-    with LiveBytes() as memory:
+    with MemoryTracker() as memory:
         first = torch.zeros(1000)
         view = first[:10]
         second = first + 1
@@ -50,7 +50,7 @@ def test_a_step_needs_at_most_two_buffers(case: Case, state_dtype: str, dtype: t
     buffer = 4 * param.numel()
     for _ in range(3):  # the second step opens an epoch
         param.grad = torch.randn(shape).to(dtype)
-        with LiveBytes() as memory:
+        with MemoryTracker() as memory:
             optimizer.step()
             assert memory.live == 0, "a buffer outlives the step"
         assert memory.peak <= 2 * buffer, f"{memory.peak / buffer:.2f} buffers"
@@ -64,7 +64,7 @@ def test_no_buffer_outlives_its_tensors_turn() -> None:
     for count in (1, 6):
         for param in params[:count]:
             param.grad = torch.randn(param.shape)
-        with LiveBytes() as memory:
+        with MemoryTracker() as memory:
             optimizer.step()
         peaks.append(memory.peak)
     assert peaks[0] == peaks[1]
