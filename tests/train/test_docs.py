@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from floragrad.train import options
 from floragrad.train.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS
@@ -47,9 +49,16 @@ def test_every_command_that_is_shown_is_one() -> None:
 
 def test_the_snippet_loads_a_run(texts: Path, tmp_path: Path) -> None:
     folder = run(fast_config(texts, steps=1), tmp_path / "run")
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     names: dict = {}
-    exec(snippet, names)
+    for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(snippet, names)
     model, tokenizer = names["load"](str(folder.path), 1)
     assert model.config.vocab_size == len(tokenizer) == 300
     assert newest(folder).name == "checkpoint-1"
+    tokens = list(range(5))
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits.numpy()
+    # Logits are about one here; float32 sums of 192 products in another order differ by some 192 roundings.
+    np.testing.assert_allclose(
+        names["load_with_jax"](str(folder.path), 1)(np.array([tokens])), logits, atol=192 * 1.2e-7
+    )

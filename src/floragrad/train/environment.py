@@ -76,6 +76,7 @@ def prepare(backend: str, hub: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch, which JAX does without
     if hub and not _hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
