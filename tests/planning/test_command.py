@@ -146,6 +146,25 @@ def test_the_picture_is_drawn(there: Path, capsys: pytest.CaptureFixture[str]) -
     assert sorted(path.name for path in there.iterdir()) == ["llama", "plan.png"]
 
 
+def test_predicted_stands_beside_measured(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("llama", *FAST, "--sequence-length", 32, "--measure")
+    found = json.loads(said(capsys, *options, "--json"))["measured"]
+    assert found["blocks"] == SMALL["num_hidden_layers"]
+    shown = said(capsys, *options)
+    table = shown[shown.index("predicted and measured: llama: batch 1 x 32 tokens, float32, 3 blocks") :]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    for number, name in enumerate(("adamw", "flora")):
+        predicted, measured = cells[2 * number : 2 * number + 2]
+        assert (predicted[:2], measured[:2]) == ([name, "predicted"], ["", "measured"])
+        assert predicted[-2] == format_bytes(found["predicted"]["optimizers"][name]["peak"])
+        assert measured[-2] == format_bytes(found["optimizers"][name]["peak"])
+        error = found["predicted"]["optimizers"][name]["peak"] / found["optimizers"][name]["peak"] - 1
+        assert abs(error) <= 0.02
+        assert (predicted[-1], measured[-1]) == (f"{error:+.2%}", "")
+        for category in ("parameters", "gradients", "accumulation", "optimizer_state"):
+            assert found["predicted"]["optimizers"][name][category] == found["optimizers"][name][category]
+
+
 def test_a_row_whose_package_is_missing_says_so(
     there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from floragrad.planning.display import WIDTH_WITHOUT_TERMINAL, fits_table, plan_table, progress, title
+from floragrad.planning.display import WIDTH_WITHOUT_TERMINAL, fits_table, measured_table, plan_table, progress, title
 from floragrad.planning.limits import Limits
+from floragrad.planning.measure import Measurement
 from floragrad.planning.result import MemoryPlan, PlanSettings
 from floragrad.planning.sizes import parse_size
 from tests.planning.support import row
@@ -79,6 +80,17 @@ def test_the_verdict_stands_beside_the_limits() -> None:
 def test_limits_that_were_not_looked_for_have_no_columns() -> None:
     head, _, _ = shown(fits_table(plan(SETTINGS), parse_size("14GB"), {}, reads_text=True))
     assert head == ["optimizer", "verdict"]
+
+
+def test_the_error_is_that_of_the_prediction() -> None:
+    predicted = MemoryPlan("gpt2", PlanSettings(optimizers=("adamw",)), {"adamw": row(parameters=3, activations=0.06)})
+    measurement = Measurement(predicted, {"adamw": row(parameters=2, activations=1)}, 1)
+    table = measured_table(measurement, reads_text=True)
+    assert table.title == "predicted and measured: gpt2: batch 1 x 1,024 tokens, float32, 1 block"
+    head, above, below = shown(table)
+    assert head[-1] == "peak's error"
+    assert above == ["adamw", "predicted", "3.0 GB", *["0 B"] * 3, "60.0 MB", "0 B", "3.1 GB", "+2.00%"]
+    assert below == ["", "measured", "2.0 GB", *["0 B"] * 3, "1.0 GB", "0 B", "3.0 GB", ""]
 
 
 def test_the_bar_says_what_is_done_on_a_terminal_and_nothing_elsewhere() -> None:

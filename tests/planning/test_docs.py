@@ -7,19 +7,23 @@ from pathlib import Path
 
 import pytest
 
+import floragrad
+from floragrad._text import format_bytes
 from floragrad.planning.command import plan
 from floragrad.planning.presets import MODELS
 from floragrad.planning.result import OPTIMIZERS
 from floragrad.planning.verdict import WORDS
 from tests.planning.test_presets import CHECKPOINTS, MILLIONS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
 RENAMED = {"--json": "as_json"}
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading: str, page: str = PAGE) -> list[list[str]]:
     """The cells of the table that begins with a heading."""
-    lines = iter(PAGE[PAGE.index(f"| {heading} |") :].splitlines())
+    lines = iter(page[page.index(f"| {heading} |") :].splitlines())
     next(lines), next(lines)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in iter(lambda: next(lines, ""), "")]
 
@@ -57,3 +61,17 @@ def test_every_command_that_is_shown_is_one() -> None:
     commands = [shlex.split(line, comments=True) for line in PAGE.splitlines() if line.startswith("floragrad ")]
     assert len(commands) >= 3
     assert {words[1] for words in commands} == {"plan"}
+
+
+def test_the_readmes_rows_are_those_of_its_command() -> None:
+    """Two of them: all would take a minute."""
+    names = ("adamw", "flora+accumulator")
+    settings = {"dtype": "bfloat16", "sequence": 2048, "accumulate": 16, "optimizers": names}
+    plain = floragrad.plan("llama-3-8b", **settings).optimizers
+    recomputed = floragrad.plan("llama-3-8b", **settings, checkpointing=True).optimizers
+    written = {cells[0]: cells[1:] for cells in rows("optimizer | parameters", README)}
+    assert list(written) == list(OPTIMIZERS)
+    for name in names:
+        row = plain[name]
+        sizes = (row.parameters, row.gradients, row.accumulation, row.optimizer_state, row.activations, row.peak)
+        assert written[name] == [*map(format_bytes, sizes), format_bytes(recomputed[name].peak)]

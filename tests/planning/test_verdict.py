@@ -70,6 +70,13 @@ def test_a_little_over_needs_a_little_shrinking() -> None:
     )
 
 
+def test_what_would_have_to_vanish_is_not_named() -> None:
+    settings = PlanSettings(dtype="bfloat16", checkpointing=True)
+    half, more = row(parameters=23, activations=2), row(parameters=23.1, activations=1.9)
+    assert verdict("flora", half, settings, DEVICE).endswith("and the activations, try a shorter --sequence-length")
+    assert verdict("flora", more, settings, DEVICE).endswith("is the parameters, try --fsdp 2")
+
+
 def test_images_have_no_sequence_to_shorten() -> None:
     said = verdict("flora", row(activations=30), PlanSettings(checkpointing=True), DEVICE, reads_text=False)
     assert said == "does not fit 24 GB, by 6.0 GB: the peak is the activations, try --fsdp 2"

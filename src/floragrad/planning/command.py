@@ -19,6 +19,7 @@ from floragrad.train.errors import UserError
 
 if TYPE_CHECKING:
     from floragrad.planning.limits import Limits
+    from floragrad.planning.measure import Measurement
 
 __all__ = ["app", "plan"]
 
@@ -34,7 +35,7 @@ EXAMPLES = (
     "**floragrad plan llama-3-8b --dtype bfloat16 --sequence-length 2048 --accumulate 16 --fits 24GB** asks whether a "
     "device of 24 GB is enough.\n\n"
     "**floragrad plan t5-3b --optimizers adamw,flora --checkpointing --picture t5.png** draws the step.\n\n"
-    "**floragrad plan my-model/config.json --json** prints one JSON object."
+    "**floragrad plan my-model/config.json --json** prints one JSON object, and **--measure** does the step for real."
 )
 
 
@@ -56,6 +57,7 @@ def plan(
     largest: options.Largest = False,
     as_json: options.Json = False,
     picture: options.Picture = None,
+    measure: options.Measure = False,
 ) -> None:
     """Plan a training step."""
     settings = _settings(
@@ -76,6 +78,7 @@ def plan(
     environment.prepare("torch", hub=model not in MODELS and not Path(model).exists())
     from floragrad.planning.engine import plan_subject
     from floragrad.planning.limits import limits_of
+    from floragrad.planning.measure import measure as measured_steps
     from floragrad.planning.models import find_model
 
     subject = find_model(model)
@@ -85,20 +88,28 @@ def plan(
     with display.progress(Console(stderr=True)) as report:
         planned = plan_subject(subject, settings, report, profiles)
         limits = limits_of(planned, subject, fits.nbytes, profiles, report) if largest and fits is not None else {}
+        measurement = measured_steps(subject, settings, report) if measure else None
     heading = display.title(planned, subject.reads_text)
     if as_json:
-        print(json.dumps(_as_json(planned, fits, limits), indent=2))
+        print(json.dumps(_as_json(planned, fits, limits, measurement), indent=2))
     else:
         screen = display.screen()
         screen.print(display.plan_table(planned, heading))
         if fits is not None:
             screen.print(display.fits_table(planned, fits, limits, subject.reads_text))
+        if measurement is not None:
+            screen.print(display.measured_table(measurement, subject.reads_text))
     if picture is not None:
         _draw(planned, heading, fits, picture)
 
 
-def _as_json(planned: MemoryPlan, device: Size | None, limits: "Mapping[OptimizerName, Limits]") -> dict[str, Any]:
-    """The plan in plain types, and beside it what was asked of a device."""
+def _as_json(
+    planned: MemoryPlan,
+    device: Size | None,
+    limits: "Mapping[OptimizerName, Limits]",
+    measurement: "Measurement | None",
+) -> dict[str, Any]:
+    """The plan in plain types, and beside it what was asked of devices and of this machine."""
     plain = planned.to_json()
     if device is not None:
         plain["fits"] = {
@@ -107,6 +118,12 @@ def _as_json(planned: MemoryPlan, device: Size | None, limits: "Mapping[Optimize
         }
     if limits:
         plain["largest"] = {name: found.to_json() for name, found in limits.items()}
+    if measurement is not None:
+        plain["measured"] = {
+            "blocks": measurement.blocks,
+            "predicted": measurement.predicted.to_json(),
+            "optimizers": {name: row.to_json() for name, row in measurement.measured.items()},
+        }
     return plain
 
 

@@ -16,6 +16,7 @@ from floragrad.planning.verdict import WORDS, verdict
 
 if TYPE_CHECKING:
     from floragrad.planning.limits import Limits
+    from floragrad.planning.measure import Measurement
 
 WIDTH_WITHOUT_TERMINAL = 160
 """Columns of a table that no terminal shows: in a file nothing should be wrapped."""
@@ -87,6 +88,26 @@ def fits_table(plan: MemoryPlan, device: Size, limits: Mapping[OptimizerName, "L
             found = limits[name]
             cells += [_limit(number) for number in (found.batch, found.sequence, found.rank)]
         table.add_row(name, *cells)
+    return table
+
+
+def measured_table(measurement: "Measurement", reads_text: bool) -> Table:
+    """Predicted above measured, for each optimizer, at the size that was run."""
+    blocks = "1 block" if measurement.blocks == 1 else f"{measurement.blocks} blocks"
+    heading = f"predicted and measured: {title(measurement.predicted, reads_text)}, {blocks}"
+    table = Table(title=heading, title_justify="left")
+    for head in ("optimizer", "bytes"):
+        table.add_column(head, no_wrap=True)
+    for category in EVERYWHERE:
+        table.add_column(WORDS[category], justify="right")
+    table.add_column("peak", justify="right", style="bold")
+    table.add_column("peak's error", justify="right")
+    for name, measured in measurement.measured.items():
+        predicted = measurement.predicted.optimizers[name]
+        for label, kind, row in ((name, "predicted", predicted), ("", "measured", measured)):
+            error = f"{row.peak / measured.peak - 1:+.2%}" if kind == "predicted" else ""
+            sizes = (format_bytes(getattr(row, category)) for category in (*EVERYWHERE, "peak"))
+            table.add_row(label, kind, *sizes, error, end_section=kind == "measured")
     return table
 
 

@@ -151,3 +151,11 @@ Picture = Annotated[
         show_default=False,
     ),
 ]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        rich_help_panel=OUTPUT,
+        help="Also do the step for real on this machine, at a size that fits, and show predicted beside measured.",
+    ),
+]
