@@ -58,10 +58,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler holds for one step, in bytes: all, and the temporaries of it."""
+    """What the compiler holds at once for one step, in bytes."""
 
     held: int
-    temporaries: int
 
 
 def bytes_of(tree: Any) -> int:
@@ -119,7 +118,7 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, tokens: Any, sch
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
     found = lowered.compile(compiler_options={"xla_cpu_scheduler_type": SCHEDULERS[scheduler]}).memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Compiled(found.argument_size_in_bytes + outputs + found.temp_size_in_bytes, found.temp_size_in_bytes)
+    return Compiled(found.argument_size_in_bytes + outputs + found.temp_size_in_bytes)
 
 
 def compiled_pair(job: Job, loop: Loop, scheduler: Scheduler) -> tuple[Compiled, Compiled]:
