@@ -15,7 +15,8 @@ from floragrad.planning.trace import meta_model, run
 from floragrad.planning.tracker import MemoryTracker
 from tests.planning.engine_cases import COMBINATIONS, SMALL, Combination, llama, subject
 
-TOLERANCE = 0.02
+TOLERANCE = 4096
+"""Bytes: bitsandbytes' two tables are made before the first step or in it, and a few scalars are freed late."""
 
 
 def measured(case: Combination) -> OptimizerPlan:
@@ -31,7 +32,7 @@ def test_predicted_is_measured(case: Combination) -> None:
     here, there = predicted(case), measured(case)
     for category in ("parameters", "optimizer_state", "accumulation", "gradients"):
         assert getattr(here, category) == getattr(there, category), category
-    assert abs(here.peak - there.peak) <= TOLERANCE * there.peak
+    assert abs(here.peak - there.peak) <= TOLERANCE < 0.02 * there.peak
     kept = closed_form(meta_model(subject(case.kind), case.optimizer, case.settings, 2), case.optimizer, case.settings)
     assert (here.parameters, here.optimizer_state, here.accumulation) == kept.kept
     if "+" not in case.optimizer:
