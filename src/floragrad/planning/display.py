@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from floragrad.planning.limits import Limits
     from floragrad.planning.measure import Measurement
 
-WIDTH_WITHOUT_TERMINAL = 160
+WIDTH_WITHOUT_TERMINAL = 200
 """Columns of a table that no terminal shows: in a file nothing should be wrapped."""
 EVERYWHERE = ("parameters", "gradients", "accumulation", "optimizer_state", "activations", "temporaries")
 
@@ -64,7 +64,7 @@ def plan_table(plan: MemoryPlan, heading: str) -> Table:
     for category in categories:
         table.add_column(WORDS[category], justify="right")
     table.add_column("peak", justify="right", style="bold")
-    table.add_column("at the peak")
+    table.add_column("at the peak", overflow="fold")
     for name in plan.settings.optimizers:
         if name in plan.optimizers:
             row = plan.optimizers[name]
