@@ -218,7 +218,7 @@ def test_checkpoint_callbacks_save_between_windows(tmp_path: Path) -> None:
     trainer([FloraAccumulation(), checkpoint], max_epochs=1).fit(Module(adamw), Batches())
     saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["callbacks"]["FloraAccumulation"]["window"]
     assert (saved["window"], saved["seen"]) == (2, 0)
-    assert {sketch["folds"] for sketch in saved["sketches"].values()} == {0}
+    assert not any(sketch["folds"] for sketch in saved["sketches"].values())
 
 
 def test_a_run_that_was_stopped_in_a_window_goes_on_without_it() -> None:

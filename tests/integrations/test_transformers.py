@@ -235,7 +235,7 @@ def test_resumed_bit_for_bit(optimizer: Any, tmp_path: Path) -> None:
     assert torch.equal(logged(resumed, "grad_norm"), logged(whole, "grad_norm"))
     saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["accumulation"]
     assert (saved["window"], saved["seen"]) == (4, 0)
-    assert {sketch["folds"] for sketch in saved["sketches"].values()} == {0}
+    assert not any(sketch["folds"] for sketch in saved["sketches"].values())
 
 
 @pytest.mark.parametrize("optimizer", [flora, adamw])

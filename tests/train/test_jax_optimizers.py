@@ -40,7 +40,8 @@ def tree(embedding: Any, kernel: Any, scale: Any) -> dict[str, Any]:
 
 
 def as_jax(model: Toy, of: str = "data") -> dict[str, Any]:
-    weights = [getattr(each.weight, of).numpy() for each in (model.embed_tokens, model.layer, model.norm)]
+    # A copy of its own: JAX reads it later, when torch may have clipped in place.
+    weights = [getattr(each.weight, of).numpy().copy() for each in (model.embed_tokens, model.layer, model.norm)]
     return jax.tree.map(jnp.array, tree(weights[0], weights[1].T, weights[2]))
 
 
