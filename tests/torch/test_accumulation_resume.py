@@ -114,3 +114,18 @@ def test_other_settings_between_windows_are_fine() -> None:
     first, second = accumulator(steps=1), accumulator(steps=8, ratio=2)
     second.load_state_dict(first.state_dict())
     assert not second.complete
+
+
+@pytest.mark.parametrize("options", [{"steps": 1}, {"state_dtype": "float32"}, {"ratio": 2}], ids=str)
+def test_sizes_of_columns_stand_in_nobodys_way(options: dict) -> None:
+    """They are saved between windows too, and left alone where nothing is rounded by them."""
+    first, other = accumulator(), accumulator(**options)
+    param = next(iter(first._slots)).param
+    for _ in range(first.steps):
+        first.backward(param.square().sum())
+    first.step()
+    state = first.state_dict()
+    assert (state["seen"], state["sketches"][0]["folds"]) == (0, 0)
+    assert state["sketches"][0]["col_var"].all()
+    other.load_state_dict(state)
+    assert other.state_dict()["window"] == 1

@@ -28,7 +28,9 @@ def check_window(state: dict[str, Any], slots: Slots, settings: Settings) -> Non
     if state["seen"]:
         settings.check_saved(state["settings"], slots.device)
     here = {slot.index: slot for slot in slots}
-    for index, saved in state["sketches"].items():
+    # What is saved between two windows are sizes of columns: of use where they fit, and in nobody's way.
+    gradients = {index: saved for index, saved in state["sketches"].items() if saved["folds"]}
+    for index, saved in gradients.items():
         sketch = here[index].sketch if index in here else None
         if sketch is None:
             raise ValueError(

@@ -150,8 +150,6 @@ class GradientSketch:
         Raises:
             ValueError: The buffers have other shapes or dtypes.
         """
-        if not saved["folds"]:
-            return
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if key != "folds"}
         expected = {key: (tuple(value.shape), value.dtype) for key, value in self._buffers.items()}
         if found != expected:
