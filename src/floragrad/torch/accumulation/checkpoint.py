@@ -9,13 +9,14 @@ from floragrad.torch.accumulation.window import Window
 
 def window_state(window: Window, slots: Slots, settings: Settings) -> dict[str, Any]:
     """What another process needs to go on; between two windows the position, and the sizes of the columns."""
+    sketches = {slot.index: slot.sketch.state_dict() for slot in slots if slot.sketch}
     return {
         "settings": settings.saved(slots.device),
         "window": window.number,
         "seen": window.seen,
         "weighted": window.weighted,
         "ended": window.ended,
-        "sketches": {slot.index: slot.sketch.state_dict() for slot in slots if slot.sketch and slot.sketch.lasting},
+        "sketches": {index: saved for index, saved in sketches.items() if saved.keys() > {"folds"}},
     }
 
 

@@ -134,14 +134,9 @@ class GradientSketch:
         if squares is not None:
             self._remember(squares / self.plan.view.rows)
 
-    @property
-    def lasting(self) -> bool:
-        """Whether something is to be saved: a window's sum, or what outlives a window."""
-        return self.folds > 0 or "col_var" in self._buffers
-
     def state_dict(self) -> dict[str, Any]:
         """``folds`` and the buffers; between two windows only what outlives a window."""
-        kept = self._buffers if self.folds else {key: self._buffers[key] for key in self._buffers if key == "col_var"}
+        kept = {key: value for key, value in self._buffers.items() if self.folds or key == "col_var"}
         return {"folds": self.folds, **kept}
 
     def check_loadable(self, saved: dict[str, Any], name: str) -> None:
