@@ -2,17 +2,21 @@
 
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config
 
 from floragrad.cli import main
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import train_tokenizer
 from floragrad.train.display import Display
+from floragrad.train.errors import StoppedError
 from floragrad.train.folder import RunFolder
 from floragrad.train.run import begin, train
 
@@ -97,3 +101,38 @@ def read_json(path: Path) -> Any:
 def load_tokenizer(folder: Path) -> Any:
     """A tokenizer as a user loads it."""
     return AutoTokenizer.from_pretrained(folder)
+
+
+class Meddler(Display):
+    """A display that does something at a step."""
+
+    def __init__(self, step: int, action: object) -> None:
+        super().__init__(Console(quiet=True))
+        self._at, self._action = step, action
+
+    def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+        if step == self._at:
+            if isinstance(self._action, signal.Signals):
+                signal.raise_signal(self._action)
+            else:
+                raise self._action
+
+
+def interrupt(config: RunConfig, out: Path, *steps: int) -> RunFolder:
+    """Stop a run after each of some steps, then let it end. The signal comes while the step before is written."""
+    folder = begin(config, out)
+    for step in steps:
+        with pytest.raises(StoppedError):
+            train(folder, Meddler(step - 1, signal.SIGINT))
+        assert [number for number, _ in folder.checkpoints()] == [step]
+    train(folder, quiet())
+    return folder
+
+
+def assert_same_run(folder: RunFolder, other: RunFolder) -> None:
+    """The two runs have the same metrics, but for the time they took, and the same weights."""
+    assert timeless(folder) == timeless(other)
+    weights, expected = (load_file(newest(one) / "model.safetensors") for one in (folder, other))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name

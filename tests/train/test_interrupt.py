@@ -36,9 +36,9 @@ def wait_for_step(process: "subprocess.Popen[str]", out: Path) -> None:
         time.sleep(0.005)
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start("train", "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS)
+def stopped_by_ctrl_c(out: Path, *arguments: object) -> RunFolder:
+    """The folder of a run that was stopped after some of its steps."""
+    process = start("train", "--steps", STEPS, "--out", out, *arguments, *OPTIONS)
     wait_for_step(process, out)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -48,6 +48,12 @@ def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
     step = folder.checkpoints()[-1][0]
     assert 0 < step < STEPS
     assert folder.metrics()[-1]["step"] == step
+    return folder
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    folder = stopped_by_ctrl_c(out, "--text", texts)
     assert not folder.staging.exists()
 
     assert command("train", "--resume", out) == 0

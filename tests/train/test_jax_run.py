@@ -1,7 +1,6 @@
 """``floragrad train --backend jax`` next to the PyTorch backend."""
 
 import math
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus
-from floragrad.train.errors import DivergenceError, StoppedError
+from floragrad.train.errors import DivergenceError
 from floragrad.train.folder import RunFolder
 from floragrad.train.jax import loop
 from floragrad.train.jax.checkpoint import load_llama
@@ -30,9 +29,21 @@ from floragrad.train.jax.weights import from_transformers
 from floragrad.train.models import build_model
 from floragrad.train.presets import PRESETS
 from floragrad.train.run import begin, train
-from tests.train.support import FAST, command, fast_config, load_tokenizer, newest, quiet, read_json, run, timeless
-from tests.train.test_interrupt import OPTIONS, PATIENCE, STEPS, start, wait_for_step
-from tests.train.test_resume import Meddler
+from tests.train.support import (
+    FAST,
+    Meddler,
+    assert_same_run,
+    command,
+    fast_config,
+    interrupt,
+    load_tokenizer,
+    newest,
+    quiet,
+    read_json,
+    run,
+    timeless,
+)
+from tests.train.test_interrupt import OPTIONS, stopped_by_ctrl_c
 
 SMALL = replace(PRESETS["tiny"], hidden_size=64, intermediate_size=96, heads=2, layers=1)
 """What ``tiny`` is here: XLA compiles each of a model's matrices, and three layers take three times as long as one."""
@@ -126,26 +137,6 @@ def test_from_the_same_weights_both_backends_make_the_same_run(
         assert line == pytest.approx(wanted, rel=1e-4)
 
 
-def interrupt(config: RunConfig, out: Path, *steps: int) -> RunFolder:
-    """Stop a run after each of some steps, then let it end."""
-    folder = begin(config, out)
-    for step in steps:
-        with pytest.raises(StoppedError):
-            train(folder, Meddler(step - 1, signal.SIGINT))
-        assert [number for number, _ in folder.checkpoints()] == [step]
-    train(folder, quiet())
-    return folder
-
-
-def assert_same(folder: RunFolder, other: RunFolder) -> None:
-    """The two runs cannot be told apart, but for the time they took."""
-    assert timeless(folder) == timeless(other)
-    weights, expected = (load_file(newest(one) / "model.safetensors") for one in (folder, other))
-    assert weights.keys() == expected.keys()
-    for name in weights:
-        assert np.array_equal(weights[name], expected[name]), name
-
-
 CASES = {
     "flora bfloat16": {"dtype": "bfloat16", "projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
     "flora sketched": {"accumulate": 2, "batch_size": 1, "accumulator_ratio": 2},
@@ -156,7 +147,7 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(texts: Path, tmp_path: Path, options: dict) -> None:
     config = jax_config(texts, **{"steps": 6, "eval_every": 3, **options})
-    assert_same(interrupt(config, tmp_path / "stopped", 4), run(config, tmp_path / "whole"))
+    assert_same_run(interrupt(config, tmp_path / "stopped", 4), run(config, tmp_path / "whole"))
 
 
 def test_a_crash_loses_only_what_came_after_the_checkpoint(texts: Path, tmp_path: Path, finished: RunFolder) -> None:
@@ -165,23 +156,11 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(texts: Path, tmp_path
         train(folder, Meddler(8, ZeroDivisionError()))
     assert [step for step, _ in folder.checkpoints()] == [5]
     train(folder, quiet())
-    assert_same(folder, finished)
+    assert_same_run(folder, finished)
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(
-        "train", "--backend", "jax", "--optimizer", "adamw", "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS
-    )
-    wait_for_step(process, out)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    assert errors == f"floragrad: stopped and saved; continue with: floragrad train --resume {out}\n"
-    folder = RunFolder.open(out)
-    step = folder.checkpoints()[-1][0]
-    assert 0 < step < STEPS
-    assert folder.metrics()[-1]["step"] == step
+    stopped_by_ctrl_c(tmp_path / "run", "--backend", "jax", "--optimizer", "adamw", "--text", texts)
 
 
 def test_a_run_that_diverges_stops_and_says_where(texts: Path, tmp_path: Path) -> None:

@@ -3,53 +3,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file
 
-from floragrad.train.config import RunConfig
-from floragrad.train.display import Display
 from floragrad.train.errors import StoppedError
 from floragrad.train.folder import RunFolder
 from floragrad.train.run import begin, train
-from tests.train.support import fast_config, newest, quiet, run, saved_state, timeless, write_gpt2
-
-
-class Meddler(Display):
-    """A display that does something at a step."""
-
-    def __init__(self, step: int, action: object) -> None:
-        super().__init__(Console(quiet=True))
-        self._at, self._action = step, action
-
-    def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
-        if step == self._at:
-            if isinstance(self._action, signal.Signals):
-                signal.raise_signal(self._action)
-            else:
-                raise self._action
+from tests.train.support import (
+    Meddler,
+    assert_same_run,
+    fast_config,
+    interrupt,
+    quiet,
+    run,
+    saved_state,
+    timeless,
+    write_gpt2,
+)
 
 
 def assert_same(folder: RunFolder, other: RunFolder) -> None:
     """The two runs cannot be told apart, but for the time they took."""
-    assert timeless(folder) == timeless(other)
-    weights, expected = (load_file(newest(one) / "model.safetensors") for one in (folder, other))
-    assert weights.keys() == expected.keys()
-    for name in weights:
-        assert torch.equal(weights[name], expected[name]), name
+    assert_same_run(folder, other)
     for tensor, wanted in zip(saved_state(folder), saved_state(other), strict=True):
         assert tensor.dtype == wanted.dtype
         assert torch.equal(tensor, wanted)
-
-
-def interrupt(config: RunConfig, out: Path, *steps: int) -> RunFolder:
-    """Stop a run after each of some steps, then let it end. The signal comes while the step before is written."""
-    folder = begin(config, out)
-    for step in steps:
-        with pytest.raises(StoppedError):
-            train(folder, Meddler(step - 1, signal.SIGINT))
-        assert [number for number, _ in folder.checkpoints()] == [step]
-    train(folder, quiet())
-    return folder
 
 
 CASES = {
