@@ -13,7 +13,7 @@ compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table an
 	$(BIN)/floragrad compare
 
 test: $(READY)  ## every test, on every core
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Several processes with gloo, on the CPU."""
