@@ -15,7 +15,7 @@ from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
 from floragrad.torch import projection as torch_projection
-from floragrad.torch import tensor_step
+from floragrad.torch import step, tensor_step
 from floragrad.torch.options import resolve_group
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors, to_torch, torch_axes, trajectory
 from tests.torch.cases import CASES, Case
@@ -132,5 +132,5 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
         return to_torch(leaf.drawn(0).weight)
 
     monkeypatch.setattr(tensor_step.TensorStep, "projection", drawn)
-    monkeypatch.setattr(tensor_step, "adaptive_noise", noise)
-    monkeypatch.setattr(tensor_step, "random_signs", signs)
+    monkeypatch.setattr(step, "adaptive_noise", noise)
+    monkeypatch.setattr(step, "random_signs", signs)

@@ -54,7 +54,7 @@ def test_an_update_is_counted_to_the_byte(shape: tuple[int, ...], state_dtype: s
     with FakeTensorMode():
         found, whole = (lived(step(shape, state_dtype, dtype), repeated=on) for on in (True, False))
     assert sum(found.peak) == sum(whole.peak)
-    assert sum(whole.peak) > 4 * torch.Size(shape).numel(), "D is held, in float32"
+    assert 0 < sum(whole.peak) < 4 * torch.Size(shape).numel() / 2, "nothing as large as the tensor is held"
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int4"])

@@ -9,7 +9,9 @@ import torch
 from floragrad import reference
 from floragrad.policy import TensorPlan
 from floragrad.torch.options import plan_of, resolve_group
-from floragrad.torch.tensor_step import TensorStep, adaptive_noise, initial_state
+from floragrad.torch.part import Part
+from floragrad.torch.step import adaptive_noise, initial_state
+from floragrad.torch.tensor_step import TensorStep
 from tests.torch.cases import Case
 
 INDEX = 0  # the only parameter of its optimizer
@@ -37,7 +39,7 @@ class TorchDraws:
         self.group = group
 
     def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"))
+        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"), Part.whole(plan))
         return double(at.projection(epoch).matrix())
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:

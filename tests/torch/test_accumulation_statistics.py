@@ -170,7 +170,7 @@ def test_small_columns_are_not_drowned_by_large_ones() -> None:
     largest = (torch.tensor(WEIGHTS).square().cumsum(0).sqrt() * 5 * (SIZES / sizes).max() * (1 + 1 / 7)) / 7
     bound = largest.square().sum() / 4 * sizes**2
     assert ((kept - exact).square().mean(0) < bound).all()
-    assert (kept - exact)[:, small].square().mean() < 0.1 * exact[:, small].square().mean()
+    assert (kept - exact)[:, small].square().mean() < exact[:, small].square().mean() / 4
 
 
 def test_columns_of_one_size_leave_sum_and_norm_unbiased() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from floragrad import Flora
-from floragrad.torch import tensor_step
+from floragrad.torch import passes
 from tests.torch.cases import STEPS, Case
 
 TOLERANCE = 1e-5
@@ -37,7 +37,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
 
 
 def _forget() -> None:
-    tensor_step._compiled.cache_clear()
+    passes._compiled.cache_clear()
     torch._dynamo.reset()
 
 

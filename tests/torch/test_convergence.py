@@ -99,7 +99,7 @@ def go_on_in_the_old_basis(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTS: list[tuple[Break, tuple[str, ...]]] = [
     (
         flip_what_is_decoded,
-        ("wide", "ratio-2", "ratio-24", "one-bucket", "paper-estimator", "gaussian", "adaptive", "convolution"),
+        ("wide", "ratio-2", "one-bucket", "paper-estimator", "gaussian", "adaptive", "convolution"),
     ),
     (skip_the_transfer, ("wide", "tall", "ratio-2", "stacked-experts", "convolution", "vocabulary-compressed")),
     (

@@ -18,9 +18,11 @@ from floragrad.planning.tracker import MemoryTracker, Moment, Profiles, joined
 from floragrad.policy import AccumulatorPlan, MatrixView, TensorPlan
 from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.part import Part
+from floragrad.torch.step import initial_state
+from floragrad.torch.step import step_tensor as step
 from floragrad.torch.storage import row_blocks
-from floragrad.torch.tensor_step import State, TensorStep, block_elements, initial_state
-from floragrad.torch.tensor_step import step_tensor as step
+from floragrad.torch.tensor_step import State, TensorStep, block_elements
 
 FEWEST_BLOCKS: Final = 5
 """Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
@@ -39,7 +41,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     def step_tensor(param: Tensor, grad: Tensor, _: State, at: TensorStep) -> None:
         def work(plan: TensorPlan) -> Callable[[], None]:
-            small = replace(at, plan=plan)
+            small = replace(at, plan=plan, part=Part.whole(plan))
             tensors = _empty(plan, param), _empty(plan, grad)
             state = initial_state(plan, at.group, at.index, at.device)
             return lambda: step(*tensors, state, small)

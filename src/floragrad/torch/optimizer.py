@@ -13,8 +13,10 @@ from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.options import plan_of, resolve_group
+from floragrad.torch.part import Part
 from floragrad.torch.report import report_row
-from floragrad.torch.tensor_step import TensorStep, initial_state, step_tensor
+from floragrad.torch.step import initial_state, step_tensor
+from floragrad.torch.tensor_step import TensorStep
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -28,6 +30,7 @@ class _Slot:
     name: str
     group: Group
     plan: TensorPlan
+    part: Part
 
 
 class Flora(torch.optim.Optimizer):
@@ -218,7 +221,7 @@ class Flora(torch.optim.Optimizer):
             raise ValueError(f"{slot.name} has no gradient to be updated with")
         state["step"] += 1
         if param.numel() > 0:
-            at = TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device)
+            at = TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device, slot.part)
             step_tensor(param, param.grad, state, at)
 
     def report(self) -> Report:
@@ -292,7 +295,8 @@ class Flora(torch.optim.Optimizer):
             if param.is_complex():
                 raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
         for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-            self._slots[param] = _Slot(first + offset, name, group, plan_of(param.shape, group))
+            plan = plan_of(param.shape, group)
+            self._slots[param] = _Slot(first + offset, name, group, plan, Part.whole(plan))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""

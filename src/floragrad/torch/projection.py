@@ -4,7 +4,7 @@ All of them act on the last dimension alone: rows never mix, so a shard of rows 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import Protocol
@@ -88,54 +88,66 @@ class BucketProjection:
     Attributes:
         weight: (n,), or (batch, 1, n) where every matrix of a batch has its own.
         gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
+        part: The columns that :meth:`encode`, :meth:`decode` and :meth:`add_orthogonal_` are given, where a
+            matrix is split along them: then ``encode`` gives this part's share of a sum. None: all.
     """
 
     weight: Tensor
     gram: Tensor
+    part: slice | None = None
 
     @classmethod
-    def signs(cls, n: int, k: int, signs: Tensor) -> "BucketProjection":
+    def signs(cls, n: int, k: int, signs: Tensor, part: slice | None = None) -> "BucketProjection":
         """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
-        return cls(signs, bucket_sizes(n, k).to(signs.device))
+        return cls(signs, bucket_sizes(n, k).to(signs.device), part)
 
     @classmethod
     def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
         """Of weights with norm 1 in each bucket: orthonormal rows."""
         return cls(weight, torch.ones(k, device=weight.device))
 
-    def _slices(self) -> Iterator[slice]:
+    def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Runs of neighbouring columns in neighbouring buckets: the columns, the buckets, the weights."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
-        return (slice(start, min(start + k, n)) for start in range(0, n, k))
+        first, end = (0, n) if self.part is None else (self.part.start, self.part.stop)
+        column = first
+        while column < end:
+            bucket = column % k
+            width = min(k - bucket, end - column)
+            columns = slice(column - first, column - first + width)
+            yield columns, slice(bucket, bucket + width), self.weight[..., column : column + width]
+            column += width
 
     def encode(self, rows: Tensor) -> Tensor:
         """X Pᵀ."""
         sketch: Tensor | None = None
-        for part in self._slices():
+        k = self.gram.shape[-1]
+        for columns, buckets, weight in self._slices():
+            if sketch is None and buckets == slice(0, k):
+                sketch = rows[..., columns] * weight
+                continue
             if sketch is None:
-                sketch = rows[..., part] * self.weight[..., part]
-            else:
-                width = part.stop - part.start
-                sketch[..., :width].addcmul_(rows[..., part], self.weight[..., part])
-        assert sketch is not None
-        return sketch
+                sketch = rows.new_zeros((*rows.shape[:-1], k))
+            sketch[..., buckets].addcmul_(rows[..., columns], weight)
+        return rows.new_zeros((*rows.shape[:-1], k)) if sketch is None else sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P."""
-        return torch.cat([self._tile(sketch, part) for part in self._slices()], dim=-1)
+        tiles = [sketch[..., buckets] * weight for _, buckets, weight in self._slices()]
+        return torch.cat(tiles, dim=-1) if tiles else sketch[..., :0]
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
         """X ← X + Z (P Pᵀ)⁻¹ P."""
         scaled = sketch / self.gram
-        for part in self._slices():
-            width = part.stop - part.start
-            rows[..., part].addcmul_(scaled[..., :width], self.weight[..., part])
+        for columns, buckets, weight in self._slices():
+            rows[..., columns].addcmul_(scaled[..., buckets], weight)
         return rows
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
         """Z as this projection would have written it."""
         # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
         assert isinstance(previous, BucketProjection)
-        overlap = self.encode(previous.weight)
+        overlap = replace(self, part=None).encode(previous.weight)
         return sketch * (overlap / previous.gram if orthogonal else overlap)
 
     def matrix(self) -> Tensor:
@@ -143,9 +155,6 @@ class BucketProjection:
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         buckets = torch.nn.functional.one_hot(torch.arange(n, device=self.weight.device) % k, k)
         return buckets.T * self.weight
-
-    def _tile(self, sketch: Tensor, part: slice) -> Tensor:
-        return sketch[..., : part.stop - part.start] * self.weight[..., part]
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class GaussianProjection:
         seed: Seeds the device's generator, whose numbers differ between kinds of device.
         device: Where the pieces are drawn.
         piece: Rows of P that may exist at a time; a P of no more rows is drawn once and kept.
+        part: As in :class:`BucketProjection`.
     """
 
     n: int
@@ -165,6 +175,7 @@ class GaussianProjection:
     seed: int
     device: torch.device
     piece: int
+    part: slice | None = None
 
     @cached_property
     def _whole(self) -> list[tuple[slice, Tensor]]:
@@ -178,7 +189,7 @@ class GaussianProjection:
         for start in range(0, self.k, self.piece):
             part = slice(start, min(start + self.piece, self.k))
             drawn = torch.randn(part.stop - start, self.n, generator=generator, device=self.device)
-            yield part, drawn.mul_(self.k**-0.5)
+            yield part, drawn.mul_(self.k**-0.5)[:, self.part or slice(None)]
 
     def encode(self, rows: Tensor) -> Tensor:
         """X Pᵀ."""
@@ -189,9 +200,10 @@ class GaussianProjection:
 
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P."""
-        rows = sketch.new_zeros(*sketch.shape[:-1], self.n)
+        columns = len(range(self.n)[self.part or slice(None)])
+        rows = sketch.new_zeros(*sketch.shape[:-1], columns)
         for part, drawn in self._pieces():
-            rows.view(-1, self.n).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
+            rows.view(-1, columns).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
         return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
@@ -202,7 +214,8 @@ class GaussianProjection:
         """Z as this projection would have written it."""
         if orthogonal:
             raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
-        return self.encode(previous.decode(sketch))
+        assert isinstance(previous, GaussianProjection)
+        return replace(self, part=None).encode(replace(previous, part=None).decode(sketch))
 
     def matrix(self) -> Tensor:
         """P, dense."""
@@ -210,7 +223,12 @@ class GaussianProjection:
 
 
 def draw_projection(
-    kind: ProjectionKind, view: MatrixView, width: int, source: np.random.Philox, device: torch.device
+    kind: ProjectionKind,
+    view: MatrixView,
+    width: int,
+    source: np.random.Philox,
+    device: torch.device,
+    part: slice | None = None,
 ) -> Projection:
     """A projection of a view's columns to ``width``, drawn at random.
 
@@ -220,11 +238,12 @@ def draw_projection(
         width: k.
         source: From :func:`philox`, for one tensor at one epoch; of ``"gaussian"`` it is only the seed.
         device: Where the projection is used.
+        part: The columns that are here, where the matrix is split along them.
     """
     if kind == "gaussian":
         piece = max(1, view.batch * view.rows // 8)
-        return GaussianProjection(view.columns, width, int(source.random_raw()) >> 1, device, piece)
-    return BucketProjection.signs(view.columns, width, signs_from(source, view.columns).to(device))
+        return GaussianProjection(view.columns, width, int(source.random_raw()) >> 1, device, piece, part)
+    return BucketProjection.signs(view.columns, width, signs_from(source, view.columns).to(device), part)
 
 
 def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
@@ -233,10 +252,10 @@ def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
     The sums of row blocks (or of shards) add up to that of the whole matrix.
     """
     sketch = projection.encode(rows)
-    parts = []
-    for part in projection._slices():
-        width = part.stop - part.start
-        parts.append((rows[..., part] * sketch[..., :width]).sum(-2, keepdim=True))
+    parts = [
+        (rows[..., columns] * sketch[..., buckets]).sum(-2, keepdim=True)
+        for columns, buckets, _ in projection._slices()
+    ]
     return torch.cat(parts, dim=-1)
 
 

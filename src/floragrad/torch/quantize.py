@@ -10,9 +10,10 @@ Stochastic rounding in this use: Gupta et al., "Deep learning with limited numer
 """
 
 from collections.abc import Iterator
-from math import ceil
-from typing import Final
+from math import ceil, prod
+from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,14 +23,45 @@ LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
 
 
-def random_bits(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Independent 16-bit integers, uniform over -32768 ... 32767, as int16 on the generator's device.
+_MULTIPLIER: Final = 0x9E3779B1 - 2**32
 
-    One 64-bit draw serves four of them.
+
+class RoundingBits(NamedTuple):
+    """What the 16 random bits of every number of some rows are made of: a word for each row and each column.
+
+    Drawing costs rows + columns instead of rows · columns, and a part of a tensor has the bits that it has in
+    the whole tensor, however the tensor is cut or sharded.
+
+    Attributes:
+        rows: (batch, rows, 1), int32.
+        columns: (columns,), int32.
     """
-    words = torch.empty(ceil(shape.numel() / 4), dtype=torch.int64, device=generator.device)
-    words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[: shape.numel()].view(shape)
+
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, where: tuple[slice, slice]) -> "RoundingBits":
+        """Those of a block of rows."""
+        return RoundingBits(self.rows[where], self.columns)
+
+    def numbers(self) -> Tensor:
+        """Integers, uniform over -32768 ... 32767, any two of them independent: int32 of (batch, rows, columns).
+
+        The upper half of h(a + b) with h(w) = (w xor w >> 16) · 0x9E3779B1, a bijection of 32 bits: so each
+        number's bits are uniform, and those of two numbers independent, exactly. Without h the sum of a row's and
+        a column's word would do for that too, but rounding errors would be a matrix of low rank (of five
+        singular values 80% of its squared norm), which an update should not have.
+        """
+        words = self.rows + self.columns
+        words.bitwise_xor_(words >> 16)
+        return words.mul_(_MULTIPLIER).bitwise_right_shift_(16)
+
+
+def draw_rounding_bits(source: np.random.Philox, leading: tuple[int, ...], columns: int) -> RoundingBits:
+    """The words of a whole tensor, on the CPU: rows in the shape of ``leading``, and columns."""
+    count = prod(leading) + columns
+    words = torch.from_numpy(source.random_raw(ceil(count / 2)).astype("<u8").view("<i4")[:count])
+    return RoundingBits(words[: count - columns].view(leading), words[count - columns :])
 
 
 def _blocks(values: Tensor) -> list[Tensor]:
@@ -62,7 +94,7 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
     Args:
         values: (..., k), float32.
         state_dtype: ``"int8"`` or ``"int4"``.
-        bits: (..., k), int16, from :func:`random_bits`.
+        bits: (..., k), integers of 16 bits, from :meth:`RoundingBits.numbers`.
 
     Returns:
         The payload, int8 of (..., k) or uint8 of (..., ceil(k/2)), and the scales, float32 of
@@ -111,9 +143,9 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
 
     Args:
         values: float32, any shape.
-        bits: int16, the same shape, from :func:`random_bits`.
+        bits: Integers of 16 bits, the same shape, from :meth:`RoundingBits.numbers`.
     """
-    noise = bits.to(torch.int32).bitwise_and_(0xFFFF)
+    noise = bits.to(torch.int32) & 0xFFFF
     kept = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
     return kept.masked_fill_(values.isnan(), torch.nan).bfloat16()

@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-import torch
 from torch import Tensor
 
-from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype
-from floragrad.torch.projection import philox
-from floragrad.torch.quantize import dequantize, quantize, random_bits, round_to_bfloat16
+from floragrad.torch.quantize import RoundingBits, dequantize, quantize, round_to_bfloat16
 
 Block = tuple[slice, slice]
 """Some matrices of a view, and some of their rows."""
@@ -32,12 +29,6 @@ def row_blocks(view: MatrixView, elements: int, *, gaussian: bool = False) -> It
             yield slice(first, min(first + depth, batch)), slice(top, min(top + height, rows))
 
 
-def seeded_generator(device: torch.device, seed: int, index: int, counter: int, stream: Stream) -> torch.Generator:
-    """The device's generator, seeded for one tensor, time and use: nothing of it needs saving."""
-    word = philox(seed, index, counter, stream).random_raw()
-    return torch.Generator(device).manual_seed(int(word) >> 1)
-
-
 @dataclass(frozen=True)
 class StoredRows:
     """The buffers of some rows, read and written a block at a time.
@@ -46,13 +37,13 @@ class StoredRows:
         buffers: ``data``, (batch, rows, ...), and ``scale`` where it is low-bit; none where nothing is kept.
         width: Numbers in a row.
         dtype: How they are stored.
-        generator: Of the bits to round with; None where nothing is rounded.
+        rounding: What the bits to round with are made of; None where nothing is rounded.
     """
 
     buffers: tuple[Tensor, ...]
     width: int
     dtype: StateDtype
-    generator: torch.Generator | None
+    rounding: RoundingBits | None
 
     def read(self, where: Block) -> tuple[Tensor, ...]:
         """What is stored of a block; for :func:`load`."""
@@ -63,12 +54,9 @@ class StoredRows:
         for buffer, value in zip(self.buffers, values, strict=True):
             buffer[where] = value
 
-    def bits(self, where: Block) -> Tensor | None:
-        """Random bits to round one block with; None where nothing is rounded."""
-        if self.generator is None:
-            return None
-        batch, rows = (part.stop - part.start for part in where)
-        return random_bits(torch.Size((batch, rows, self.width)), self.generator)
+    def bits(self, where: Block) -> RoundingBits | None:
+        """What to round one block with; None where nothing is rounded."""
+        return None if self.rounding is None else self.rounding.of(where)
 
 
 def load(kept: tuple[Tensor, ...], dtype: StateDtype, width: int) -> Tensor:
@@ -79,10 +67,10 @@ def load(kept: tuple[Tensor, ...], dtype: StateDtype, width: int) -> Tensor:
     return kept[0].float()
 
 
-def save(values: Tensor, dtype: StateDtype, bits: Tensor | None) -> tuple[Tensor, ...]:
+def save(values: Tensor, dtype: StateDtype, bits: RoundingBits | None) -> tuple[Tensor, ...]:
     """What is stored of float32 rows, rounded stochastically with ``bits``."""
     if bits is None:
         return (values,)
     if dtype == "bfloat16":
-        return (round_to_bfloat16(values, bits),)
-    return quantize(values, dtype, bits)
+        return (round_to_bfloat16(values, bits.numbers()),)
+    return quantize(values, dtype, bits.numbers())

@@ -6,11 +6,11 @@ Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Ster
 listed in ``docs/method.md``.
 """
 
-from torch import Tensor, promote_types
+from torch import Tensor, linalg, promote_types
 from torch import float32 as _float32
 from torch import float64 as _float64
 
-from floragrad.torch.projection import Projection
+from floragrad.torch.projection import BucketProjection, Projection
 
 
 def square_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,9 +24,9 @@ def moving_average(average: Tensor, value: Tensor, beta: Tensor) -> Tensor:
     return average * beta + value * (1 - beta)
 
 
-def factors(row_var: Tensor, col_var: Tensor) -> tuple[Tensor, Tensor]:
+def factors(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> tuple[Tensor, Tensor]:
     """What G is multiplied by for U: rsqrt(row / mean(row)), (..., m, 1), and rsqrt(col), (..., 1, n)."""
-    return (row_var / row_var.mean(-2, keepdim=True)).rsqrt(), col_var.rsqrt()
+    return (row_var / row_mean).rsqrt(), col_var.rsqrt()
 
 
 def normalise(grad: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
@@ -45,6 +45,7 @@ def momentum_step(
     previous: Projection | None,
     beta1: float,
     residual: bool,
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """D and the next M; U's memory may be taken for D.
 
@@ -63,19 +64,62 @@ def momentum_step(
         previous: P of the step before where this step opens a new epoch, else None.
         beta1: β₁.
         residual: Which estimator.
+        sketch: encode(U), where it is known already, as it must be if columns are elsewhere.
     """
     if projection is None:
         momentum = update.lerp(momentum, beta1)
         return momentum, momentum
-    carried = momentum
-    if previous is not None:
-        carried = projection.transfer(momentum, previous, orthogonal=residual)
-    sketch = projection.encode(update)
-    following = sketch.lerp(carried, beta1)
+    sketch = projection.encode(update) if sketch is None else sketch
+    following = _following(sketch, momentum, projection, previous, beta1, residual)
     if residual:
         return projection.add_orthogonal_(update, following - sketch), following
     reading = projection if previous is None else previous
     return reading.decode(momentum).mul_(beta1).add_(update, alpha=1 - beta1), following
+
+
+def direction_square(
+    update: Tensor,
+    momentum: Tensor,
+    projection: Projection | None,
+    previous: Projection | None,
+    beta1: float,
+    residual: bool,
+    sketch: Tensor | None = None,
+) -> Tensor:
+    """‖D‖² of :func:`momentum_step`; U's memory may be overwritten.
+
+    With signs or learnt weights D is U with its part inside the sketched subspace exchanged, so that D itself is
+    not needed::
+
+        ‖D‖² = ‖U‖² + Σ (M² − encode(U)²) / diag(P Pᵀ)       M the next momentum
+    """
+    if sketch is None and residual and isinstance(projection, BucketProjection):
+        sketch = projection.encode(update)
+        following = _following(sketch, momentum, projection, previous, beta1, residual)
+        exchanged = (following + sketch).mul_(following - sketch).div_(projection.gram).sum()
+        return square_norm(update) + exchanged
+    return square_norm(momentum_step(update, momentum, projection, previous, beta1, residual, sketch)[0])
+
+
+def square_norm(values: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of squares."""
+    norm: Tensor = linalg.vector_norm(values)
+    return norm.square()
+
+
+def _following(
+    sketch: Tensor,
+    momentum: Tensor,
+    projection: Projection,
+    previous: Projection | None,
+    beta1: float,
+    residual: bool,
+) -> Tensor:
+    """The next M."""
+    carried = momentum
+    if previous is not None:
+        carried = projection.transfer(momentum, previous, orthogonal=residual)
+    return sketch.lerp(carried, beta1)
 
 
 def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:

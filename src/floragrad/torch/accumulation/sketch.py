@@ -10,7 +10,8 @@ from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch.projection import Projection, draw_projection, philox
-from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save, seeded_generator
+from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
+from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save
 from floragrad.torch.tensor_step import block_elements
 
 FOLD_ELEMENTS: Final = 2**15
@@ -167,14 +168,14 @@ class GradientSketch:
             for key, buffer in self.plan.buffers.items()
         }
 
-    def _stored(self, device: torch.device, bits: torch.Generator | None = None) -> StoredRows:
+    def _stored(self, device: torch.device, rounding: RoundingBits | None = None) -> StoredRows:
         """The buffers, on the device where they are needed."""
         if self._buffers["data"].is_meta:
             self._allocate(device)
         elif self._buffers["data"].device != device:
             self._buffers = {key: value.to(device) for key, value in self._buffers.items()}
         buffers = tuple(self._buffers[key] for key in ("data", "scale") if key in self._buffers)
-        return StoredRows(buffers, self.plan.width, self.plan.state_dtype, bits)
+        return StoredRows(buffers, self.plan.width, self.plan.state_dtype, rounding)
 
     def _column_sizes(self, device: torch.device) -> Tensor | None:
         """What columns are divided by before they are rounded, (batch, 1, columns); None where they are not.
@@ -195,13 +196,15 @@ class GradientSketch:
         updated = squares + decay * (average - squares)
         average.copy_(torch.where(updated.isfinite(), updated, average))
 
-    def _rounding(self, device: torch.device, window: int) -> torch.Generator | None:
-        """Of the bits for the next fold of a window."""
+    def _rounding(self, device: torch.device, window: int) -> RoundingBits | None:
+        """What to round the next fold of a window with."""
         if self.plan.state_dtype == "float32":
             return None
         # One counter for windows and the folds in them: both stay below 2**32.
         counter = (window << 32) | self.folds
-        return seeded_generator(device, self._seed, self._index, counter, Stream.ACCUMULATOR_ROUNDING)
+        source = philox(self._seed, self._index, counter, Stream.ACCUMULATOR_ROUNDING)
+        rows, columns = draw_rounding_bits(source, (*self.plan.view[:2], 1), self.plan.width)
+        return RoundingBits(rows.to(device), columns.to(device))
 
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:

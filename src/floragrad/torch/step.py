@@ -1,0 +1,199 @@
+"""One step of one tensor: the pure update run over blocks of rows, between the state's buffers.
+
+The second moment needs all rows before any can be normalised, and the clipping threshold the size of the whole
+update before any of it can be applied, so a step is three passes over blocks: statistics, the update's norm, the
+update. The last two compute the same numbers, so that nothing larger than a block is held between them.
+
+Where a tensor is sharded, sums are all that its parts need of each other. The step is a generator that hands them
+out between its passes: whoever runs it has them added up, for all tensors together.
+"""
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from floragrad._streams import ADAPTIVE_NOISE, Stream
+from floragrad.policy import StateDtype, TensorPlan
+from floragrad.torch import update as pure
+from floragrad.torch.part import EVERYWHERE, ShardSum
+from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, scales_of
+from floragrad.torch.projection import (
+    BucketProjection,
+    Projection,
+    normalise_buckets,
+    philox,
+    power_iteration,
+    random_signs,
+)
+from floragrad.torch.storage import StoredRows, load
+from floragrad.torch.tensor_step import Group, State, TensorStep
+
+
+def initial_state(plan: TensorPlan, group: Group, index: int, device: torch.device) -> State:
+    """Every buffer of the plan: zeros, and for ``"adaptive"`` random signs over their bucket's norm."""
+    state = {
+        key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+        for key, buffer in plan.buffers.items()
+    }
+    # Among fake tensors only what was made of a number knows its value, and every step reads this one.
+    state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+    if "projection_weight" in state and device.type != "meta":
+        weight = state["projection_weight"]
+        signs = random_signs(weight.shape[-1], group["seed"], index, 0, Stream.MOMENTUM).expand_as(weight)
+        weight.copy_(normalise_buckets(signs, plan.width, signs))
+    return state
+
+
+def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
+    """Update one parameter and its state in place; all of the tensor is here.
+
+    Args:
+        param: W, of the plan's shape.
+        grad: G, likewise; any floating dtype.
+        state: The buffers of ``at.plan``.
+        at: The tensor, its options and the step.
+    """
+    for _ in step_part(param, grad, state, at):
+        pass
+
+
+def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Generator[list[ShardSum], None, None]:
+    """Update what is here of one parameter and its state in place.
+
+    Args:
+        param: W, of the part's shape.
+        grad: G, likewise; any floating dtype.
+        state: The part's buffers.
+        at: The tensor, its options and the step.
+
+    Yields:
+        Sums that have to be over all parts of the tensor when the generator goes on.
+    """
+    grads = grad.reshape(at.view)
+    norm = torch.linalg.vector_norm(param, dtype=torch.float32).square() if at.group["scale_parameter"] else None
+    scales = yield from _second_moment(grads, state, norm, at)
+    stored = _stored(state, at)
+    projection, previous = yield from _projections(grads, scales, stored, state, at)
+    sketches = None
+    if at.splits_sketch:
+        assert projection is not None
+        sketches = grads.new_empty((*at.view[:2], at.plan.width), dtype=torch.float32)
+        for where in at.blocks():
+            sketches[where] = projection.encode(pure.normalise(grads[where], scales_of(scales, where)))
+        yield [ShardSum(sketches, ("columns",))]
+    work = UpdatePasses(grads, scales, stored, projection, previous, sketches, at)
+    square = work.direction_square()
+    yield [ShardSum(square, EVERYWHERE)]
+    work.move(param, square, _step_size(norm, at))
+
+
+def _second_moment(
+    grads: Tensor, state: State, norm: Tensor | None, at: TensorStep
+) -> Generator[list[ShardSum], None, tuple[Tensor, ...]]:
+    """Update the second moment; what every gradient is to be multiplied by."""
+    eps1 = at.group["eps"][0]
+    beta2 = torch.tensor(1.0 - float(at.step) ** at.group["decay_rate"], device=at.device)
+    sums = [] if norm is None else [ShardSum(norm, EVERYWHERE)]
+    if not at.plan.factored:
+        if sums:
+            yield sums
+        variance = state["variance"].view(at.view)
+        for where in at.blocks():
+            squares = grads[where].float().square().add_(eps1)
+            variance[where] = pure.moving_average(variance[where], squares, beta2)
+        return (variance,)
+    assert at.plan.view is not None
+    _, all_rows, all_columns = at.plan.view
+    batch, rows, columns = at.view
+    row_sums = grads.new_empty((batch, rows, 1), dtype=torch.float32)
+    col_sums = grads.new_zeros((batch, 1, columns), dtype=torch.float32)
+    square_sums = maybe_compiled(pure.square_sums, at)
+    for where in at.blocks():
+        row_sums[where], col_part = square_sums(grads[where])
+        col_sums[where[0]] += col_part
+    row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
+    # What the rows' mean will be, known before the rows are: so that one sum over parts is enough.
+    row_total = pure.moving_average(
+        row_var.sum(-2, keepdim=True) / at.part.column_parts, row_sums.sum(-2, keepdim=True) / all_columns, beta2
+    )
+    sums += [ShardSum(col_sums, ("rows",)), ShardSum(row_sums, ("columns",)), ShardSum(row_total, ("rows", "columns"))]
+    yield sums
+    row_var.copy_(pure.moving_average(row_var, row_sums / all_columns + eps1, beta2))
+    col_var.copy_(pure.moving_average(col_var, col_sums / all_rows + eps1, beta2))
+    return pure.factors(row_var, row_total / all_rows + (1 - beta2) * eps1, col_var)
+
+
+def _step_size(norm: Tensor | None, at: TensorStep) -> Tensor:
+    """α, a scalar tensor on the parameter's device; ``norm`` is ‖W‖² where the step is in its units."""
+    group = at.group
+    lr = group["lr"]
+    if group["relative_step"]:
+        lr = min(1e-6 * at.step if group["warmup_init"] else 1e-2, at.step**-0.5)
+    alpha = torch.as_tensor(lr, dtype=torch.float32, device=at.device).reshape(())
+    if norm is None:
+        return alpha
+    numel = torch.Size(at.plan.shape).numel()
+    return alpha * (norm / numel).sqrt().clamp(min=group["eps"][1])
+
+
+def _projections(
+    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, state: State, at: TensorStep
+) -> Generator[list[ShardSum], None, tuple[Projection | None, Projection | None]]:
+    """P of this step, and P of the step before where it differs."""
+    if at.plan.momentum != "sketch":
+        return None, None
+    if at.plan.projection != "adaptive":
+        previous = at.projection(at.epoch - 1) if at.opens_epoch else None
+        return at.projection(at.epoch), previous
+    batch, _, columns = at.view
+    weight = state["projection_weight"].view(batch, 1, columns)
+    current = BucketProjection.normalised(weight, at.plan.width)
+    if at.step > 1 and not at.opens_epoch:
+        return current, None
+    previous = BucketProjection.normalised(weight.clone(), at.plan.width)
+    learnt = yield from _learnt_weight(grads, scales, stored, previous, at)
+    weight.copy_(learnt)
+    return current, previous
+
+
+def _learnt_weight(
+    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, previous: BucketProjection, at: TensorStep
+) -> Generator[list[ShardSum], None, Tensor]:
+    """Two power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
+    weight, width, beta1 = previous.weight, at.plan.width, at.group["beta1"]
+    noise = adaptive_noise(at.view.columns, width, at.group["seed"], at.index, at.epoch)
+    weight = normalise_buckets(weight + noise.to(at.device), width, weight)
+    for _ in range(2):
+        learner, grown = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
+        for where in at.blocks():
+            update = pure.normalise(grads[where], scales_of(scales, where))
+            old = of_batch(previous, where).decode(load(stored.read(where), stored.dtype, width))
+            blended = old * beta1 + update * (1 - beta1)
+            grown[where[0]] += power_iteration(blended, of_batch(learner, where))
+        yield [ShardSum(grown, ("rows",))]
+        weight = normalise_buckets(grown, width, weight)
+    return weight
+
+
+def adaptive_noise(n: int, k: int, seed: int, index: int, epoch: int) -> Tensor:
+    """Seeded noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,) on the CPU."""
+    words = philox(seed, index, epoch, Stream.ADAPTIVE_NOISE).random_raw(n)
+    uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53).mul_(2).sub_(1)
+    return uniform.mul_(ADAPTIVE_NOISE * (3 * k / n) ** 0.5).float()
+
+
+def _stored(state: State, at: TensorStep) -> StoredRows:
+    """The momentum's buffers; a tensor without a view keeps its own in float32."""
+    batch, rows, columns = at.view
+    keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
+    dtype: StateDtype = at.plan.state_dtype if at.plan.view else "float32"
+    # Sketches have all their columns wherever their rows are; whole momentum is where the parameter is.
+    is_sketch = at.plan.momentum == "sketch"
+    width = at.plan.width if is_sketch else columns
+    rounding = None
+    if keys and dtype != "float32":
+        here = slice(None) if is_sketch else at.part.columns
+        rounding = at.rounding(Stream.STATE_ROUNDING, at.plan.width, here)
+    buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
+    return StoredRows(buffers, width, dtype, rounding)
