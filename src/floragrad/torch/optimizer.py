@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
+from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.part import Part
 from floragrad.torch.report import report_row
-from floragrad.torch.step import initial_state, step_tensor
+from floragrad.torch.step import initial_state, step_part, step_tensor
 from floragrad.torch.tensor_step import TensorStep
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -199,16 +203,21 @@ class Flora(torch.optim.Optimizer):
                     f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
                     "give sparse=False to its embedding"
                 )
+        sharded = []
         for param in self._slots:
-            if param.grad is not None:
+            if param.grad is not None and is_sharded(param):
+                sharded.append(self._shard_step(param))
+            elif param.grad is not None:
                 self.step_parameter(param)
+        step_together(sharded)
         return loss
 
     @torch.no_grad()
     def step_parameter(self, param: Tensor) -> None:
         """Update one parameter from its ``.grad``, for updates layer by layer; :meth:`step` calls it for all.
 
-        Hooks on :meth:`step` are not run. The result does not depend on the order of parameters.
+        Hooks on :meth:`step` are not run. The result does not depend on the order of parameters. Of a sharded
+        parameter all its devices must call this, and they exchange its sums alone.
 
         Args:
             param: A parameter of this optimizer, with a dense gradient.
@@ -216,12 +225,13 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: It has no gradient.
         """
-        slot, state = self._slots[param], self._state_of(param)
         if param.grad is None:
-            raise ValueError(f"{slot.name} has no gradient to be updated with")
-        state["step"] += 1
+            raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
+        if is_sharded(param):
+            step_together([self._shard_step(param)])
+            return
+        state, at = self._begin_step(param)
         if param.numel() > 0:
-            at = TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device, slot.part)
             step_tensor(param, param.grad, state, at)
 
     def report(self) -> Report:
@@ -283,7 +293,7 @@ class Flora(torch.optim.Optimizer):
         self.state.clear()
         for param in self._slots:
             if param in incoming:
-                self.state[param] = exact_state(incoming[param], param.device)
+                self.state[param] = self._placed(param, exact_state(incoming[param], param.device))
             elif param.requires_grad:
                 self._state_of(param)
 
@@ -296,7 +306,7 @@ class Flora(torch.optim.Optimizer):
                 raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
         for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             plan = plan_of(param.shape, group)
-            self._slots[param] = _Slot(first + offset, name, group, plan, Part.whole(plan))
+            self._slots[param] = _Slot(first + offset, name, group, plan, _part(name, param, plan))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""
@@ -304,11 +314,42 @@ class Flora(torch.optim.Optimizer):
         slot = self._slots[param]
         # The model may have left the meta device, or moved to another, after the optimizer was made.
         if not state or any(value.is_meta for value in state.values()):
-            state.update(initial_state(slot.plan, slot.group, slot.index, param.device))
+            state.update(self._initial_state(param, slot))
         for key, value in state.items():
             if key != "step" and value.device != param.device:
                 state[key] = value.to(param.device)
         return state
+
+    def _initial_state(self, param: Tensor, slot: _Slot) -> dict[str, Tensor]:
+        if not is_sharded(param):
+            return initial_state(slot.plan, slot.group, slot.index, param.device)
+        from floragrad.torch.distributed.shards import local_buffers, sharded_state
+
+        buffers = local_buffers(param, slot.plan)
+        local = initial_state(slot.plan, slot.group, slot.index, param.device, buffers)
+        return sharded_state(param, slot.plan, local)
+
+    def _placed(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A loaded state as the parameter is placed: of a whole tensor, what is here."""
+        if not is_sharded(param):
+            return state
+        from floragrad.torch.distributed.shards import placed
+
+        return {key: placed(key, value, param, self._slots[param].plan) for key, value in state.items()}
+
+    def _begin_step(self, param: Tensor) -> tuple[dict[str, Tensor], TensorStep]:
+        """The parameter's state, one step on, and what the step goes by."""
+        slot, state = self._slots[param], self._state_of(param)
+        state["step"] += 1
+        return state, TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device, slot.part)
+
+    def _shard_step(self, param: "DTensor") -> ShardStep:
+        """The step of what is here of a sharded parameter, not begun yet."""
+        from floragrad.torch.distributed.shards import local_gradient
+
+        state, at = self._begin_step(param)
+        local = {key: value.to_local() if is_sharded(value) else value for key, value in state.items()}
+        return ShardStep(step_part(param.to_local(), local_gradient(param), local, at), at.part, param.device_mesh)
 
     def _warn_if_nothing_compressed(self) -> None:
         """Say once why no momentum is a sketch, where the options meant some to be."""
@@ -319,6 +360,15 @@ class Flora(torch.optim.Optimizer):
         reasons = ", ".join(f"{row.name} ({row.reason})" for row in report.rows[:5])
         more = f", and {len(report.rows) - 5} more" if len(report.rows) > 5 else ""
         warnings.warn(f"Flora compresses no momentum here: {reasons}{more}", UserWarning, stacklevel=3)
+
+
+def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
+    """What of a parameter is here."""
+    if not is_sharded(param):
+        return Part.whole(plan)
+    from floragrad.torch.distributed.shards import part_of
+
+    return part_of(name, param, plan)
 
 
 def _without_repetition(params: Any) -> list[Any]:

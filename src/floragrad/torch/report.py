@@ -7,19 +7,25 @@ from torch import Tensor
 
 from floragrad._report import ReportRow
 from floragrad.policy import TensorPlan
+from floragrad.torch.distributed.lockstep import is_sharded
 
 
 def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
-    """The row of one parameter."""
+    """The row of one parameter; of a sharded one, with the bytes on this device."""
+    buffers, here = plan.buffers, plan.shape
+    if is_sharded(param):
+        from floragrad.torch.distributed.shards import local_buffers
+
+        buffers, here = local_buffers(param, plan), tuple(param.to_local().shape)
     return ReportRow(
         name=name,
         shape=plan.shape,
         view=plan.view,
         ratio=plan.ratio,
         momentum=plan.momentum,
-        state_bytes=plan.state_bytes,
-        adamw_bytes=adamw_bytes(plan.shape, param.dtype),
-        adafactor_bytes=adafactor_bytes(plan.shape, param.dtype),
+        state_bytes=sum(buffer.nbytes for buffer in buffers.values()),
+        adamw_bytes=adamw_bytes(here, param.dtype),
+        adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
     )
 

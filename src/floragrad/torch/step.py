@@ -8,13 +8,13 @@ Where a tensor is sharded, sums are all that its parts need of each other. The s
 out between its passes: whoever runs it has them added up, for all tensors together.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import Tensor
 
 from floragrad._streams import ADAPTIVE_NOISE, Stream
-from floragrad.policy import StateDtype, TensorPlan
+from floragrad.policy import Buffer, StateDtype, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.part import EVERYWHERE, ShardSum
 from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, scales_of
@@ -30,11 +30,21 @@ from floragrad.torch.storage import StoredRows, load
 from floragrad.torch.tensor_step import Group, State, TensorStep
 
 
-def initial_state(plan: TensorPlan, group: Group, index: int, device: torch.device) -> State:
-    """Every buffer of the plan: zeros, and for ``"adaptive"`` random signs over their bucket's norm."""
+def initial_state(
+    plan: TensorPlan, group: Group, index: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
+) -> State:
+    """Every buffer: zeros, and for ``"adaptive"`` random signs over their bucket's norm.
+
+    Args:
+        plan: Of the tensor.
+        group: Its options.
+        index: Its position in the optimizer.
+        device: Where the buffers are allocated.
+        buffers: What of the plan's buffers is here; None: all of them.
+    """
     state = {
         key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
-        for key, buffer in plan.buffers.items()
+        for key, buffer in (plan.buffers if buffers is None else buffers).items()
     }
     # Among fake tensors only what was made of a number knows its value, and every step reads this one.
     state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")

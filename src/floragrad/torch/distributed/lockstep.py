@@ -1,0 +1,67 @@
+"""Steps of sharded parameters, run side by side, so that all of them share every collective."""
+
+import sys
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from floragrad.torch.part import Part, ShardSum
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+class ShardStep(NamedTuple):
+    """The step of one part of a tensor.
+
+    Attributes:
+        sums: Hands out sums over parts between its passes.
+        part: What is here.
+        mesh: The devices that the parameter is spread over.
+    """
+
+    sums: Generator[list[ShardSum], None, None]
+    part: Part
+    mesh: "DeviceMesh"
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor, without loading what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def step_together(steps: Iterable[ShardStep]) -> None:
+    """Run steps to their ends: one all-reduce between two passes for each mesh dimension that splits a tensor.
+
+    So FSDP2 takes two for all parameters, the columns' statistics and the updates' norms, and two more where learnt
+    weights are refreshed; a second mesh dimension as many again; and tensors split along their columns one for the
+    sketches of whole rows.
+    """
+    active = list(steps)
+    while active:
+        shares: dict[tuple[DeviceMesh, int], list[Tensor]] = {}
+        going_on = []
+        for each in active:
+            sums = next(each.sums, None)
+            if sums is None:
+                continue
+            going_on.append(each)
+            for value, over in sums:
+                for axis in over:
+                    for mesh_dim in each.part.split.get(axis, ()):
+                        shares.setdefault((each.mesh, mesh_dim), []).append(value)
+        for (mesh, mesh_dim), values in shares.items():
+            _add_up(values, mesh.get_group(mesh_dim))
+        active = going_on
+
+
+def _add_up(values: list[Tensor], group: torch.distributed.ProcessGroup) -> None:
+    """Replace every value by its sum over the group, in one collective."""
+    flat = torch.cat([value.reshape(-1) for value in values])
+    torch.distributed.all_reduce(flat, group=group)
+    for value, total in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
+        value.copy_(total.view(value.shape))

@@ -1,0 +1,206 @@
+"""Parameters sharded over devices (DTensor): which part of a tensor is here, and where its state lies.
+
+Whatever is decided of a tensor is decided from its global shape. Rows never mix, so a shard of rows keeps its rows'
+momentum; what belongs to all rows, the columns' statistics and learnt weights, is the same on every device. A tensor
+split along its columns (row-wise tensor parallelism) has sketches of whole rows on every device that shares them.
+
+This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.lockstep` does not.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+# Not public, and what torch's own checkpoints go by.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from floragrad.policy import QUANTIZATION_BLOCK, Buffer, MatrixView, TensorPlan
+from floragrad.torch.part import Axis, Part
+
+_OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
+_OF_COLUMNS = ("col_var", "projection_weight")
+
+
+def part_of(name: str, param: DTensor, plan: TensorPlan) -> Part:
+    """What of a sharded parameter is on this device.
+
+    Args:
+        name: For messages.
+        param: The parameter.
+        plan: Of its global shape.
+
+    Raises:
+        ValueError: It is split in a way in which its rows cannot be stepped, with the way out.
+    """
+    shape, offset = _local(param, plan.shape, param.placements)
+    axes = _axes(plan)
+    split: dict[Axis, tuple[int, ...]] = {}
+    for mesh_dim, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        axis = axes[_dim(placement)] if isinstance(placement, Shard | _StridedShard) else None
+        if axis is None:
+            raise ValueError(
+                f"{name} of shape {plan.shape} is placed as {param.placements}: Flora steps tensors that are "
+                "replicated, or split along dimensions of their matrix view; shard it on dimension 0"
+            )
+        if param.device_mesh.size(mesh_dim) > 1:
+            split[axis] = (*split.get(axis, ()), mesh_dim)
+    columns = slice(offset[-1], offset[-1] + shape[-1]) if axes and axes[-1] == "columns" else slice(0, _columns(plan))
+    part = Part(
+        _local_view(plan, shape),
+        _leading(plan, shape, offset),
+        columns,
+        split,
+        prod(param.device_mesh.size(dim) for dim in split.get("columns", ())),
+    )
+    _check_columns(name, param, plan, part)
+    return part
+
+
+def local_buffers(param: DTensor, plan: TensorPlan) -> Mapping[str, Buffer]:
+    """What of each state tensor is on this device."""
+    return {
+        key: Buffer(_local(param, buffer.shape, _placements(param, plan, key))[0], buffer.dtype)
+        for key, buffer in plan.buffers.items()
+    }
+
+
+def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state as DTensors over the parameter's mesh; the step stays a plain number.
+
+    Args:
+        param: The parameter.
+        plan: Of its global shape.
+        local: The buffers of :func:`local_buffers`.
+    """
+    return {
+        key: value
+        if key == "step"
+        else DTensor.from_local(
+            value,
+            param.device_mesh,
+            _placements(param, plan, key),
+            run_check=False,
+            shape=torch.Size(plan.buffers[key].shape),
+            stride=torch.empty(plan.buffers[key].shape, device="meta").stride(),
+        )
+        for key, value in local.items()
+    }
+
+
+def placed(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
+    """A loaded state tensor where this device wants it: a whole one is cut, and nothing is sent."""
+    if key == "step" or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value, param.device_mesh, _placements(param, plan, key), src_data_rank=None)
+
+
+def local_gradient(param: DTensor) -> Tensor:
+    """The gradient of what is here."""
+    grad = param.grad
+    if not isinstance(grad, DTensor):
+        raise TypeError(f"the gradient of a parameter placed as {param.placements} is a plain tensor: give a DTensor")
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
+def _axes(plan: TensorPlan) -> list[Axis | None]:
+    """What each dimension of the parameter is in its view; None for what may not be split."""
+    ndim = len(plan.shape)
+    if plan.view is None:
+        return ["rows"] * ndim
+    if ndim > 2 and plan.view == MatrixView(1, plan.shape[0], prod(plan.shape[1:])):
+        return ["rows", *([None] * (ndim - 1))]
+    return [*(["batch"] * (ndim - 2)), "rows", "columns"]  # type: ignore[list-item]
+
+
+def _columns(plan: TensorPlan) -> int:
+    return plan.view.columns if plan.view else 1
+
+
+def _local_view(plan: TensorPlan, shape: Sequence[int]) -> MatrixView:
+    if plan.view is None:
+        return MatrixView(1, prod(shape), 1)
+    if _axes(plan)[-1] is None:
+        return MatrixView(1, shape[0], plan.view.columns)
+    return MatrixView(prod(shape[:-2]), shape[-2], shape[-1])
+
+
+def _leading(plan: TensorPlan, shape: Sequence[int], offset: Sequence[int]) -> tuple[slice, ...]:
+    """What is here of the dimensions that a row's random word has."""
+    here = [slice(first, first + size) for first, size in zip(offset, shape, strict=True)]
+    if plan.view is None:
+        return tuple(here)
+    if prod(shape) == 0:
+        return (slice(0, 0),) * len(plan.leading)
+    if _axes(plan)[-1] is None:
+        return (here[0],)
+    return tuple(here[:-1]) if plan.view.batch > 1 else (here[-2],)
+
+
+def _placements(param: DTensor, plan: TensorPlan, key: str) -> tuple[Placement, ...]:
+    """How a state tensor is placed over the parameter's mesh."""
+    return tuple(_state_placement(each, plan, key) for each in param.placements)
+
+
+def _state_placement(placement: Placement, plan: TensorPlan, key: str) -> Placement:
+    if placement.is_replicate() or key == "step":
+        return Replicate()
+    dim = _dim(placement)
+    axis = _axes(plan)[dim]
+    if key == "variance" or plan.view is None:
+        return placement
+    last = len(plan.buffers[key].shape) - 1
+    if axis == "batch":
+        return placement if plan.view.batch > 1 else Replicate()
+    if axis == "rows":
+        return Replicate() if key in _OF_COLUMNS else _moved(placement, len(plan.leading) - 1)
+    is_sketch = key in ("exp_avg", "exp_avg_scale") and plan.momentum == "sketch"
+    return Replicate() if key == "row_var" or is_sketch else _moved(placement, last)
+
+
+def _dim(placement: Placement) -> int:
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
+
+
+def _moved(placement: Placement, dim: int) -> Placement:
+    """The same split of another dimension."""
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(dim, split_factor=placement.split_factor)
+    return Shard(dim)
+
+
+def _local(
+    param: DTensor, shape: Sequence[int], placements: Sequence[Placement]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of this device's part of a tensor placed over the parameter's mesh."""
+    local, offset = compute_local_shape_and_global_offset(tuple(shape), param.device_mesh, placements)
+    return tuple(int(size) for size in local), tuple(int(first) for first in offset)
+
+
+def _check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> None:
+    """Refuse what cannot be kept of a tensor that is split along its columns.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if "columns" not in part.split or plan.momentum == "none":
+        return
+    where = f"{name} of shape {plan.shape} is split along its columns ({param.placements})"
+    if plan.momentum == "sketch":
+        if plan.projection == "adaptive":
+            raise ValueError(f"{where}: learnt weights need whole rows; give its group projection='sign'")
+        return
+    cuts_blocks = _columns(plan) % (QUANTIZATION_BLOCK * part.column_parts) != 0
+    if plan.state_dtype == "int4" or (plan.state_dtype == "int8" and cuts_blocks):
+        raise ValueError(
+            f"{where} and keeps every column of its momentum in {plan.state_dtype}, whose blocks of "
+            f"{QUANTIZATION_BLOCK} columns it cuts: give its group state_dtype='bfloat16'"
+        )

@@ -1,0 +1,109 @@
+"""Sharded parameters are stepped as whole ones are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from floragrad import Flora
+from tests.distributed import cases
+from tests.distributed.cases import SHAPES, Sharding, Tensors, full, options_of, run_steps, whole_state
+from tests.distributed.conftest import Worlds
+
+TOLERANCE = 1e-5
+
+
+def stepped(shapes: dict[str, tuple[int, ...]], sharding: Sharding | None, options: dict[str, Any]) -> list[Any]:
+    """Parameters and states after the steps, whole."""
+    dtype = options.pop("dtype", torch.float32)
+    model = Tensors(shapes, dtype)
+    params = list(model.tensors) if sharding is None else sharding(model)
+    optimizer = Flora(params, **options)
+    run_steps(params, optimizer)
+    return [(full(param), whole_state(optimizer, param)) for param in params]
+
+
+def assert_equals_whole(shapes: dict[str, tuple[int, ...]], sharding: Sharding, options: dict[str, Any]) -> None:
+    """Every parameter and statistic, relative to its tensor's largest number."""
+    whole, found = stepped(shapes, None, dict(options)), stepped(shapes, sharding, dict(options))
+    for name, (param, state), (other, other_state) in zip(shapes, whole, found, strict=True):
+        assert (param - other).abs().max() <= TOLERANCE * param.abs().max(), name
+        assert state.keys() == other_state.keys()
+        for key, value in state.items():
+            off = (value.float() - other_state[key].float()).abs().max()
+            assert off <= TOLERANCE * value.float().abs().max(), f"{name}: {key}"
+
+
+def fsdp_equals_whole(_: int, options: dict[str, Any]) -> None:
+    assert_equals_whole(SHAPES, cases.fsdp, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"projection": "adaptive"},
+        {"projection": "gaussian"},
+        {"residual": False, "weight_decay": 0.1},
+        {"factorize_second_moment": False},
+        {"beta1": None},
+        {"ratio": 1, "embedding_momentum": "full"},
+        {"scale_parameter": True, "lr": None, "relative_step": True},
+        {"state_dtype": "bfloat16", "beta1": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_fsdp_equals_whole_tensors(worlds: Worlds, size: int, options: dict[str, Any]) -> None:
+    """25 steps over two changes of epoch; even, uneven and empty shards."""
+    worlds(size).run(fsdp_equals_whole, options_of(**options))
+
+
+MATRICES = {"column-wise": (16, 48), "row-wise": (24, 40), "k does not divide n": (12, 74), "experts": (4, 8, 32)}
+VECTORS = {"bias": (16,), "norm": (24,)}
+# Tensor parallelism splits linear layers by their outputs or inputs; norms stay whole.
+SPLIT = (0, 1, 1, 2, 0, None)
+OTHERS = {
+    "hsdp": cases.hsdp,
+    "tensor parallel": cases.tensor_parallel(*SPLIT),
+    "experts in batches and rows": cases.tensor_parallel(None, 0, 0, 0, None, 0),
+    "fsdp and tensor parallel": cases.fsdp_and_tensor_parallel(*SPLIT),
+}
+
+
+def other_equals_whole(_: int, name: str, options: dict[str, Any]) -> None:
+    assert_equals_whole(MATRICES | VECTORS, OTHERS[name], options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"projection": "gaussian"},
+        {"residual": False},
+        {"ratio": 1},
+        {"factorize_second_moment": False, "scale_parameter": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shardings_equal_whole_tensors(worlds: Worlds, name: str, options: dict[str, Any]) -> None:
+    """Replicas, rows, columns, experts, and rows of what is split by columns."""
+    worlds(4).run(other_equals_whole, name, options_of(**options))
+
+
+def low_bit_equals_whole(_: int, options: dict[str, Any]) -> None:
+    """Compare what is stored after the steps, number by number."""
+    whole, found = stepped(SHAPES, None, dict(options)), stepped(SHAPES, cases.fsdp, dict(options))
+    numbers = equal = 0
+    for (_, state), (_, other) in zip(whole, found, strict=True):
+        if "exp_avg" in state and state["exp_avg"].dtype != torch.float32:
+            numbers += state["exp_avg"].numel()
+            equal += int((state["exp_avg"] == other["exp_avg"]).sum())
+    assert equal >= 0.98 * numbers
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "int4", "bfloat16"])
+def test_low_bit_state_is_rounded_as_in_the_whole(worlds: Worlds, state_dtype: str) -> None:
+    """The same random bits for each row: what is stored is the same, but where a sum's last bit decides."""
+    worlds(2).run(low_bit_equals_whole, options_of(state_dtype=state_dtype))
