@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed import destroy_process_group, init_process_group
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from floragrad import Flora, GradientAccumulator
 
@@ -174,15 +172,23 @@ def test_zero_grad_drops_the_window_and_is_harmless_between_windows() -> None:
 
 def test_flush_of_nothing() -> None:
     assert begun(net(), 0).flush() is False
+    model = net()
+    accumulator = begun(model, 2, release=False)
+    assert accumulator.flush()
+    model.zero_grad()
+    assert accumulator.flush() is False, "a materialised window that was used and freed is over"
 
 
-def test_several_processes() -> None:
-    init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with pytest.raises(RuntimeError, match="2 processes train together"):
-            GradientAccumulator(flora(net()), 2)
-    finally:
-        destroy_process_group()
+def test_a_gradient_that_comes_back_after_it_was_folded() -> None:
+    model = net()
+    accumulator = begun(model, 1)
+    accumulator.begin_micro_batch()
+    loss_of(model).backward()
+    model.weight.grad = torch.zeros(32, 32)
+    with pytest.raises(RuntimeError, match="has a gradient again after it was folded"):
+        accumulator.end_micro_batch()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) drops the window"):
+        accumulator.backward(loss_of(model))
 
 
 def test_registering_twice() -> None:

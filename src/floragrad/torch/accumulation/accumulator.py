@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
+from floragrad.torch.accumulation.agreement import share_window
 from floragrad.torch.accumulation.checkpoint import check_window, load_window, window_state
 from floragrad.torch.accumulation.finish import Finish, Materialise, Release, second_gradient
 from floragrad.torch.accumulation.report import AccumulatorReport, accumulator_row
@@ -21,10 +22,14 @@ from floragrad.torch.accumulation.settings import (
     can_release,
     check_clip,
     check_release,
-    check_single_process,
 )
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Slot, Window, exactly
+from floragrad.torch.accumulation.witness import Witness
+from floragrad.torch.distributed.collectives import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GradientAccumulator:
@@ -43,6 +48,12 @@ class GradientAccumulator:
     decodes, updates and frees one tensor after the other. Otherwise the mean is left in ``.grad``, for any
     optimizer. Do not divide the loss by ``steps``.
 
+    With several processes the sketches are summed over them when a window ends, in the bits that they are kept in,
+    and all ranks are left with the same mean over all micro-batches (with weights: the mean over ranks of their
+    sums), so that parameters that began alike stay alike, bit for bit. Nothing else is sent: the model is not
+    wrapped in DistributedDataParallel, or is run in its ``no_sync()``. Every rank ends, steps and drops the same
+    windows. The last gradients are folded too, and ``steps=1`` sends compressed gradients in every step.
+
     Args:
         optimizer: Flora, any other optimizer, or a list of optimizers.
         steps: N, the micro-batches of a window. With 1 nothing is kept: plain gradient release.
@@ -55,15 +66,17 @@ class GradientAccumulator:
             ``.grad`` with every optimizer.
         clip: With release: whether the norm is needed before the update, to clip by it, to log it, or for a
             scaler. True folds the last gradients as well and updates in :meth:`step`; False updates inside the
-            last backward pass, and the last gradients are used whole. None: True, but False with ``steps=1``
-            and no scaler.
+            last backward pass, and the last gradients are used whole. None: True, but False with ``steps=1``,
+            one process and no scaler.
         scaler: Of fp16 training: :meth:`backward` scales the loss, :meth:`step` skips the window where a
             gradient was not finite; ``scaler.update()`` stays yours to call.
+        process_group: The processes that train together, each with micro-batches of its own and an accumulator
+            made alike. None: the default group, or this process alone where there is none.
 
     Raises:
         ValueError: An option has a wrong value, or options contradict each other.
         TypeError: ``optimizer`` is none.
-        RuntimeError: A parameter has an accumulator already, or several processes train together.
+        RuntimeError: A parameter has an accumulator already.
 
     Example:
         >>> from floragrad import Flora
@@ -97,25 +110,28 @@ class GradientAccumulator:
         release: bool | None = None,
         clip: bool | None = None,
         scaler: GradScaler | None = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         self._settings = Settings.checked(
             steps=steps, ratio=ratio, rank=rank, state_dtype=state_dtype, projection=projection, seed=seed
         )
-        check_single_process()
+        self._ranks = Ranks.of(process_group)
         optimizers = as_optimizers(optimizer)
         release = can_release(optimizers) if release is None else release
         if release:
             check_release(optimizers)
-        check_clip(clip, release, scaler)
+        check_clip(clip, release, scaler, self._ranks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        needs_norm = (steps > 1 or self._scaler is not None) if clip is None else clip
-        sketched = steps > 1 or (release and needs_norm)
-        self._window = Window(steps)
-        self._slots = Slots(optimizers, self._settings, sketched, self._fold)
+        shared = self._ranks is not None
+        needs_norm = (steps > 1 or self._scaler is not None or shared) if clip is None else clip
+        sketched = steps > 1 or (release and needs_norm) or shared
+        self._slots = Slots(optimizers, self._settings, sketched, self._fold, self._ranks.rank if self._ranks else 0)
+        self._window = self._fresh(0)
+        self._witness = Witness(self._slots, shared)
         self._finish: Finish = (
             Release(self._slots, optimizers, needs_norm, self._scaler)
             if release
-            else Materialise(self._slots, optimizers, self._scaler)
+            else Materialise(self._slots, optimizers, not shared, self._scaler)
         )
         self._closed = False
 
@@ -200,6 +216,7 @@ class GradientAccumulator:
         window.last = window.seen + 1 >= self.steps if last is None else last
         if self.steps == 1 and not window.last:
             raise ValueError("last=False with steps=1: construct the accumulator with more steps")
+        self._witness.begin()
         window.weighted = given
         window.weight = 1 / self.steps if weight is None else float(weight)
 
@@ -208,27 +225,32 @@ class GradientAccumulator:
         window = self._window
         if not window.is_open:
             raise RuntimeError("end_micro_batch() without begin_micro_batch()")
+        if not (window.last and self._finish.keeps_last):
+            window.failed = True  # until it is known that it has not
+            self._witness.check()
+            window.failed = False
         if window.last:
-            with exactly(self._slots.device):
-                self._finish.end(window)
-            window.ended = True
+            self._end()
         window.weight = None
         window.seen += 1
 
     def flush(self) -> bool:
         """End the window early, at the end of an epoch; clip and step as ever if it returns True.
 
-        Without weights the window gives the mean of the micro-batches that there were.
+        Without weights the window gives the mean of the micro-batches that there were. With several processes all
+        of them call it, those too that have had no micro-batch; as long as one has had some, all have a window.
+        Where their numbers of micro-batches differ by more than a window: ``while accumulator.flush(): ...``.
 
         Returns:
             Whether there is a window to step.
         """
         self._check_quiet()
+        self._settle()
         window = self._window
-        if window.seen and not window.ended:
-            with exactly(self._slots.device):
-                self._finish.end(window)
-            window.ended = True
+        if not window.ended and (window.seen or self._ranks is not None):
+            if not window.seen:
+                self._slots.adopt()
+            self._end()
         return window.ended
 
     @property
@@ -282,11 +304,14 @@ class GradientAccumulator:
         window = self._window
         for slot in self._slots:
             slot.param.grad = None
-        if window.seen or window.is_open:
+        if window.seen or window.is_open or window.ended:
             self._next_window()
 
     def state_dict(self) -> dict[str, Any]:
         """The window's position and its sketches; between two windows only the position.
+
+        Inside a window every rank saves its own, and loads it again; one saved between two windows serves any
+        number of ranks.
 
         Raises:
             RuntimeError: A micro-batch is open, or the window's end lies outside the sketches.
@@ -299,7 +324,7 @@ class GradientAccumulator:
                 "the window is complete and part of it lies in .grad or in updated parameters: "
                 "save after step(), or before the last micro-batch"
             )
-        return window_state(window, self._slots, self._settings)
+        return window_state(window, self._slots, self._settings, self._ranks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a window where another process left it.
@@ -314,9 +339,9 @@ class GradientAccumulator:
         """
         self._check_quiet()
         self._slots.adopt()
-        check_window(state_dict, self._slots, self._settings)
+        check_window(state_dict, self._slots, self._settings, self._ranks)
         self.zero_grad()
-        self._window = load_window(state_dict, self._slots, self.steps)
+        self._window = load_window(state_dict, self._slots, self._fresh(0))
 
     def report(self) -> AccumulatorReport:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table."""
@@ -372,7 +397,7 @@ class GradientAccumulator:
                 return
             assert slot.sketch is not None
             slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
-            slot.param.grad = None
+            self._witness.free(slot)
 
     def _settle(self) -> None:
         """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
@@ -384,7 +409,17 @@ class GradientAccumulator:
             slot.updated = False
             if slot.sketch is not None:
                 slot.sketch.folds = 0
-        self._window = Window(self.steps, self._window.number + 1)
+        self._window = self._fresh(self._window.number + 1)
+
+    def _fresh(self, number: int) -> Window:
+        return Window(self.steps, number, ranks=1 if self._ranks is None else self._ranks.size)
+
+    def _end(self) -> None:
+        """End the window, together with the other ranks; nothing where none has had a micro-batch."""
+        with exactly(self._slots.device):
+            if self._ranks is None or share_window(self._window, self._slots, self._settings, self._ranks):
+                self._finish.end(self._window)
+                self._window.ended = True
 
     def _check_no_gradients(self) -> None:
         for slot in self._slots:

@@ -1,13 +1,15 @@
 """A window's position and sketches, saved and taken up again."""
 
+from dataclasses import replace
 from typing import Any
 
 from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Window
+from floragrad.torch.distributed.collectives import Ranks
 
 
-def window_state(window: Window, slots: Slots, settings: Settings) -> dict[str, Any]:
+def window_state(window: Window, slots: Slots, settings: Settings, ranks: Ranks | None) -> dict[str, Any]:
     """What another process needs to go on; between two windows the position, and the sizes of the columns."""
     sketches = {slot.index: slot.sketch.state_dict() for slot in slots if slot.sketch}
     return {
@@ -16,18 +18,26 @@ def window_state(window: Window, slots: Slots, settings: Settings) -> dict[str, 
         "seen": window.seen,
         "weighted": window.weighted,
         "ended": window.ended,
+        "total": window.total,
+        "rank": _place(ranks),
         "sketches": {index: saved for index, saved in sketches.items() if saved.keys() > {"folds"}},
     }
 
 
-def check_window(state: dict[str, Any], slots: Slots, settings: Settings) -> None:
+def check_window(state: dict[str, Any], slots: Slots, settings: Settings, ranks: Ranks | None) -> None:
     """Refuse a window that cannot be finished here; nothing has been changed then.
 
     Raises:
-        ValueError: It was begun with other settings, or over another model.
+        ValueError: It was begun with other settings, over another model, or by another rank.
     """
-    if state["seen"]:
+    if state["seen"] or state["ended"]:
         settings.check_saved(state["settings"], slots.device)
+        if state["rank"] != _place(ranks):
+            raise ValueError(
+                f"the saved window is rank {state['rank'][0]}'s of {state['rank'][1]}, this is rank "
+                f"{_place(ranks)[0]} of {_place(ranks)[1]}: let each rank load what it saved itself, or load a state "
+                "that was saved between two windows"
+            )
     here = {slot.index: slot for slot in slots}
     # What is saved between two windows are sizes of columns: of use where they fit, and in nobody's way.
     gradients = {index: saved for index, saved in state["sketches"].items() if saved["folds"]}
@@ -41,9 +51,13 @@ def check_window(state: dict[str, Any], slots: Slots, settings: Settings) -> Non
         sketch.check_loadable(saved, here[index].name)
 
 
-def load_window(state: dict[str, Any], slots: Slots, steps: int) -> Window:
-    """Fill the sketches from a checked state; the window as it was."""
+def load_window(state: dict[str, Any], slots: Slots, fresh: Window) -> Window:
+    """Fill the sketches from a checked state; the window as it was, in place of a fresh one."""
     for slot in slots:
         if slot.sketch is not None and slot.index in state["sketches"]:
             slot.sketch.load_state_dict(state["sketches"][slot.index])
-    return Window(steps, state["window"], state["seen"], state["weighted"], state["ended"])
+    return replace(fresh, number=state["window"], **{key: state[key] for key in ("seen", "weighted", "ended", "total")})
+
+
+def _place(ranks: Ranks | None) -> list[int]:
+    return [0, 1] if ranks is None else [ranks.rank, ranks.size]

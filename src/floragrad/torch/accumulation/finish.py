@@ -174,13 +174,17 @@ class Materialise:
     Args:
         slots: The parameters.
         optimizers: Any.
+        keeps_last: Leave the last micro-batch's gradient as it is; with several processes it is folded too, for
+            it has to be averaged.
         scaler: Of the loss; None where it is not enabled.
     """
 
     is_release = False
-    keeps_last = True
 
-    def __init__(self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], scaler: GradScaler | None) -> None:
+    def __init__(
+        self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], keeps_last: bool, scaler: GradScaler | None
+    ) -> None:
+        self.keeps_last = keeps_last
         self._slots = slots
         self._optimizers = optimizers
         self._scaler = scaler

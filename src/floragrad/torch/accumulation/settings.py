@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
+from floragrad.torch.distributed.collectives import Ranks
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.options import check_option, state_dtype_name
 
@@ -128,7 +129,7 @@ def check_release(optimizers: tuple[Optimizer, ...]) -> None:
         )
 
 
-def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None) -> None:
+def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, ranks: Ranks | None) -> None:
     """Refuse a ``clip`` that contradicts the way a window ends.
 
     Raises:
@@ -144,18 +145,8 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None) -> N
             "clip=False with a scaler: whether a gradient is not finite must be known before any tensor is "
             "updated; leave clip out"
         )
-
-
-def check_single_process() -> None:
-    """Refuse several processes, whose gradients would have to be averaged before they are folded.
-
-    Raises:
-        RuntimeError: More than one process trains.
-    """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"{distributed.get_world_size()} processes train together: each would update with its own "
-            "gradients, since they are taken before they are averaged; train in one process, or accumulate "
-            "exactly (DistributedDataParallel.no_sync)"
+    if clip is False and ranks is not None:
+        raise ValueError(
+            f"clip=False with {ranks.size} processes: a tensor would be updated before its gradient has been "
+            "averaged over them; leave clip out, and the update runs in step()"
         )

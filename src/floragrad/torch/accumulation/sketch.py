@@ -36,19 +36,27 @@ class GradientSketch:
         seed: Of projections and of rounding.
         index: The tensor's position in the optimizer.
         device: Where the buffers are allocated; they follow the gradients if those move.
+        rank: Of several processes: each rounds with bits of its own, so that their errors average out.
 
     Attributes:
         folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
     """
 
     def __init__(
-        self, plan: AccumulatorPlan, projection: ProjectionKind, seed: int, index: int, device: torch.device
+        self,
+        plan: AccumulatorPlan,
+        projection: ProjectionKind,
+        seed: int,
+        index: int,
+        device: torch.device,
+        rank: int = 0,
     ) -> None:
         self.plan = plan
         self.folds = 0
         self._kind: ProjectionKind = projection
         self._seed = seed
         self._index = index
+        self._rank = rank
         self._buffers: dict[str, Tensor] = {}
         self._allocate(device)
 
@@ -66,7 +74,7 @@ class GradientSketch:
             window: Which window; another projection and other rounding for each.
             measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
         """
-        stored = self._stored(grad.device, self._rounding(grad.device, window))
+        stored = self._stored(grad.device, self._rounding(grad.device, window, self.folds, Stream.ACCUMULATOR_ROUNDING))
         projection, columns = self._projection(window), self._column_sizes(grad.device)
         grads, dtype = grad.reshape(self.plan.view), self.plan.state_dtype
         if self.folds == 0 and "noise" in self._buffers:
@@ -84,11 +92,40 @@ class GradientSketch:
             kept = save(total, dtype, stored.bits(where))
             stored.write(where, kept)
             if measure_noise and "noise" in self._buffers:
-                error = load(kept, dtype, stored.width).sub_(total)
-                if columns is not None:
-                    error.mul_(columns[where[0]])
-                self._buffers["noise"] += torch.linalg.vector_norm(error).square_()
+                self._measure(kept, total, None if columns is None else columns[where[0]])
         self.folds += 1
+
+    def join(self, device: torch.device) -> None:
+        """Hold zeros in place of nothing, where other processes hold gradients of this tensor.
+
+        Args:
+            device: Where the buffers are needed.
+        """
+        self._stored(device)
+        if self.folds == 0:
+            for key in self._buffers.keys() - {"col_var"}:
+                self._buffers[key].zero_()
+            self.folds = 1
+
+    def sums(self, window: int) -> StoredRows:
+        """The rows, and the bits that the sums over several processes are rounded with; for :meth:`set_sum`."""
+        device = self._buffers["data"].device
+        return self._stored(device, self._rounding(device, window, 0, Stream.EXCHANGE_ROUNDING))
+
+    def set_sum(self, where: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
+        """Replace some rows by their sum over several processes, and measure what rounding changes of it.
+
+        Args:
+            where: Which rows.
+            parts: What each process holds of them.
+            stored: From :meth:`sums`.
+        """
+        columns = self._column_sizes(self._buffers["data"].device)
+        dtype, width = self.plan.state_dtype, self.plan.width
+        total = torch.stack([load(part, dtype, width) for part in parts]).sum(0)
+        kept = save(total, dtype, stored.bits(where))
+        stored.write(where, kept)
+        self._measure(kept, total, None if columns is None else columns[where[0]])
 
     def squared_norm(self) -> Tensor:
         """‖C‖² less the squared rounding errors: in the mean the squared norm of the sum of w·G.
@@ -196,14 +233,22 @@ class GradientSketch:
         updated = squares + decay * (average - squares)
         average.copy_(torch.where(updated.isfinite(), updated, average))
 
-    def _rounding(self, device: torch.device, window: int) -> RoundingBits | None:
-        """What to round the next fold of a window with."""
+    def _measure(self, kept: tuple[Tensor, ...], exact: Tensor, columns: Tensor | None) -> None:
+        """Add the squared error of a rounding to the noise."""
+        error = load(kept, self.plan.state_dtype, self.plan.width).sub_(exact)
+        if columns is not None:
+            error.mul_(columns)
+        self._buffers["noise"] += torch.linalg.vector_norm(error).square_()
+
+    def _rounding(self, device: torch.device, window: int, folds: int, stream: Stream) -> RoundingBits | None:
+        """What to round with: for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
-        # One counter for windows and the folds in them: both stay below 2**32.
-        counter = (window << 32) | self.folds
-        source = philox(self._seed, self._index, counter, Stream.ACCUMULATOR_ROUNDING)
-        rows, columns = draw_rounding_bits(source, (*self.plan.view[:2], 1), self.plan.width)
+        # One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16.
+        counter = (window << 32) | (self._rank << 16) | folds
+        rows, columns = draw_rounding_bits(
+            philox(self._seed, self._index, counter, stream), (*self.plan.view[:2], 1), self.plan.width
+        )
         return RoundingBits(rows.to(device), columns.to(device))
 
     def _projection(self, window: int) -> Projection | None:

@@ -26,6 +26,7 @@ class Slots:
         settings: What is kept of each.
         sketched: Whether gradients are kept at all.
         hook: Called with the slot whenever a gradient has been added to ``.grad``.
+        rank: This process among those that train together.
 
     Raises:
         RuntimeError: A parameter is in other slots already.
@@ -37,11 +38,13 @@ class Slots:
         settings: Settings,
         sketched: bool,
         hook: Callable[[Slot], None],
+        rank: int,
     ) -> None:
         self._optimizers = optimizers
         self._settings = settings
         self._sketched = sketched
         self._hook = hook
+        self._rank = rank
         self._slots: dict[Tensor, Slot] = {}
         self.adopt()
 
@@ -72,7 +75,7 @@ class Slots:
             param, plan = each.param, settings.plan(each.param.shape, each.kind)
             sketch = None
             if self._sketched:
-                sketch = GradientSketch(plan, settings.projection, settings.seed, each.index, param.device)
+                sketch = GradientSketch(plan, settings.projection, settings.seed, each.index, param.device, self._rank)
             slot = Slot(each.index, each.name, param, each.optimizer, plan, sketch)
             hook = partial(_call, self._hook, slot)
             slot.handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

@@ -23,6 +23,8 @@ class Window:
         seen: Micro-batches that have ended.
         weighted: Whether their weights were given; None before the first.
         ended: Whether the last has ended.
+        ranks: Processes that it is summed over.
+        total: Micro-batches of all of them, once they have been summed; None before, and with one process.
         weight: Of the open micro-batch; None where none is open.
         last: Whether the open micro-batch, or the one that ended last, is the last.
         failed: Whether a backward pass broke off.
@@ -36,6 +38,8 @@ class Window:
     seen: int = 0
     weighted: bool | None = None
     ended: bool = False
+    ranks: int = 1
+    total: int | None = None
     weight: float | None = None
     last: bool = False
     failed: bool = False
@@ -50,9 +54,14 @@ class Window:
 
     @property
     def mean_factor(self) -> float:
-        """What makes the sum of 1/steps times each gradient their mean where the window has another length."""
-        count = self.seen + self.is_open
-        return 1.0 if self.weighted or not count else self.steps / count
+        """What makes the sum of 1/steps times each gradient their mean, over however many there were on all ranks.
+
+        A sum with weights becomes its mean over the ranks.
+        """
+        if self.weighted:
+            return 1.0 / self.ranks
+        count = self.seen + self.is_open if self.total is None else self.total
+        return self.steps / count if count else 1.0
 
 
 @dataclass(eq=False)
