@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from floragrad import Flora
+
 STEPS = 25
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -48,15 +50,22 @@ def run_steps(
     params: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     steps: range = range(STEPS),
+    *,
+    one_by_one: bool = False,
 ) -> None:
-    """Give every parameter its gradient, placed as it is, and step."""
+    """Give every parameter its gradient, placed as it is, and step: together, or one by one from the last."""
     for step in steps:
         for index, param in enumerate(params):
             grad = gradient(index, param.shape, step).to(param.dtype)
             if isinstance(param, DTensor):
                 grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
             param.grad = grad
-        optimizer.step()
+        if one_by_one:
+            assert isinstance(optimizer, Flora)
+            for param in reversed(params):
+                optimizer.step_parameter(param)
+        else:
+            optimizer.step()
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
+from floragrad.torch.distributed.flat import check_known, refuse_flat
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.part import Part
@@ -191,12 +192,13 @@ class Flora(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: A gradient is sparse; nothing has been updated then.
+            RuntimeError: A gradient is sparse, or a parameter unknown; nothing has been updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_known(self.param_groups, self._slots)
         for param, slot in self._slots.items():
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError(
@@ -304,6 +306,7 @@ class Flora(torch.optim.Optimizer):
         for name, param in zip(names, group["params"], strict=True):
             if param.is_complex():
                 raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
+        refuse_flat(names, group["params"])
         for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             plan = plan_of(param.shape, group)
             self._slots[param] = _Slot(first + offset, name, group, plan, _part(name, param, plan))
