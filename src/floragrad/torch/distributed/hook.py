@@ -224,8 +224,13 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
         The bucket's buffer with the mean over the ranks.
 
     Example:
-        >>> model = torch.nn.parallel.DistributedDataParallel(module)  # doctest: +SKIP
-        >>> model.register_comm_hook(FloraHookState(ratio=8), flora_hook)  # doctest: +SKIP
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+        >>> model.register_comm_hook(FloraHookState(ratio=8), flora_hook)
+        >>> model(torch.ones(2, 64)).square().mean().backward()
+        >>> model.module.weight.grad.shape
+        torch.Size([64, 64])
+        >>> torch.distributed.destroy_process_group()
 
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, for the projection;
     Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.

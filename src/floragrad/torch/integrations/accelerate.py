@@ -93,6 +93,8 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             return saved
         window = self.window.state_dict()
         if window["rank"][1] > 1 and (window["seen"] or window["ended"]):
+            if not self.resumes_windows:
+                return saved
             raise RuntimeError(
                 "saving inside a window of several processes: each has a part of its own, and Accelerate saves the "
                 "first one's alone; save after optimizer.step() under `if accelerator.sync_gradients:`"
