@@ -12,11 +12,13 @@ from floragrad._version import __version__
 
 if TYPE_CHECKING:
     from floragrad.planning.engine import plan
-    from floragrad.torch import Flora, GradientAccumulator, param_groups
+    from floragrad.torch import Flora, FloraHookState, GradientAccumulator, flora_hook, param_groups
 
-__all__ = ["Flora", "GradientAccumulator", "__version__", "param_groups", "plan"]
+_TORCH = ("Flora", "FloraHookState", "GradientAccumulator", "flora_hook", "param_groups")
 
-_HOME = dict.fromkeys(("Flora", "GradientAccumulator", "param_groups"), "floragrad.torch")
+__all__ = ["Flora", "FloraHookState", "GradientAccumulator", "__version__", "flora_hook", "param_groups", "plan"]
+
+_HOME = dict.fromkeys(_TORCH, "floragrad.torch")
 _HOME["plan"] = "floragrad.planning.engine"
 
 

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from floragrad import Flora, GradientAccumulator
 from tests.distributed.conftest import Worlds
-from tests.torch.accumulation_cases import ENDINGS, MAX_NORM, STEPS, WIDTH, Ending, Net, flat
+from tests.torch.accumulation_cases import ENDINGS, MAX_NORM, STEPS, Ending, Net, flat
 
 WINDOWS = 3
 SHARED = [ending for ending in ENDINGS if ending.clips]
@@ -180,10 +182,10 @@ def test_different_numbers_of_micro_batches(worlds: Worlds, counts: list[int], w
     streams = [batches(rank, 2, counts[rank]) for rank in range(2)]
     for window in range(windows):
         here = [tokens for stream in streams for tokens in stream[2 * window : 2 * window + 2]]
-        with GradientAccumulator(sgd(model), len(here), state_dtype="float32", release=release) as accumulator:
-            for tokens in here:
-                accumulator.backward(model(tokens))
-            accumulator.step()
+        torch.stack([model(tokens) for tokens in here]).mean().backward()
+        for optimizer in sgd(model):
+            optimizer.step()
+            optimizer.zero_grad()
     assert (results[0][0] - flat(model)).abs().max() < 1e-6 * flat(model).abs().max()
 
 
@@ -355,21 +357,54 @@ def test_updates_inside_the_backward_pass_are_refused(worlds: Worlds) -> None:
     assert all("clip=False with 2 processes" in said for said in worlds(2).run(updated_early))
 
 
-def in_a_group_of_its_own(rank: int) -> tuple[Tensor, Tensor]:
+def sharded(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Linear(8, 8)
+    for name, param in list(model.named_parameters()):
+        model.register_parameter(name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)])))
+    try:
+        GradientAccumulator(torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def test_parameters_in_shards_are_refused(worlds: Worlds) -> None:
+    assert all("is a DTensor" in said for said in worlds(2).run(sharded))
+
+
+def not_a_member(rank: int) -> str:
+    group = torch.distributed.new_group([0])
+    try:
+        GradientAccumulator(torch.optim.SGD(net().parameters(), lr=0.1), 2, process_group=group).close()
+    except ValueError as error:
+        return str(error)
+    return "a member"
+
+
+def test_a_group_without_this_process_is_refused(worlds: Worlds) -> None:
+    member, other = worlds(2).run(not_a_member)
+    assert member == "a member"
+    assert "process_group is one that this process is not in" in other
+
+
+def in_a_group_of_its_own(rank: int) -> Tensor:
     """A group of one rank trains alone; the default group of two does not."""
     groups = [torch.distributed.new_group([each]) for each in range(2)]
     model = net()
-    with GradientAccumulator(Flora(model.parameters(), lr=1e-2), STEPS, process_group=groups[rank]) as accumulator:
+    with GradientAccumulator(
+        Flora(model.parameters(), lr=1e-2, rank=8), STEPS, process_group=groups[rank]
+    ) as accumulator:
         for tokens in batches(rank, 2):
             accumulator.backward(model(tokens))
         accumulator.step()
-    return flat(model), torch.tensor(WIDTH)
+    return flat(model)
 
 
 def test_a_group_of_one_rank_trains_alone(worlds: Worlds) -> None:
-    for rank, (found, _) in enumerate(worlds(2).run(in_a_group_of_its_own)):
+    for rank, found in enumerate(worlds(2).run(in_a_group_of_its_own)):
         model = net()
-        with GradientAccumulator(Flora(model.parameters(), lr=1e-2), STEPS) as accumulator:
+        with GradientAccumulator(Flora(model.parameters(), lr=1e-2, rank=8), STEPS) as accumulator:
             for tokens in batches(rank, 2):
                 accumulator.backward(model(tokens))
             accumulator.step()

@@ -35,5 +35,5 @@ def test_a_missing_library_is_named_with_its_extra() -> None:
 def test_the_options_are_the_accumulators() -> None:
     options = integrations.AccumulationOptions.__annotations__
     defaults = GradientAccumulator.__init__.__kwdefaults__
-    # A loop with a norm to log never updates before the norm is known, and has a scaler of its own.
-    assert set(options) == set(defaults) - {"clip", "scaler"}
+    # A loop with a norm to log never updates before the norm is known, and has a scaler and processes of its own.
+    assert set(options) == set(defaults) - {"clip", "scaler", "process_group"}

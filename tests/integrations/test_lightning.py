@@ -277,7 +277,7 @@ def test_refusals_name_the_way_out(module: type[Module], accumulation: Any, opti
         trainer([FloraAccumulation({"release": False})], **given).fit(model, Batches())
 
 
-def test_several_processes_are_refused() -> None:
+def test_strategies_that_accumulate_themselves_are_refused() -> None:
     run = trainer([])
     run.strategy.__class__ = type("Two", (type(run.strategy),), {"handles_gradient_accumulation": True})
     with pytest.raises(RuntimeError, match="devices=1"):

@@ -6,7 +6,8 @@ require("torch", "torch")
 
 from floragrad._report import Report, ReportRow  # noqa: E402
 from floragrad.torch.accumulation import GradientAccumulator  # noqa: E402
+from floragrad.torch.distributed.hook import FloraHookState, flora_hook  # noqa: E402
 from floragrad.torch.groups import param_groups  # noqa: E402
 from floragrad.torch.optimizer import Flora  # noqa: E402
 
-__all__ = ["Flora", "GradientAccumulator", "Report", "ReportRow", "param_groups"]
+__all__ = ["Flora", "FloraHookState", "GradientAccumulator", "Report", "ReportRow", "flora_hook", "param_groups"]

@@ -76,7 +76,7 @@ class GradientAccumulator:
     Raises:
         ValueError: An option has a wrong value, or options contradict each other.
         TypeError: ``optimizer`` is none.
-        RuntimeError: A parameter has an accumulator already.
+        RuntimeError: A parameter has an accumulator already, or is in shards over processes.
 
     Example:
         >>> from floragrad import Flora

@@ -144,7 +144,9 @@ class GradientSketch:
             total += torch.linalg.vector_norm(rows).square_()
         return total - self._buffers["noise"] if "noise" in self._buffers else total
 
-    def decode_into(self, grad: Tensor, window: int, own: float, factor: float | Tensor) -> None:
+    def decode_into(
+        self, grad: Tensor, window: int, own: float, factor: float | Tensor, *, orthogonal: bool = False
+    ) -> None:
         """Replace ``grad`` by factor · (own · grad + decode(C)).
 
         Args:
@@ -152,6 +154,7 @@ class GradientSketch:
             window: As in :meth:`add`.
             own: Weight of what ``grad`` holds already.
             factor: Of all, a number or a tensor of one element.
+            orthogonal: Decode with (P Pᵀ)⁻¹ P: no longer the sum in the mean, but its orthogonal projection.
         """
         stored, projection = self._stored(grad.device), self._projection(window)
         grads, columns = grad.view(self.plan.view), self._column_sizes(grad.device)
@@ -160,7 +163,9 @@ class GradientSketch:
             factor = factor.to(grad.device)
         for where in self._blocks(grad.device):
             rows = load(stored.read(where), self.plan.state_dtype, stored.width)
-            if projection is not None:
+            if projection is not None and orthogonal:
+                rows = projection.add_orthogonal_(rows.new_zeros(*rows.shape[:-1], self.plan.view.columns), rows)
+            elif projection is not None:
                 rows = projection.decode(rows)
             elif columns is not None:
                 rows.mul_(columns[where[0]])
@@ -171,6 +176,17 @@ class GradientSketch:
             grads[where] = rows * factor
         if squares is not None:
             self._remember(squares / self.plan.view.rows)
+
+    def take_from(self, exact: Tensor, window: int) -> None:
+        """X ← X − C (P Pᵀ)⁻¹ P: what the sketch does not hold of a contiguous float32 X that was folded into it."""
+        stored, projection = self._stored(exact.device), self._projection(window)
+        whole, columns = exact.view(self.plan.view), self._column_sizes(exact.device)
+        for where in self._blocks(exact.device):
+            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+            if projection is not None:
+                projection.add_orthogonal_(whole[where], -rows)
+            else:
+                whole[where] -= rows if columns is None else rows * columns[where[0]]
 
     def state_dict(self) -> dict[str, Any]:
         """``folds`` and the buffers; between two windows only what outlives a window."""

@@ -29,7 +29,7 @@ class Slots:
         rank: This process among those that train together.
 
     Raises:
-        RuntimeError: A parameter is in other slots already.
+        RuntimeError: A parameter is in other slots already, or is a DTensor.
     """
 
     def __init__(
@@ -69,6 +69,12 @@ class Slots:
                 raise RuntimeError(
                     f"{each.name} has a GradientAccumulator already: close() that one first, or use it as a "
                     "context manager"
+                )
+            if hasattr(each.param, "placements"):
+                raise RuntimeError(
+                    f"{each.name} is a DTensor, in shards over processes: a sketch is of a whole parameter; accumulate "
+                    "exactly (FSDPModule.set_requires_gradient_sync), or train with parameters that are whole on "
+                    "every process"
                 )
         settings = self._settings
         for each in new:

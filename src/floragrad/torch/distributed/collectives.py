@@ -30,10 +30,16 @@ class Ranks:
 
     @classmethod
     def of(cls, group: "ProcessGroup | None") -> "Ranks | None":
-        """The ranks of a group, of the default group for None; None where this process trains alone."""
+        """The ranks of a group, of the default group for None; None where this process trains alone.
+
+        Raises:
+            ValueError: This process is not in the group.
+        """
         if not (distributed.is_available() and distributed.is_initialized()):
             return None
         size = distributed.get_world_size(group)
+        if size < 1:
+            raise ValueError("process_group is one that this process is not in: give the group that it trains with")
         return cls(group, distributed.get_rank(group), size) if size > 1 else None
 
     def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:

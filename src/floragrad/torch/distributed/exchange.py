@@ -29,11 +29,16 @@ def sum_sketches(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) 
         window: Which window; the rounding of the sums is drawn for it.
         ranks: Who sums.
     """
+    sum_rounded(sketches, window, ranks)
+    kept = {"float32": "data"}  # of what is rounded the sums are there, but not those of their noises
+    ranks.sum_([each.buffers[kept.get(each.plan.state_dtype, "noise")] for each in sketches])
+
+
+def sum_rounded(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
+    """As :func:`sum_sketches`, but only those in few bits, and without their noises."""
     rounded = [_Rounded(each, each.sums(window)) for each in sketches if each.plan.state_dtype != "float32"]
     for bucket in _buckets(rounded):
         _sum_rows(bucket, ranks)
-    exact = [each.buffers["data"] for each in sketches if each.plan.state_dtype == "float32"]
-    ranks.sum_([*exact, *(each.sketch.buffers["noise"] for each in rounded)])
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.distributed.wrapper import Unsynced
 from floragrad.torch.integrations import AccumulationOptions
 
 require("accelerate", "accelerate")
@@ -16,6 +17,8 @@ require("accelerate", "accelerate")
 from accelerate import Accelerator, DistributedType  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Where every process has the whole model."""
 _WINDOW = "accumulation"
 """The window's key in the state of its optimizer: there it is saved and loaded whoever saves the optimizer."""
 
@@ -80,9 +83,23 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             self._broken = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, with the window's beside it; a bare optimizer can load it too."""
+        """The optimizer's, with the window's beside it; a bare optimizer can load it too.
+
+        Raises:
+            RuntimeError: Several processes are inside a window.
+        """
         saved: dict[str, Any] = super().state_dict()
-        return saved if self.window is None else {**saved, _WINDOW: self.window.state_dict()}
+        if self.window is None:
+            return saved
+        window = self.window.state_dict()
+        if window["rank"][1] > 1 and (window["seen"] or window["ended"]):
+            if not self.resumes_windows:
+                return saved
+            raise RuntimeError(
+                "saving inside a window of several processes: each has a part of its own, and Accelerate saves the "
+                "first one's alone; save after optimizer.step() under `if accelerator.sync_gradients:`"
+            )
+        return {**saved, _WINDOW: window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up optimizer and window; a state without a window begins a new one."""
@@ -116,6 +133,9 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
     mixed precision, ``save_state`` and ``load_state``, in the middle of a window too. With Flora every tensor is
     decoded, updated and freed by itself when the optimizer steps; other optimizers find the sum in ``.grad``.
     With ``gradient_accumulation_steps=1`` it is an ``Accelerator`` and nothing else.
+
+    Under several processes DistributedDataParallel averages no gradients (it stays in the state of its
+    ``no_sync()``): the sketches are summed over the processes, once in a window. A state is saved between windows.
 
     Args:
         accumulation_compression_rank: r; ρ = min(m, n) // r columns of a matrix share one number. None keeps
@@ -155,7 +175,13 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
                 raise ValueError("accumulation_compression_rank and accumulation={'rank': ...}: give one of them")
             options["rank"] = accumulation_compression_rank
         super().__init__(*args, **kwargs)
+        self.adopt_options(options)
+
+    def adopt_options(self, options: AccumulationOptions) -> None:
+        """What is ours in the constructor; for an ``Accelerator`` that somebody else has constructed."""
         self._accumulation_options = options
+        self._unsynced = Unsynced()
+        self._prepared: list[nn.Module] = []
 
     @property
     def window_steps(self) -> int:
@@ -166,15 +192,15 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         """As Accelerate does, and begin to gather the gradients of its parameters.
 
         Raises:
-            RuntimeError: Several processes train, or gradients are gathered for another accelerator.
+            RuntimeError: Parameters are sharded over processes, or gradients gathered for another accelerator.
             ValueError: An option of the accumulation is wrong.
         """
         if self.window_steps == 1:
             return super().prepare_optimizer(optimizer, device_placement)
-        if self.distributed_type != DistributedType.NO:
+        if self.distributed_type not in _WHOLE:
             raise RuntimeError(
-                f"gradient accumulation under {self.distributed_type}: gradients are compressed before they are "
-                "averaged over processes; train in one process, or use accelerate.Accelerator"
+                f"gradient accumulation under {self.distributed_type}: sketches are of whole parameters; train with "
+                "DistributedDataParallel or in one process, or use accelerate.Accelerator"
             )
         if not isinstance(optimizer, AcceleratedOptimizer):
             placement = self.device_placement if device_placement is None else device_placement
@@ -186,14 +212,39 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             optimizer.window = GradientAccumulator(
                 optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
             )
-        return super().prepare_optimizer(optimizer)
+        prepared = super().prepare_optimizer(optimizer)
+        for model in self._prepared:
+            self._unsynced.hold(model, optimizer.trained)
+        return prepared
+
+    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As Accelerate does; its gradients are averaged as sketches, if it has an optimizer with a window."""
+        prepared = super().prepare_model(model, *args, **kwargs)
+        if self.window_steps > 1:
+            self._prepared.append(prepared)
+            self._unsynced.hold(prepared, self._trained())
+        return prepared
+
+    def join_uneven_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """As Accelerate does, in one process or without accumulation.
+
+        Raises:
+            RuntimeError: Several processes accumulate.
+        """
+        if self.window_steps > 1 and self.distributed_type != DistributedType.NO:
+            raise RuntimeError(
+                "join_uneven_inputs with accumulation: it stands in for collectives of DistributedDataParallel, which "
+                "averages nothing here; leave it out, with even_batches=True all processes have as many batches"
+            )
+        return super().join_uneven_inputs(*args, **kwargs)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As Accelerate does; each gradient is folded into its window as it appears.
 
         Raises:
-            RuntimeError: The window has its last micro-batch already.
+            RuntimeError: The window has its last micro-batch already, or a parameter has no window.
         """
+        self._unsynced.check(self._trained())
         with ExitStack() as passes:
             for optimizer in self._windows():
                 passes.enter_context(optimizer.micro_batch())
@@ -256,9 +307,15 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         super().end_training()
 
     def let_go(self) -> None:
-        """Remove the hooks from all parameters and free the sketches."""
+        """Remove the hooks from all parameters and free the sketches; wrappers average gradients again."""
         for optimizer in self._windows():
             optimizer.let_go()
+        self._unsynced.release()
+        self._prepared.clear()
+
+    def _trained(self) -> list[Tensor]:
+        """The parameters with a window."""
+        return [param for each in self._windows() if each.window is not None for param in each.trained]
 
     def _windows(self) -> list[AccumulatingOptimizer]:
         return [each for each in self._optimizers if isinstance(each, AccumulatingOptimizer)]

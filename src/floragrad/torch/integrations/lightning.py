@@ -6,11 +6,13 @@ from torch import Tensor
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.distributed.wrapper import Unsynced
 from floragrad.torch.integrations import AccumulationOptions
 
 require("lightning", "lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E402
 
 
@@ -20,7 +22,8 @@ class FloraAccumulation(Callback):
     The module and the Trainer stay as they are: automatic optimization, ``gradient_clip_val``, schedulers, mixed
     precision, checkpoints, which hold the window too. With Flora every tensor is decoded, updated and freed by
     itself, before ``on_before_optimizer_step`` of the module; other optimizers find the sum in ``.grad``. With
-    ``accumulate_grad_batches=1`` nothing is changed.
+    ``accumulate_grad_batches=1`` nothing is changed. Under ``strategy="ddp"`` the processes sum their sketches once in
+    a window, and DistributedDataParallel averages nothing; a checkpoint is saved between windows.
 
     Args:
         accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`. Flora under fp16, whose
@@ -31,8 +34,8 @@ class FloraAccumulation(Callback):
             taken of ``.grad``, as ever.
 
     Raises:
-        RuntimeError: At the start of the training: several processes, manual optimization, or with release what
-            reads ``.grad``.
+        RuntimeError: At the start of the training: parameters that are sharded over processes, manual
+            optimization, or with release what reads ``.grad``.
 
     Example:
         >>> import torch
@@ -61,14 +64,17 @@ class FloraAccumulation(Callback):
         self._options: AccumulationOptions = {**accumulation} if accumulation else {}
         self._window: GradientAccumulator | None = None
         self._saved: dict[str, Any] | None = None
+        self._unsynced = Unsynced()
         self.grad_norm: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work."""
-        if trainer.world_size > 1 or trainer.strategy.handles_gradient_accumulation:
+        strategy = trainer.strategy
+        whole = trainer.world_size == 1 or type(strategy) is DDPStrategy
+        if not whole or strategy.handles_gradient_accumulation:
             raise RuntimeError(
-                "FloraAccumulation under several processes, or a strategy that accumulates itself: gradients are "
-                "compressed before they are averaged; train with devices=1 and strategy='auto', or without it"
+                f"FloraAccumulation under {type(strategy).__name__}: sketches are of whole parameters, in windows that "
+                "Lightning counts; train with strategy='ddp', with devices=1 and strategy='auto', or without it"
             )
         if not pl_module.automatic_optimization:
             raise RuntimeError(
@@ -90,6 +96,8 @@ class FloraAccumulation(Callback):
             self._window = GradientAccumulator(trainer.optimizers[0], steps, **options)
             if self._window.releases:
                 _check_release(trainer, pl_module)
+            if trainer.strategy.model is not None:
+                self._unsynced.hold(trainer.strategy.model, pl_module.parameters())
             if self._saved is not None:
                 self._window.load_state_dict(self._saved)
 
@@ -101,6 +109,7 @@ class FloraAccumulation(Callback):
     def on_before_backward(self, trainer: Trainer, _module: LightningModule, _loss: Tensor) -> None:
         """Gradients come, of a loss that Lightning has divided by the number of micro-batches."""
         if self._window is not None:
+            self._unsynced.check(_trained(trainer))
             self._window.begin_micro_batch(weight=1.0, last=not trainer.fit_loop._should_accumulate())
 
     def on_after_backward(self, _trainer: Trainer, _module: LightningModule) -> None:
@@ -136,8 +145,18 @@ class FloraAccumulation(Callback):
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's position and its sketches."""
-        return {"window": self._saved if self._window is None else self._window.state_dict()}
+        """The window's position and its sketches.
+
+        Raises:
+            RuntimeError: Several processes are inside a window.
+        """
+        window = self._saved if self._window is None else self._window.state_dict()
+        if window is not None and window["rank"][1] > 1 and (window["seen"] or window["ended"]):
+            raise RuntimeError(
+                "a checkpoint inside a window of several processes: each has a part of its own, and Lightning saves "
+                "the first one's alone; let every_n_train_steps or the end of an epoch decide when to save"
+            )
+        return {"window": window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the window when the training starts."""
@@ -150,6 +169,11 @@ class FloraAccumulation(Callback):
             self._window.zero_grad()
             self._window.close()
             self._window = None
+        self._unsynced.release()
+
+
+def _trained(trainer: Trainer) -> list[Tensor]:
+    return [param for group in trainer.optimizers[0].param_groups for param in group["params"]]
 
 
 def _scaler(trainer: Trainer) -> Any:

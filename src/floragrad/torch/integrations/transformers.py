@@ -43,7 +43,7 @@ class FloraTrainerMixin:
     ``accelerator.backward`` keeps working: ``max_grad_norm`` and the logged ``grad_norm``, ``bf16`` and ``fp16``,
     activation checkpointing, losses per token over a whole window, checkpoints. With Flora every tensor is
     decoded, updated and freed by itself when the optimizer steps; other optimizers find the sum in ``.grad``.
-    With ``gradient_accumulation_steps=1`` nothing is changed.
+    With ``gradient_accumulation_steps=1`` nothing is changed. Several processes sum their sketches once in a window.
 
     Args:
         *args: Of the Trainer.
@@ -71,7 +71,7 @@ class FloraTrainerMixin:
             )
         # The object stays, for the Trainer has handed out methods of it.
         self.accelerator.__class__ = _TrainerAccelerator
-        self.accelerator._accumulation_options = self._accumulation
+        self.accelerator.adopt_options(self._accumulation)
         self.accelerator.trainer_steps = self.args.gradient_accumulation_steps
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

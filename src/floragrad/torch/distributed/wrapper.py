@@ -1,0 +1,47 @@
+"""DistributedDataParallel around a model whose gradients are averaged by somebody else."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Unsynced:
+    """Holds wrappers in the state of their ``no_sync()``, and lets them go again.
+
+    A wrapper takes part where one of its parameters has a window.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[DistributedDataParallel] = []
+
+    def hold(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
+        """Let no wrapper in a model average gradients, if it holds any of the parameters with a window."""
+        wanted = {id(param) for param in trained}
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel) and module not in self._held:
+                if wanted.isdisjoint(id(param) for param in module.parameters()):
+                    continue
+                module.require_backward_grad_sync = False
+                self._held.append(module)
+
+    def check(self, trained: Iterable[Tensor]) -> None:
+        """Refuse a parameter that has no window, in a wrapper that averages no more.
+
+        Raises:
+            RuntimeError: With the way out.
+        """
+        windows = {id(param) for param in trained}
+        for wrapper in self._held:
+            for name, param in wrapper.module.named_parameters():
+                if param.requires_grad and id(param) not in windows:
+                    raise RuntimeError(
+                        f"{name} is in no prepared optimizer, and its gradient would not be averaged over the "
+                        "processes: prepare an optimizer that trains it, or freeze it (requires_grad_(False))"
+                    )
+
+    def release(self) -> None:
+        """Let all wrappers average gradients again."""
+        for wrapper in self._held:
+            wrapper.require_backward_grad_sync = True
+        self._held.clear()
