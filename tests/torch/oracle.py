@@ -39,7 +39,7 @@ class TorchDraws:
         self.group = group
 
     def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"), Part.whole(plan))
+        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"), Part.whole(plan.shape, plan.view))
         return double(at.projection(epoch).matrix())
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:

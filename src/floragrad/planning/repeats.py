@@ -41,7 +41,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     def step_tensor(param: Tensor, grad: Tensor, _: State, at: TensorStep) -> None:
         def work(plan: TensorPlan) -> Callable[[], None]:
-            small = replace(at, plan=plan, part=Part.whole(plan))
+            small = replace(at, plan=plan, part=Part.whole(plan.shape, plan.view))
             tensors = _empty(plan, param), _empty(plan, grad)
             state = initial_state(plan, at.group, at.index, at.device)
             return lambda: step(*tensors, state, small)

@@ -368,10 +368,12 @@ class Flora(torch.optim.Optimizer):
 def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
     """What of a parameter is here."""
     if not is_sharded(param):
-        return Part.whole(plan)
-    from floragrad.torch.distributed.shards import part_of
+        return Part.whole(plan.shape, plan.view)
+    from floragrad.torch.distributed.shards import check_columns, part_of
 
-    return part_of(name, param, plan)
+    part = part_of(name, param, plan.view)
+    check_columns(name, param, plan, part)
+    return part
 
 
 def _without_repetition(params: Any) -> list[Any]:

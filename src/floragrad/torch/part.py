@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from floragrad.policy import MatrixView, TensorPlan
+from floragrad.policy import MatrixView
+from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
 
 Axis = Literal["batch", "rows", "columns"]
 EVERYWHERE: tuple[Axis, ...] = ("batch", "rows", "columns")
@@ -31,21 +34,48 @@ class Part:
 
     Attributes:
         view: What is here as (batch, rows, columns).
-        leading: What is here of the dimensions before the last one of the plan's state.
+        shape: The whole tensor's dimensions before the last one of its state: one number for each row.
+        leading: What of them is here.
         columns: The columns that are here.
         split: Mesh dimensions by the axis of the view that they split; axes that are whole are missing.
         column_parts: How many parts the columns are in.
     """
 
     view: MatrixView
+    shape: tuple[int, ...]
     leading: tuple[slice, ...]
     columns: slice
     split: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
     column_parts: int = 1
 
     @classmethod
-    def whole(cls, plan: TensorPlan) -> "Part":
-        """All of a tensor; one without a view is a single column."""
-        view = plan.view or MatrixView(1, prod(plan.shape), 1)
-        leading = plan.leading if plan.view else plan.shape
-        return cls(view, tuple(slice(0, size) for size in leading), slice(0, view.columns))
+    def whole(cls, shape: tuple[int, ...], view: MatrixView | None) -> "Part":
+        """All of a tensor; one without a view is a single column.
+
+        Args:
+            shape: The tensor's.
+            view: Its matrices.
+        """
+        leading = leading_shape(shape, view)
+        view = view or MatrixView(1, prod(shape), 1)
+        return cls(view, leading, tuple(slice(0, size) for size in leading), slice(0, view.columns))
+
+    def rounding(self, source: np.random.Philox, width: int, columns: slice, device: torch.device) -> RoundingBits:
+        """What to round the rows that are here with: the same whatever is elsewhere.
+
+        Args:
+            source: Of the whole tensor's random words.
+            width: Numbers in a row.
+            columns: Those that are here.
+            device: Where they are needed.
+        """
+        drawn = draw_rounding_bits(source, self.shape, width)
+        here = drawn.rows[self.leading].reshape(self.view.batch, self.view.rows, 1)
+        return RoundingBits(here.to(device), drawn.columns[columns].to(device))
+
+
+def leading_shape(shape: tuple[int, ...], view: MatrixView | None) -> tuple[int, ...]:
+    """The dimensions of a tensor's state before its last one."""
+    if view is None:
+        return shape
+    return (*shape[:-2], view.rows) if view.batch > 1 else (view.rows,)

@@ -22,7 +22,7 @@ def row_blocks(view: MatrixView, elements: int, *, gaussian: bool = False) -> It
         gaussian: As few blocks as two buffers allow: a Gaussian projection is drawn again for each.
     """
     batch, rows, columns = view
-    height = ceil(rows / 8) if gaussian else max(1, min(rows, elements // columns))
+    height = max(1, ceil(rows / 8) if gaussian else min(rows, elements // columns))
     depth = max(1, elements // (rows * columns)) if height == rows else 1
     for first in range(0, batch, depth):
         for top in range(0, rows, height):

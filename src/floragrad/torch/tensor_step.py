@@ -15,7 +15,7 @@ from floragrad.torch.projection import (
     draw_projection,
     philox,
 )
-from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
+from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, row_blocks
 
 BLOCK_ELEMENTS: Final = 2**18
@@ -88,13 +88,9 @@ class TensorStep:
         return row_blocks(self.view, elements, gaussian=gaussian)
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:
-        """What to round the rows that are here with: the same whatever is elsewhere, and nothing to save."""
-        leading = self.plan.leading if self.plan.view else self.plan.shape
+        """What to round the rows that are here with; nothing of it needs saving."""
         source = philox(self.group["seed"], self.index, self.step, stream)
-        drawn = draw_rounding_bits(source, leading, width)
-        batch, rows, _ = self.view
-        here = drawn.rows[self.part.leading].reshape(batch, rows, 1)
-        return RoundingBits(here.to(self.device), drawn.columns[columns].to(self.device))
+        return self.part.rounding(source, width, columns, self.device)
 
     def projection(self, epoch: int) -> Projection:
         """The drawn projection of an epoch (signs or Gaussian)."""

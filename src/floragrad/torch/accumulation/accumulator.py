@@ -22,11 +22,11 @@ from floragrad.torch.accumulation.settings import (
     can_release,
     check_clip,
     check_release,
+    ranks_of,
 )
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Slot, Window, exactly
 from floragrad.torch.accumulation.witness import Witness
-from floragrad.torch.distributed.collectives import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,6 +54,9 @@ class GradientAccumulator:
     wrapped in DistributedDataParallel, or is run in its ``no_sync()``. Every rank ends, steps and drops the same
     windows. The last gradients are folded too, and ``steps=1`` sends compressed gradients in every step.
 
+    Gradients of sharded parameters (FSDP2) are summed by whoever shards them; what is here of each is folded into a
+    sketch of its own, and nothing is exchanged but norms.
+
     Args:
         optimizer: Flora, any other optimizer, or a list of optimizers.
         steps: N, the micro-batches of a window. With 1 nothing is kept: plain gradient release.
@@ -71,12 +74,13 @@ class GradientAccumulator:
         scaler: Of fp16 training: :meth:`backward` scales the loss, :meth:`step` skips the window where a
             gradient was not finite; ``scaler.update()`` stays yours to call.
         process_group: The processes that train together, each with micro-batches of its own and an accumulator
-            made alike. None: the default group, or this process alone where there is none.
+            made alike. None: the default group, or this process alone where there is none; with sharded parameters
+            nobody, for their gradients are summed already.
 
     Raises:
         ValueError: An option has a wrong value, or options contradict each other.
         TypeError: ``optimizer`` is none.
-        RuntimeError: A parameter has an accumulator already, or is in shards over processes.
+        RuntimeError: A parameter has an accumulator already.
 
     Example:
         >>> from floragrad import Flora
@@ -115,8 +119,8 @@ class GradientAccumulator:
         self._settings = Settings.checked(
             steps=steps, ratio=ratio, rank=rank, state_dtype=state_dtype, projection=projection, seed=seed
         )
-        self._ranks = Ranks.of(process_group)
         optimizers = as_optimizers(optimizer)
+        self._ranks = ranks_of(process_group, optimizers)
         release = can_release(optimizers) if release is None else release
         if release:
             check_release(optimizers)
@@ -378,7 +382,7 @@ class GradientAccumulator:
 
     def _fold(self, slot: Slot) -> None:
         """The hook: a gradient of one parameter has been added to its ``.grad``."""
-        window, grad = self._window, slot.param.grad
+        window, grad = self._window, slot.local_grad()
         if grad is None:
             return
         if window.weight is None:

@@ -19,7 +19,7 @@ def window_state(window: Window, slots: Slots, settings: Settings, ranks: Ranks 
         "weighted": window.weighted,
         "ended": window.ended,
         "total": window.total,
-        "rank": _place(ranks),
+        "rank": _place(ranks, slots),
         "sketches": {index: saved for index, saved in sketches.items() if saved.keys() > {"folds"}},
     }
 
@@ -32,10 +32,11 @@ def check_window(state: dict[str, Any], slots: Slots, settings: Settings, ranks:
     """
     if state["seen"] or state["ended"]:
         settings.check_saved(state["settings"], slots.device)
-        if state["rank"] != _place(ranks):
+        rank, size = _place(ranks, slots)
+        if state["rank"] != [rank, size]:
             raise ValueError(
                 f"the saved window is rank {state['rank'][0]}'s of {state['rank'][1]}, this is rank "
-                f"{_place(ranks)[0]} of {_place(ranks)[1]}: let each rank load what it saved itself, or load a state "
+                f"{rank} of {size}: let each rank load what it saved itself, or load a state "
                 "that was saved between two windows"
             )
     here = {slot.index: slot for slot in slots}
@@ -59,5 +60,8 @@ def load_window(state: dict[str, Any], slots: Slots, fresh: Window) -> Window:
     return replace(fresh, number=state["window"], **{key: state[key] for key in ("seen", "weighted", "ended", "total")})
 
 
-def _place(ranks: Ranks | None) -> list[int]:
+def _place(ranks: Ranks | None, slots: Slots) -> list[int]:
+    """This process among those that have other sketches, and how many they are."""
+    if ranks is None and any(slot.part is not None for slot in slots):
+        ranks = Ranks.of(None)
     return [0, 1] if ranks is None else [ranks.rank, ranks.size]

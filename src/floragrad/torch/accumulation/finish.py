@@ -11,7 +11,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.torch.accumulation.window import Slot, Window
+from floragrad.torch.distributed.lockstep import is_sharded, sum_over_parts
 from floragrad.torch.optimizer import Flora
+from floragrad.torch.part import EVERYWHERE, ShardSum
 
 
 class Finish(Protocol):
@@ -91,9 +93,15 @@ class Release:
                 "the norm is not known: with clip=False (the default for steps=1) tensors are updated inside "
                 "the last backward pass; construct the accumulator with clip=True"
             )
-        squares = [slot.sketch.squared_norm() for slot in self._slots if slot.sketch and slot.sketch.folds]
-        if not squares:
+        held = [(slot, slot.sketch.squared_norm()) for slot in self._slots if slot.sketch and slot.sketch.folds]
+        if not held:
             return torch.zeros(())
+        sum_over_parts(
+            ([ShardSum(square, EVERYWHERE)], slot.part, slot.param.device_mesh)
+            for slot, square in held
+            if slot.part is not None and is_sharded(slot.param)
+        )
+        squares = [square for _, square in held]
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
         norm = total.clamp(min=0).sqrt() * window.mean_factor
         return norm if self._scaler is None else self._unscaled(norm, self._scaler)
@@ -200,7 +208,8 @@ class Materialise:
     def norm(self, window: Window) -> Tensor:
         """Of what ``.grad`` holds, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
         self._unscale(window)
-        return torch.nn.utils.get_total_norm(_gradients(self._slots))
+        norm = torch.nn.utils.get_total_norm(_gradients(self._slots))
+        return norm.full_tensor() if is_sharded(norm) else norm
 
     def clip(self, window: Window, max_norm: float) -> None:
         """Scale ``.grad``."""

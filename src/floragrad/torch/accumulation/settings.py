@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch.optim import Optimizer
 from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
 from floragrad.torch.distributed.collectives import Ranks
+from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.options import check_option, state_dtype_name
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,24 @@ def can_release(optimizers: tuple[Optimizer, ...]) -> bool:
     """Whether every parameter can be updated by itself."""
     single = all(sum(len(g["params"]) for g in each.param_groups) == 1 for each in optimizers)
     return single or (len(optimizers) == 1 and isinstance(optimizers[0], Flora))
+
+
+def ranks_of(group: "ProcessGroup | None", optimizers: tuple[Optimizer, ...]) -> Ranks | None:
+    """The processes that sum their sketches; None where there are none, or gradients are summed already.
+
+    Raises:
+        ValueError: Some parameters are sharded and some are not, and nobody says who sums.
+    """
+    ranks = Ranks.of(group)
+    sharded = [is_sharded(each.param) for each in listed_parameters(optimizers)]
+    if group is not None or ranks is None or not any(sharded):
+        return ranks
+    if not all(sharded):
+        raise ValueError(
+            "some parameters are sharded (DTensor), whose gradients are summed already, and some are whole, whose "
+            "gradients each process has for itself: shard them all, or give the process_group to sum over"
+        )
+    return None
 
 
 def check_release(optimizers: tuple[Optimizer, ...]) -> None:

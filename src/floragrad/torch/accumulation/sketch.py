@@ -9,8 +9,9 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.part import Part
 from floragrad.torch.projection import Projection, draw_projection, philox
-from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
+from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save
 from floragrad.torch.tensor_step import block_elements
 
@@ -37,6 +38,7 @@ class GradientSketch:
         index: The tensor's position in the optimizer.
         device: Where the buffers are allocated; they follow the gradients if those move.
         rank: Of several processes: each rounds with bits of its own, so that their errors average out.
+        part: What of the tensor is here; None: all of it. The plan is the part's.
 
     Attributes:
         folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
@@ -50,8 +52,10 @@ class GradientSketch:
         index: int,
         device: torch.device,
         rank: int = 0,
+        part: Part | None = None,
     ) -> None:
         self.plan = plan
+        self._part = part or Part.whole(plan.shape, plan.view)
         self.folds = 0
         self._kind: ProjectionKind = projection
         self._seed = seed
@@ -262,10 +266,8 @@ class GradientSketch:
             return None
         # One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16.
         counter = (window << 32) | (self._rank << 16) | folds
-        rows, columns = draw_rounding_bits(
-            philox(self._seed, self._index, counter, stream), (*self.plan.view[:2], 1), self.plan.width
-        )
-        return RoundingBits(rows.to(device), columns.to(device))
+        source = philox(self._seed, self._index, counter, stream)
+        return self._part.rounding(source, self.plan.width, slice(None), device)
 
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:

@@ -2,17 +2,24 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from floragrad.policy import AccumulatorPlan
 from floragrad.torch.accumulation.settings import Settings, listed_parameters
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import Slot
+from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.part import Part
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _holder_of: Any = WeakTensorKeyDictionary()
 """The live :class:`Slots` that each parameter is in, by weak reference."""
@@ -29,7 +36,8 @@ class Slots:
         rank: This process among those that train together.
 
     Raises:
-        RuntimeError: A parameter is in other slots already, or is a DTensor.
+        RuntimeError: A parameter is in other slots already.
+        ValueError: A parameter is sharded in a way that cannot be sketched.
     """
 
     def __init__(
@@ -70,19 +78,17 @@ class Slots:
                     f"{each.name} has a GradientAccumulator already: close() that one first, or use it as a "
                     "context manager"
                 )
-            if hasattr(each.param, "placements"):
-                raise RuntimeError(
-                    f"{each.name} is a DTensor, in shards over processes: a sketch is of a whole parameter; accumulate "
-                    "exactly (FSDPModule.set_requires_gradient_sync), or train with parameters that are whole on "
-                    "every process"
-                )
         settings = self._settings
         for each in new:
-            param, plan = each.param, settings.plan(each.param.shape, each.kind)
+            param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
+            if is_sharded(param):
+                plan, part = _share(each.name, param, plan)
             sketch = None
             if self._sketched:
-                sketch = GradientSketch(plan, settings.projection, settings.seed, each.index, param.device, self._rank)
-            slot = Slot(each.index, each.name, param, each.optimizer, plan, sketch)
+                sketch = GradientSketch(
+                    plan, settings.projection, settings.seed, each.index, param.device, self._rank, part
+                )
+            slot = Slot(each.index, each.name, param, each.optimizer, plan, sketch, part)
             hook = partial(_call, self._hook, slot)
             slot.handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._slots[param] = slot
@@ -95,6 +101,23 @@ class Slots:
                 slot.handle.remove()
             _holder_of.pop(param, None)
         self._slots.clear()
+
+
+def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[AccumulatorPlan, Part]:
+    """What is kept here of a sharded parameter's gradient, and which part of it that is of.
+
+    Raises:
+        ValueError: It is split along its columns, with the way out.
+    """
+    from floragrad.torch.distributed.shards import part_of
+
+    part = part_of(name, param, plan.view if param.dim() > 1 else None)
+    if "columns" in part.split:
+        raise ValueError(
+            f"{name} of shape {plan.shape} is split along its columns ({param.placements}), and a sketch is of whole "
+            "rows: accumulate exactly (FSDPModule.set_requires_gradient_sync), or split it along its rows"
+        )
+    return replace(plan, shape=tuple(param.to_local().shape), view=part.view), part
 
 
 def _call(hook: Callable[[Slot], None], slot: Slot, _: Tensor) -> None:

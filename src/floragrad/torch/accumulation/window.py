@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from floragrad.policy import AccumulatorPlan
 from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.part import Part
 
 
 @dataclass
@@ -73,8 +75,9 @@ class Slot:
         name: As the optimizer knows it.
         param: The parameter.
         optimizer: The one that updates it.
-        plan: What its sketch is.
+        plan: What its sketch is, of what is here of it.
         sketch: Its sum of gradients; None where no gradient is ever kept.
+        part: What of a sharded parameter is here; None where it is whole.
         updated: Whether it has been updated inside the window's last backward pass.
         handle: Of its hook.
     """
@@ -85,8 +88,17 @@ class Slot:
     optimizer: Optimizer
     plan: AccumulatorPlan
     sketch: GradientSketch | None
+    part: Part | None = None
     updated: bool = False
     handle: RemovableHandle | None = field(default=None, repr=False)
+
+    def local_grad(self) -> Tensor | None:
+        """What is here of ``.grad``."""
+        if is_sharded(self.param) and self.param.grad is not None:
+            from floragrad.torch.distributed.shards import local_gradient
+
+            return local_gradient(self.param)
+        return self.param.grad
 
     def gather(self, window: Window, own: float, factor: float | Tensor) -> bool:
         """Leave factor · (own · grad + decode(C)) in ``.grad``, in place where a gradient is there.
@@ -94,18 +106,26 @@ class Slot:
         Returns:
             False where the window has seen no gradient of this parameter: ``.grad`` stays None.
         """
-        grad = self.param.grad
+        grad = self.local_grad()
         if self.sketch is None or self.sketch.folds == 0:
             if grad is not None and (isinstance(factor, Tensor) or own * factor != 1.0):
                 grad.mul_(factor.to(grad.device) * own if isinstance(factor, Tensor) else factor * own)
             return grad is not None
         if grad is None:
-            grad, own = self.param.new_empty(self.param.shape), 0.0
+            grad, own = torch.empty(self.plan.shape, dtype=self.param.dtype, device=self.param.device), 0.0
         else:
             grad = grad.contiguous()
         self.sketch.decode_into(grad, window.number, own, factor)
-        self.param.grad = grad
+        self._put(grad)
         return True
+
+    def _put(self, local: Tensor) -> None:
+        """Let ``.grad`` be what is here of it."""
+        if is_sharded(self.param):
+            from floragrad.torch.distributed.shards import as_gradient
+
+            local = as_gradient(self.param, local)
+        self.param.grad = local
 
 
 @contextmanager

@@ -43,20 +43,25 @@ def step_together(steps: Iterable[ShardStep]) -> None:
     """
     active = list(steps)
     while active:
-        shares: dict[tuple[DeviceMesh, int], list[Tensor]] = {}
-        going_on = []
-        for each in active:
-            sums = next(each.sums, None)
-            if sums is None:
-                continue
-            going_on.append(each)
-            for value, over in sums:
-                for axis in over:
-                    for mesh_dim in each.part.split.get(axis, ()):
-                        shares.setdefault((each.mesh, mesh_dim), []).append(value)
-        for (mesh, mesh_dim), values in shares.items():
-            _add_up(values, mesh.get_group(mesh_dim))
-        active = going_on
+        waiting = [(each, next(each.sums, None)) for each in active]
+        active = [each for each, sums in waiting if sums is not None]
+        sum_over_parts((sums, each.part, each.mesh) for each, sums in waiting if sums is not None)
+
+
+def sum_over_parts(shares: "Iterable[tuple[list[ShardSum], Part, DeviceMesh]]") -> None:
+    """Add up what parts of tensors have of their sums, in place: one all-reduce for each mesh dimension.
+
+    Args:
+        shares: The sums, the part that has a share of them, and the devices that have the others.
+    """
+    groups: dict[tuple[DeviceMesh, int], list[Tensor]] = {}
+    for sums, part, mesh in shares:
+        for value, over in sums:
+            for axis in over:
+                for mesh_dim in part.split.get(axis, ()):
+                    groups.setdefault((mesh, mesh_dim), []).append(value)
+    for (mesh, mesh_dim), values in groups.items():
+        _add_up(values, mesh.get_group(mesh_dim))
 
 
 def _add_up(values: list[Tensor], group: torch.distributed.ProcessGroup) -> None:

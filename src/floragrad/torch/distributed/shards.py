@@ -19,25 +19,26 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from floragrad.policy import QUANTIZATION_BLOCK, Buffer, MatrixView, TensorPlan
-from floragrad.torch.part import Axis, Part
+from floragrad.torch.part import Axis, Part, leading_shape
 
 _OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
 _OF_COLUMNS = ("col_var", "projection_weight")
 
 
-def part_of(name: str, param: DTensor, plan: TensorPlan) -> Part:
+def part_of(name: str, param: DTensor, view: MatrixView | None) -> Part:
     """What of a sharded parameter is on this device.
 
     Args:
         name: For messages.
         param: The parameter.
-        plan: Of its global shape.
+        view: Of its global shape.
 
     Raises:
-        ValueError: It is split in a way in which its rows cannot be stepped, with the way out.
+        ValueError: It is split in a way in which its rows cannot be worked on, with the way out.
     """
-    shape, offset = _local(param, plan.shape, param.placements)
-    axes = _axes(plan)
+    whole = tuple(param.shape)
+    shape, offset = _local(param, whole, param.placements)
+    axes = _axes(whole, view)
     split: dict[Axis, tuple[int, ...]] = {}
     for mesh_dim, placement in enumerate(param.placements):
         if placement.is_replicate():
@@ -45,21 +46,21 @@ def part_of(name: str, param: DTensor, plan: TensorPlan) -> Part:
         axis = axes[_dim(placement)] if isinstance(placement, Shard | _StridedShard) else None
         if axis is None:
             raise ValueError(
-                f"{name} of shape {plan.shape} is placed as {param.placements}: Flora steps tensors that are "
-                "replicated, or split along dimensions of their matrix view; shard it on dimension 0"
+                f"{name} of shape {whole} is placed as {param.placements}: floragrad takes tensors that "
+                "are replicated, or split along dimensions of their matrix view; shard it on dimension 0"
             )
         if param.device_mesh.size(mesh_dim) > 1:
             split[axis] = (*split.get(axis, ()), mesh_dim)
-    columns = slice(offset[-1], offset[-1] + shape[-1]) if axes and axes[-1] == "columns" else slice(0, _columns(plan))
-    part = Part(
-        _local_view(plan, shape),
-        _leading(plan, shape, offset),
+    by_columns = bool(axes) and axes[-1] == "columns"
+    columns = slice(offset[-1], offset[-1] + shape[-1]) if by_columns else slice(0, view.columns if view else 1)
+    return Part(
+        _local_view(view, axes, shape),
+        leading_shape(whole, view),
+        _leading(view, axes, shape, offset),
         columns,
         split,
         prod(param.device_mesh.size(dim) for dim in split.get("columns", ())),
     )
-    _check_columns(name, param, plan, part)
-    return part
 
 
 def local_buffers(param: DTensor, plan: TensorPlan) -> Mapping[str, Buffer]:
@@ -87,7 +88,7 @@ def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor])
             _placements(param, plan, key),
             run_check=False,
             shape=torch.Size(plan.buffers[key].shape),
-            stride=torch.empty(plan.buffers[key].shape, device="meta").stride(),
+            stride=_strides(plan.buffers[key].shape),
         )
         for key, value in local.items()
     }
@@ -110,38 +111,48 @@ def local_gradient(param: DTensor) -> Tensor:
     return grad.to_local()
 
 
-def _axes(plan: TensorPlan) -> list[Axis | None]:
+def as_gradient(param: DTensor, local: Tensor) -> DTensor:
+    """What is here of a gradient, as the parameter is placed."""
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=_strides(param.shape)
+    )
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()
+
+
+def _axes(shape: tuple[int, ...], view: MatrixView | None) -> list[Axis | None]:
     """What each dimension of the parameter is in its view; None for what may not be split."""
-    ndim = len(plan.shape)
-    if plan.view is None:
+    ndim = len(shape)
+    if view is None:
         return ["rows"] * ndim
-    if ndim > 2 and plan.view == MatrixView(1, plan.shape[0], prod(plan.shape[1:])):
+    if ndim > 2 and view == MatrixView(1, shape[0], prod(shape[1:])):
         return ["rows", *([None] * (ndim - 1))]
     return [*(["batch"] * (ndim - 2)), "rows", "columns"]  # type: ignore[list-item]
 
 
-def _columns(plan: TensorPlan) -> int:
-    return plan.view.columns if plan.view else 1
-
-
-def _local_view(plan: TensorPlan, shape: Sequence[int]) -> MatrixView:
-    if plan.view is None:
+def _local_view(view: MatrixView | None, axes: list[Axis | None], shape: Sequence[int]) -> MatrixView:
+    if view is None:
         return MatrixView(1, prod(shape), 1)
-    if _axes(plan)[-1] is None:
-        return MatrixView(1, shape[0], plan.view.columns)
+    if axes[-1] is None:
+        return MatrixView(1, shape[0], view.columns)
     return MatrixView(prod(shape[:-2]), shape[-2], shape[-1])
 
 
-def _leading(plan: TensorPlan, shape: Sequence[int], offset: Sequence[int]) -> tuple[slice, ...]:
+def _leading(
+    view: MatrixView | None, axes: list[Axis | None], shape: Sequence[int], offset: Sequence[int]
+) -> tuple[slice, ...]:
     """What is here of the dimensions that a row's random word has."""
     here = [slice(first, first + size) for first, size in zip(offset, shape, strict=True)]
-    if plan.view is None:
+    if view is None:
         return tuple(here)
     if prod(shape) == 0:
-        return (slice(0, 0),) * len(plan.leading)
-    if _axes(plan)[-1] is None:
+        return (slice(0, 0),) * (len(shape) - 1 if view.batch > 1 else 1)
+    if axes[-1] is None:
         return (here[0],)
-    return tuple(here[:-1]) if plan.view.batch > 1 else (here[-2],)
+    return tuple(here[:-1]) if view.batch > 1 else (here[-2],)
 
 
 def _placements(param: DTensor, plan: TensorPlan, key: str) -> tuple[Placement, ...]:
@@ -153,7 +164,7 @@ def _state_placement(placement: Placement, plan: TensorPlan, key: str) -> Placem
     if placement.is_replicate() or key == "step":
         return Replicate()
     dim = _dim(placement)
-    axis = _axes(plan)[dim]
+    axis = _axes(plan.shape, plan.view)[dim]
     if key == "variance" or plan.view is None:
         return placement
     last = len(plan.buffers[key].shape) - 1
@@ -185,20 +196,20 @@ def _local(
     return tuple(int(size) for size in local), tuple(int(first) for first in offset)
 
 
-def _check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> None:
+def check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> None:
     """Refuse what cannot be kept of a tensor that is split along its columns.
 
     Raises:
         ValueError: With the way out.
     """
-    if "columns" not in part.split or plan.momentum == "none":
+    if "columns" not in part.split or plan.momentum == "none" or plan.view is None:
         return
     where = f"{name} of shape {plan.shape} is split along its columns ({param.placements})"
     if plan.momentum == "sketch":
         if plan.projection == "adaptive":
             raise ValueError(f"{where}: learnt weights need whole rows; give its group projection='sign'")
         return
-    cuts_blocks = _columns(plan) % (QUANTIZATION_BLOCK * part.column_parts) != 0
+    cuts_blocks = plan.view.columns % (QUANTIZATION_BLOCK * part.column_parts) != 0
     if plan.state_dtype == "int4" or (plan.state_dtype == "int8" and cuts_blocks):
         raise ValueError(
             f"{where} and keeps every column of its momentum in {plan.state_dtype}, whose blocks of "
