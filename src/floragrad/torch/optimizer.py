@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -10,14 +9,13 @@ from torch import Tensor
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
-from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan
+from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
-from floragrad.torch.distributed.flat import check_known, refuse_flat
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
-from floragrad.torch.options import plan_of, resolve_group
-from floragrad.torch.part import Part
+from floragrad.torch.options import resolve_group
 from floragrad.torch.report import report_row
-from floragrad.torch.step import initial_state, step_part, step_tensor
+from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
+from floragrad.torch.step import step_part, step_tensor
 from floragrad.torch.tensor_step import TensorStep
 
 if TYPE_CHECKING:
@@ -25,17 +23,6 @@ if TYPE_CHECKING:
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Where a parameter stands: its position in the optimizer, its group, its plan."""
-
-    index: int
-    name: str
-    group: Group
-    plan: TensorPlan
-    part: Part
 
 
 class Flora(torch.optim.Optimizer):
@@ -150,7 +137,7 @@ class Flora(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "compile": compile,
         }
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self._warn_if_nothing_compressed()
@@ -165,11 +152,11 @@ class Flora(torch.optim.Optimizer):
             ValueError: As in the constructor; the optimizer is left as it was.
         """
         group = dict(param_group)
-        group["params"] = _without_repetition(group["params"])
+        group["params"] = without_repetition(group["params"])
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         try:
-            self._place(group)
+            self._slots.update(slots_of(group, len(self._slots)))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -198,7 +185,7 @@ class Flora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_known(self.param_groups, self._slots)
+        self._follow()
         for param, slot in self._slots.items():
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError(
@@ -227,6 +214,7 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: It has no gradient.
         """
+        self._follow()
         if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
         if is_sharded(param):
@@ -245,10 +233,12 @@ class Flora(torch.optim.Optimizer):
             >>> report.rows[0].ratio, report.state_bytes < report.adamw_bytes / 20
             (8, True)
         """
+        self._follow()
         return Report(tuple(report_row(slot.name, param, slot.plan) for param, slot in self._slots.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
+        self._follow()
         saved = super().state_dict()
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
@@ -274,13 +264,14 @@ class Flora(torch.optim.Optimizer):
         super().__setstate__(state)
         self._slots = {}
         for group in self.param_groups:
-            self._place(group)
+            self._slots.update(slots_of(group, len(self._slots)))
         incoming = self.__dict__.setdefault("_incoming", None)
         if incoming is not None:
             self._restore(incoming)
 
     def _accept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
+        self._follow()
         plans = {param: slot.plan for param, slot in self._slots.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
         own = [{"compile": group["compile"]} for group in self.param_groups]
@@ -295,21 +286,9 @@ class Flora(torch.optim.Optimizer):
         self.state.clear()
         for param in self._slots:
             if param in incoming:
-                self.state[param] = self._placed(param, exact_state(incoming[param], param.device))
+                self.state[param] = placed_state(param, self._slots[param], exact_state(incoming[param], param.device))
             elif param.requires_grad:
                 self._state_of(param)
-
-    def _place(self, group: Group) -> None:
-        """Give every parameter of a group its slot, or none if one of them cannot be updated."""
-        first = len(self._slots)
-        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
-        for name, param in zip(names, group["params"], strict=True):
-            if param.is_complex():
-                raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
-        refuse_flat(names, group["params"])
-        for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-            plan = plan_of(param.shape, group)
-            self._slots[param] = _Slot(first + offset, name, group, plan, _part(name, param, plan))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""
@@ -317,28 +296,26 @@ class Flora(torch.optim.Optimizer):
         slot = self._slots[param]
         # The model may have left the meta device, or moved to another, after the optimizer was made.
         if not state or any(value.is_meta for value in state.values()):
-            state.update(self._initial_state(param, slot))
+            state.update(fresh_state(param, slot))
         for key, value in state.items():
             if key != "step" and value.device != param.device:
                 state[key] = value.to(param.device)
         return state
 
-    def _initial_state(self, param: Tensor, slot: _Slot) -> dict[str, Tensor]:
-        if not is_sharded(param):
-            return initial_state(slot.plan, slot.group, slot.index, param.device)
-        from floragrad.torch.distributed.shards import local_buffers, sharded_state
-
-        buffers = local_buffers(param, slot.plan)
-        local = initial_state(slot.plan, slot.group, slot.index, param.device, buffers)
-        return sharded_state(param, slot.plan, local)
-
-    def _placed(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A loaded state as the parameter is placed: of a whole tensor, what is here."""
-        if not is_sharded(param):
-            return state
-        from floragrad.torch.distributed.shards import placed
-
-        return {key: placed(key, value, param, self._slots[param].plan) for key, value in state.items()}
+    def _follow(self) -> None:
+        """Take over parameters that have been put in the places of others, with what is here of their state."""
+        slots = exchanged_slots(self._slots, self.param_groups)
+        if slots is None:
+            return
+        for old, (param, slot) in zip(self._slots, slots.items(), strict=True):
+            if old is not param:
+                state = self.state.pop(old, {})
+                if state and state["step"] > 0:
+                    self.state[param] = placed_state(param, slot, exact_state(state, param.device))
+        self._slots = slots
+        for param in slots:
+            if param.requires_grad:
+                self._state_of(param)
 
     def _begin_step(self, param: Tensor) -> tuple[dict[str, Tensor], TensorStep]:
         """The parameter's state, one step on, and what the step goes by."""
@@ -363,36 +340,3 @@ class Flora(torch.optim.Optimizer):
         reasons = ", ".join(f"{row.name} ({row.reason})" for row in report.rows[:5])
         more = f", and {len(report.rows) - 5} more" if len(report.rows) > 5 else ""
         warnings.warn(f"Flora compresses no momentum here: {reasons}{more}", UserWarning, stacklevel=3)
-
-
-def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
-    """What of a parameter is here."""
-    if not is_sharded(param):
-        return Part.whole(plan.shape, plan.view)
-    from floragrad.torch.distributed.shards import check_columns, part_of
-
-    part = part_of(name, param, plan.view)
-    check_columns(name, param, plan, part)
-    return part
-
-
-def _without_repetition(params: Any) -> list[Any]:
-    """The parameters in order, each once: tied weights are updated once."""
-    if isinstance(params, Tensor):
-        return [params]
-    if isinstance(params, set):
-        raise TypeError("parameters must be in an order: give a list, not a set")
-    seen: set[int] = set()
-    items, once = list(params), []
-    for item in items:
-        tensor = item[1] if isinstance(item, tuple) else item
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            once.append(item)
-    if len(once) < len(items):
-        warnings.warn(
-            "a parameter group with duplicate parameters: each of them is kept, and updated, once",
-            UserWarning,
-            stacklevel=2,
-        )
-    return once

@@ -1,7 +1,6 @@
 """Flat parameters, one vector made of many tensors, are recognised: their matrices cannot be seen."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -36,19 +35,14 @@ def refuse_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
         )
 
 
-def check_known(groups: Iterable[dict[str, Any]], known: Iterable[Tensor]) -> None:
-    """Refuse parameters that were put into the groups behind the optimizer's back.
+def exchanged_for_others(params: Sequence[Tensor]) -> RuntimeError:
+    """The error of parameters that were put into the groups and are not shards of those that were there.
 
-    Raises:
-        RuntimeError: As DeepSpeed's ZeRO-1 and ZeRO-2 do it with flat ones, with the way out.
+    DeepSpeed's ZeRO-1 and ZeRO-2 do it with flat ones.
     """
-    given = set(known)
-    for number, group in enumerate(groups):
-        for param in group["params"]:
-            if param not in given:
-                raise RuntimeError(
-                    f"group {number} holds a parameter of shape {tuple(param.shape)} that Flora was not given: "
-                    "DeepSpeed's ZeRO exchanges matrices for flat vectors after the optimizer is made, which hides "
-                    "them; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or add parameters with "
-                    "add_param_group()"
-                )
+    shapes = ", ".join(str(tuple(param.shape)) for param in params[:3])
+    return RuntimeError(
+        f"the groups hold parameters that Flora was not given (shapes {shapes}): DeepSpeed's ZeRO exchanges matrices "
+        "for flat vectors after the optimizer is made, which hides them; shard with FSDP2 "
+        "(torch.distributed.fsdp.fully_shard), or add parameters with add_param_group()"
+    )

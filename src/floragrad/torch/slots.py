@@ -1,0 +1,121 @@
+"""The parameters of an optimizer: what is decided of each, and its state, whole or in shards."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from floragrad.policy import TensorPlan
+from floragrad.torch.distributed.flat import exchanged_for_others, refuse_flat
+from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.options import plan_of
+from floragrad.torch.part import Part
+from floragrad.torch.step import initial_state
+from floragrad.torch.tensor_step import Group, State
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter stands: its position in the optimizer, its name and group, its plan, and what is here of it."""
+
+    index: int
+    name: str
+    group: Group
+    plan: TensorPlan
+    part: Part
+
+
+def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
+    """A slot for every parameter of a group.
+
+    Args:
+        group: With all its options.
+        first: Parameters before it.
+
+    Raises:
+        ValueError: One of them cannot be updated, with the way out.
+    """
+    names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+    for name, param in zip(names, group["params"], strict=True):
+        if param.is_complex():
+            raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
+    refuse_flat(names, group["params"])
+    slots = {}
+    for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+        plan = plan_of(param.shape, group)
+        slots[param] = Slot(first + offset, name, group, plan, _part(name, param, plan))
+    return slots
+
+
+def exchanged_slots(slots: Mapping[Tensor, Slot], groups: Iterable[Group]) -> dict[Tensor, Slot] | None:
+    """The slots of parameters that were put in the places of others; None where all are still in theirs.
+
+    Accelerate's FSDP2 exchanges the parameters of an optimizer for shards of them.
+
+    Raises:
+        RuntimeError: They are not of the same shapes, or not as many.
+    """
+    params = [param for group in groups for param in group["params"]]
+    if len(params) == len(slots) and all(param is known for param, known in zip(params, slots, strict=True)):
+        return None
+    if [param.shape for param in params] != [param.shape for param in slots]:
+        raise exchanged_for_others([param for param in params if param not in slots])
+    return {
+        param: slot if param in slots else replace(slot, part=_part(slot.name, param, slot.plan))
+        for param, slot in zip(params, slots.values(), strict=True)
+    }
+
+
+def fresh_state(param: Tensor, slot: Slot) -> State:
+    """The state of a parameter that has not been stepped, on its device, placed as it is."""
+    if not is_sharded(param):
+        return initial_state(slot.plan, slot.group, slot.index, param.device)
+    from floragrad.torch.distributed.shards import local_buffers, sharded_state
+
+    buffers = local_buffers(param, slot.plan)
+    local = initial_state(slot.plan, slot.group, slot.index, param.device, buffers)
+    return sharded_state(param, slot.plan, local)
+
+
+def placed_state(param: Tensor, slot: Slot, state: State) -> State:
+    """A state as the parameter is placed: of a whole tensor, what is here."""
+    if not is_sharded(param):
+        return state
+    from floragrad.torch.distributed.shards import placed
+
+    return {key: placed(key, value, param, slot.plan) for key, value in state.items()}
+
+
+def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
+    """What of a parameter is here."""
+    if not is_sharded(param):
+        return Part.whole(plan.shape, plan.view)
+    from floragrad.torch.distributed.shards import check_columns, part_of
+
+    part = part_of(name, param, plan.view)
+    check_columns(name, param, plan, part)
+    return part
+
+
+def without_repetition(params: Any) -> list[Any]:
+    """The parameters in order, each once: tied weights are updated once."""
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, set):
+        raise TypeError("parameters must be in an order: give a list, not a set")
+    seen: set[int] = set()
+    items, once = list(params), []
+    for item in items:
+        tensor = item[1] if isinstance(item, tuple) else item
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            once.append(item)
+    if len(once) < len(items):
+        warnings.warn(
+            "a parameter group with duplicate parameters: each of them is kept, and updated, once",
+            UserWarning,
+            stacklevel=2,
+        )
+    return once
