@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from floragrad import Flora, GradientAccumulator
@@ -355,22 +353,6 @@ def updated_early(rank: int) -> str:
 
 def test_updates_inside_the_backward_pass_are_refused(worlds: Worlds) -> None:
     assert all("clip=False with 2 processes" in said for said in worlds(2).run(updated_early))
-
-
-def sharded(rank: int) -> str:
-    mesh = init_device_mesh("cpu", (2,))
-    model = nn.Linear(8, 8)
-    for name, param in list(model.named_parameters()):
-        model.register_parameter(name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)])))
-    try:
-        GradientAccumulator(torch.optim.SGD(model.parameters(), lr=0.1), 2)
-    except RuntimeError as error:
-        return str(error)
-    return "nothing was noticed"
-
-
-def test_parameters_in_shards_are_refused(worlds: Worlds) -> None:
-    assert all("is a DTensor" in said for said in worlds(2).run(sharded))
 
 
 def not_a_member(rank: int) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from floragrad import Flora, param_groups
+from floragrad.torch.integrations.accelerate import FloraAccelerator
 from tests.distributed.cases import full
 from tests.distributed.conftest import Worlds
 from tests.distributed.test_integrations import accelerate_state
@@ -19,7 +21,7 @@ STEPS, HALF = 6, 3
 TOLERANCE = 1e-5
 
 
-def build() -> tuple[Accelerator, nn.Module, Any]:
+def build(kind: type[Accelerator] = Accelerator, **options: Any) -> tuple[Accelerator, nn.Module, Any]:
     """A model and Flora, made first and prepared together, as Accelerate's guide does it."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -31,7 +33,7 @@ def build() -> tuple[Accelerator, nn.Module, Any]:
     state = PartialState(cpu=True)
     assert state.distributed_type == DistributedType.MULTI_CPU
     state.distributed_type = DistributedType.MULTI_GPU
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    accelerator = kind(fsdp_plugin=plugin, **options)
     model = llama(torch.float32)
     optimizer = Flora(param_groups(model, lr=2e-3), rank=8, kappa=3, state_dtype="float32")
     return accelerator, *accelerator.prepare(model, optimizer)
@@ -82,6 +84,55 @@ def accelerate_saves_and_resumes(rank: int, folder: str) -> None:
 def test_accelerate(worlds: Worlds, tmp_path: Path) -> None:
     """Prepared, clipped, saved and resumed bit for bit; and what one process makes of the same batches."""
     worlds(2).run(accelerate_saves_and_resumes, str(tmp_path / "checkpoint"))
+
+
+def accumulated(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, tokens: list[Tensor], folder: str = ""
+) -> list[float]:
+    """Windows of three micro-batches; saved after the first if there is a folder. The norms."""
+    norms = []
+    for batch in tokens:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            if accelerator.sync_gradients:
+                norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients and folder:
+            accelerator.save_state(folder)
+            folder = ""
+    return norms
+
+
+def accelerate_accumulates(rank: int, folder: str) -> None:
+    tokens, windows = batches(rank, 2)[: 2 * HALF], {"gradient_accumulation_steps": HALF}
+    exactly: dict[str, Any] = {**windows, "accumulation": {"state_dtype": "float32"}}
+    results = []
+    for kind, options in ((Accelerator, windows), (FloraAccelerator, exactly)):
+        with accelerate_state():
+            accelerator, model, optimizer = build(kind, **options)
+            norms = accumulated(accelerator, model, optimizer, tokens)
+            results.append((norms, whole_parameters(model)))
+            accelerator.end_training()
+    (norms, params), (found_norms, found) = results
+    assert found_norms == pytest.approx(norms, rel=1e-4)
+    for param, other in zip(params, found, strict=True):
+        assert (param - other).abs().max() <= 1e-3 * param.abs().max()
+    resumed = []
+    for resume in (False, True):
+        with accelerate_state():
+            accelerator, model, optimizer = build(FloraAccelerator, **exactly)
+            if resume:
+                accelerator.load_state(folder)
+            accumulated(accelerator, model, optimizer, tokens[HALF if resume else 0 :], "" if resume else folder)
+            resumed.append(whole_parameters(model))
+            accelerator.end_training()
+    assert all(torch.equal(a, b) for a, b in zip(*resumed, strict=True))
+
+
+def test_accelerate_accumulates(worlds: Worlds, tmp_path: Path) -> None:
+    """Sketches of shards: in float32 the numbers of Accelerate's own accumulation; saved between windows."""
+    worlds(2).run(accelerate_accumulates, str(tmp_path / "checkpoint"))
 
 
 def trainer_args(folder: str, steps: int) -> TrainingArguments:

@@ -135,7 +135,8 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
     With ``gradient_accumulation_steps=1`` it is an ``Accelerator`` and nothing else.
 
     Under several processes DistributedDataParallel averages no gradients (it stays in the state of its
-    ``no_sync()``): the sketches are summed over the processes, once in a window. A state is saved between windows.
+    ``no_sync()``): the sketches are summed over the processes, once in a window. FSDP2 sums shards of gradients in
+    every micro-batch, and they are folded where they are. A state is saved between windows.
 
     Args:
         accumulation_compression_rank: r; ρ = min(m, n) // r columns of a matrix share one number. None keeps
@@ -188,19 +189,37 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         """The micro-batches of a window."""
         return int(self.gradient_accumulation_steps)
 
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """As Accelerate does; the windows of sharded parameters begin when the parameters are sharded."""
+        prepared = super().prepare(*args, **kwargs)
+        if self.is_fsdp2 and self.window_steps > 1:
+            for optimizer in self._windows():
+                if optimizer.window is None:
+                    self._begin_windows(optimizer)
+        return prepared
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """As Accelerate does; but shards are summed in every micro-batch, for only then are they all there is."""
+        if self.is_fsdp2 and self.window_steps > 1:
+            yield
+            return
+        with super().no_sync(model):
+            yield
+
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
         """As Accelerate does, and begin to gather the gradients of its parameters.
 
         Raises:
-            RuntimeError: Parameters are sharded over processes, or gradients gathered for another accelerator.
+            RuntimeError: Parameters are hidden in flat ones, or gradients gathered for another accelerator.
             ValueError: An option of the accumulation is wrong.
         """
         if self.window_steps == 1:
             return super().prepare_optimizer(optimizer, device_placement)
-        if self.distributed_type not in _WHOLE:
+        if self.distributed_type not in _WHOLE and not self.is_fsdp2:
             raise RuntimeError(
-                f"gradient accumulation under {self.distributed_type}: sketches are of whole parameters; train with "
-                "DistributedDataParallel or in one process, or use accelerate.Accelerator"
+                f"gradient accumulation under {self.distributed_type}: sketches are of matrices, which it hides; train "
+                "with DistributedDataParallel, FSDP2 (fsdp_version=2) or in one process, or use accelerate.Accelerator"
             )
         if not isinstance(optimizer, AcceleratedOptimizer):
             placement = self.device_placement if device_placement is None else device_placement
@@ -208,10 +227,8 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             optimizer._is_accelerate_prepared = True  # or it would be wrapped once more
         if not isinstance(optimizer, AccumulatingOptimizer):
             raise RuntimeError("the optimizer was prepared by another accelerator: prepare the bare optimizer")
-        if optimizer.window is None:
-            optimizer.window = GradientAccumulator(
-                optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
-            )
+        if optimizer.window is None and not self.is_fsdp2:
+            self._begin_windows(optimizer)
         prepared = super().prepare_optimizer(optimizer)
         for model in self._prepared:
             self._unsynced.hold(model, optimizer.trained)
@@ -312,6 +329,11 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             optimizer.let_go()
         self._unsynced.release()
         self._prepared.clear()
+
+    def _begin_windows(self, optimizer: AccumulatingOptimizer) -> None:
+        optimizer.window = GradientAccumulator(
+            optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
+        )
 
     def _trained(self) -> list[Tensor]:
         """The parameters with a window."""
