@@ -25,10 +25,18 @@ def micro_batches(rank: int, size: int) -> torch.Tensor:
     return tokens.unflatten(2, (size, BATCH // size))[:, :, rank]
 
 
-def build(*, shard: bool, release: bool, **options: Any) -> tuple[nn.Module, GradientAccumulator]:
+def replicated(model: nn.Module) -> nn.Module:
+    """FSDP2 over pairs of processes, replicated."""
+    return sharded(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+WRAPPED = {"fsdp": sharded, "hsdp": replicated}
+
+
+def build(*, shard: str = "", release: bool, **options: Any) -> tuple[nn.Module, GradientAccumulator]:
     model = llama(torch.float64)
     if shard:
-        sharded(model)
+        WRAPPED[shard](model)
     optimizer: torch.optim.Optimizer
     if release:
         optimizer = Flora(param_groups(model, lr=2e-3), rank=8, state_dtype="float32")
@@ -49,15 +57,15 @@ def go(model: nn.Module, accumulator: GradientAccumulator, tokens: torch.Tensor,
     return norms
 
 
-def equals_whole(rank: int, release: bool, clip: bool, options: dict[str, Any]) -> None:
+def equals_whole(rank: int, shard: str, release: bool, clip: bool, options: dict[str, Any]) -> None:
     size = torch.distributed.get_world_size()
     if not clip:
         options = {**options, "clip": False}
-    model, accumulator = build(shard=True, release=release, **options)
+    model, accumulator = build(shard=shard, release=release, **options)
     norms = go(model, accumulator, micro_batches(rank, size), clip=clip)
     # A process by itself, though there is a group: it has nobody to sum with.
     alone = [torch.distributed.new_group([each]) for each in range(size)][rank]
-    whole, other = build(shard=False, release=release, process_group=alone, **options)
+    whole, other = build(release=release, process_group=alone, **options)
     expected = go(whole, other, micro_batches(0, 1), clip=clip)
     assert norms == pytest.approx(expected, rel=TOLERANCE)
     for param, there in zip(whole.parameters(), model.parameters(), strict=True):
@@ -65,26 +73,29 @@ def equals_whole(rank: int, release: bool, clip: bool, options: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("release", "clip", "options"),
+    ("shard", "release", "clip", "options"),
     [
-        (True, True, {"state_dtype": "float32"}),
-        (True, True, {"state_dtype": "float32", "ratio": 4}),
-        (True, False, {"state_dtype": "float32", "ratio": 4}),
-        (False, True, {"state_dtype": "float32", "ratio": 4}),
-        (True, True, {"state_dtype": "float32", "ratio": 4, "projection": "gaussian"}),
+        ("fsdp", True, True, {"state_dtype": "float32"}),
+        ("fsdp", True, True, {"state_dtype": "float32", "ratio": 4}),
+        ("fsdp", True, False, {"state_dtype": "float32", "ratio": 4}),
+        ("fsdp", False, True, {"state_dtype": "float32", "ratio": 4}),
+        ("fsdp", True, True, {"state_dtype": "float32", "ratio": 4, "projection": "gaussian"}),
+        ("hsdp", True, True, {"state_dtype": "float32", "ratio": 4}),
     ],
     ids=str,
 )
-def test_equals_whole_parameters(worlds: Worlds, release: bool, clip: bool, options: dict[str, Any]) -> None:
+def test_equals_whole_parameters(
+    worlds: Worlds, shard: str, release: bool, clip: bool, options: dict[str, Any]
+) -> None:
     """The same projections for every row, so the same sketches, norms and parameters after three windows."""
-    worlds(2).run(equals_whole, release, clip, options)
+    worlds(4 if shard == "hsdp" else 2).run(equals_whole, shard, release, clip, options)
 
 
 def rounds_as_whole(rank: int, state_dtype: str) -> None:
     size = torch.distributed.get_world_size()
     alone = [torch.distributed.new_group([each]) for each in range(size)][rank]
     sketches = []
-    for shard in (True, False):
+    for shard in ("fsdp", ""):
         group = {} if shard else {"process_group": alone}
         model, accumulator = build(shard=shard, release=True, state_dtype=state_dtype, **group)
         tokens = micro_batches(rank, size) if shard else micro_batches(0, 1)
@@ -114,8 +125,8 @@ def test_rounds_as_whole_parameters(worlds: Worlds, state_dtype: str) -> None:
 def resumes(rank: int) -> None:
     size = torch.distributed.get_world_size()
     tokens = micro_batches(rank, size)
-    model, accumulator = build(shard=True, release=True)
-    twin, other = build(shard=True, release=True)
+    model, accumulator = build(shard="fsdp", release=True)
+    twin, other = build(shard="fsdp", release=True)
     for batch in tokens[0][:2]:
         accumulator.backward(model(input_ids=batch, labels=batch).loss)
     saved = copy.deepcopy(accumulator.state_dict())
