@@ -157,6 +157,9 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._accumulation_options = options
 
+    sums_sketches = False
+    """Whether the model is left to itself on each process, so that windows can sum over them."""
+
     @property
     def window_steps(self) -> int:
         """The micro-batches of a window."""
@@ -171,7 +174,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         """
         if self.window_steps == 1:
             return super().prepare_optimizer(optimizer, device_placement)
-        if self.distributed_type != DistributedType.NO:
+        if self.distributed_type != DistributedType.NO and not self.sums_sketches:
             raise RuntimeError(
                 f"gradient accumulation under {self.distributed_type}: gradients are compressed before they are "
                 "averaged over processes; train in one process, or use accelerate.Accelerator"
