@@ -38,9 +38,12 @@ def shard(model: Any, processes: Processes) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as one process has them, on the leader; nothing on the others. All call it."""
+    """The weights as one process saves them, on the leader; nothing on the others. All call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    whole = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    # Gathered, tied weights are two tensors, which nothing would find to be the same.
+    once, names = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
+    return {name: value for name, value in whole.items() if name in once or name not in names}
 
 
 def whole_state(optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Any]:
