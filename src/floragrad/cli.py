@@ -31,7 +31,7 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from floragrad.planning.command import app
-    from floragrad.train.errors import DivergenceError, StoppedError, UserError
+    from floragrad.train.errors import DivergenceError, LostError, StoppedError, UserError
 
     try:
         result = app(arguments, prog_name="floragrad", standalone_mode=False)
@@ -41,6 +41,8 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error), FAILURE)
     except StoppedError as error:
         return _fail(str(error), error.exit_code)
+    except LostError as error:
+        return _say(str(error), FAILURE)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(NOTHING_SAVED, INTERRUPTED)
     except _option_error() as error:
@@ -57,6 +59,13 @@ def _option_error() -> type[Exception]:
 
 
 def _fail(message: str, exit_code: int) -> int:
+    """Say what all processes know, once."""
+    from floragrad.train.processes import is_spokesman
+
+    return _say(message, exit_code) if is_spokesman() else exit_code
+
+
+def _say(message: str, exit_code: int) -> int:
     print("floragrad:", " ".join(message.split()), file=sys.stderr)
     return exit_code
 

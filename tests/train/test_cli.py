@@ -61,6 +61,11 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["train", "--steps"], "--steps"),
         (["train", "more"], "Got unexpected extra argument"),
         (["fine-tune"], "No such command 'fine-tune'"),
+        (
+            ["train", "--fsdp"],
+            "--fsdp divides the model over several processes, and this is one: start them with torchrun",
+        ),
+        (["train", "--timeout", "0"], "--timeout is 0: give a whole number of at least 1"),
         (["train", "--out", "texts"], "--out texts is not empty: give the name of a new folder"),
         (["train", "--resume", "texts"], "--resume texts holds no run: give a folder that floragrad train has made"),
         (
@@ -207,7 +212,20 @@ def test_several_processes_are_refused(
     there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refused(capsys, "train", "--text", "texts").startswith("this is one of 2 processes")
+    message = "this is one of 2 processes, and only floragrad train takes several, with --backend torch"
+    assert refused(capsys, "compare", "--text", "texts").startswith(message)
+    assert refused(capsys, "train", "--text", "texts", "--backend", "jax").startswith(message)
+
+
+def test_processes_that_do_not_know_one_another_are_refused(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert refused(capsys, "train", "--text", "texts") == (
+        "this is one of 2 processes (WORLD_SIZE), and LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not "
+        "set: start them with torchrun --nproc-per-node 2 -m floragrad.cli train"
+    )
 
 
 def test_help_needs_no_torch() -> None:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,32 @@ def test_only_the_default_job_is_bounded() -> None:
 def test_json_gives_the_same_configuration_back() -> None:
     config = replace(RunConfig.resolve(text=("a.txt", "b"), lr=3e-4, max_megabytes=0.1), prepared="../../corpus")
     assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_a_run_from_before_there_were_several_processes_is_read() -> None:
+    config = RunConfig.resolve()
+    older = {name: value for name, value in json.loads(config.to_json()).items() if name not in ("fsdp", "timeout")}
+    assert RunConfig.from_json(json.dumps(older)) == config
+
+
+def test_a_run_may_be_started_in_another_way() -> None:
+    config = RunConfig.resolve(fsdp=True, timeout=60)
+    assert config.launched(None, None) == config
+    assert config.launched(False, 5) == replace(config, fsdp=False, timeout=5)
+
+
+SHARDED = [
+    ({"optimizer": "adafactor"}, "Hugging Face's Adafactor takes whole ones only: choose --optimizer flora or adamw"),
+    ({"backend": "jax"}, "--fsdp is PyTorch's: leave it out with --backend jax"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), SHARDED, ids=str)
+def test_what_takes_no_parts_of_tensors_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunConfig.resolve(fsdp=True, **options)
+    with pytest.raises(UserError, match=message):
+        RunConfig.resolve(**options).launched(True, None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": "tiny"}', '{"no": "field"}'])

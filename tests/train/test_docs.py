@@ -14,6 +14,9 @@ from tests.train.support import fast_config, newest, run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 
+TORCHRUNS = {"--nproc-per-node"}
+"""Options of torchrun's."""
+
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table that begins with a heading."""
@@ -35,7 +38,7 @@ def test_the_learning_rates_are_the_best_of_the_table() -> None:
     assert f"{FINE_TUNING_LEARNING_RATE:.0e}".replace("e-05", "e-5") in PAGE
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", PAGE))))
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", PAGE)) - TORCHRUNS))
 def test_every_option_that_is_named_exists(option: str) -> None:
     source = Path(options.__file__).with_name("commands.py").read_text(encoding="utf-8")
     assert re.search(rf"\b{option[2:].removeprefix('no-').replace('-', '_')}: options\.", source) or option == "--help"

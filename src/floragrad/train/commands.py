@@ -18,6 +18,7 @@ from floragrad.train import environment, options
 from floragrad.train.config import RunConfig, option_name
 from floragrad.train.errors import UserError
 from floragrad.train.presets import LEARNING_RATES, PRESETS
+from floragrad.train.processes import Processes, is_spokesman, join, started
 
 if TYPE_CHECKING:
     from floragrad.train.folder import RunFolder
@@ -36,7 +37,8 @@ TRAIN_EXAMPLES = (
     "**floragrad train --text books/ --model small --steps 5000** reads everything below a folder.\n\n"
     "**floragrad train --model 60m --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1** "
     "streams a dataset.\n\n"
-    "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run."
+    "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run.\n\n"
+    "**torchrun --nproc-per-node 2 -m floragrad.cli train** divides every batch over two processes."
 )
 COMPARE_HELP = (
     "Do the same training run with several optimizers, one after another.\n\n"
@@ -115,18 +117,30 @@ def train(
     save_every: options.SaveEvery = None,
     keep_checkpoint: options.KeepCheckpoint = None,
     threads: options.Threads = None,
+    fsdp: options.Fsdp = None,
+    timeout: options.Timeout = None,
 ) -> None:
     """Train, or continue what stopped."""
     given = {name: value for name, value in locals().items() if value is not None}
+    if fsdp and started() == 1:
+        raise UserError(
+            "--fsdp divides the model over several processes, and this is one: start them with torchrun "
+            "--nproc-per-node 2 -m floragrad.cli train --fsdp, or leave it out"
+        )
     if resume is not None:
-        _only(given, "resume")
-        _continue_training(resume)
+        _only(given, "resume", "fsdp", "timeout")
+        _continue_training(resume, fsdp, timeout)
         return
     config = RunConfig.resolve(**_fields(given))
-    environment.prepare(config.backend, hub=config.uses_hub)
+    environment.prepare(config.backend, hub=config.uses_hub, several=config.backend == "torch")
     from floragrad.train.run import begin
 
-    _train(begin(config, out or _new_name(f"{Path(config.model).name}-{config.optimizer}")))
+    processes = join(config)
+    with processes.together():
+        folder = processes.share(
+            lambda: begin(config, out or _new_name(f"{Path(config.model).name}-{config.optimizer}"))
+        )
+    _train(folder, processes)
 
 
 @app.command(help=COMPARE_HELP, epilog=COMPARE_EXAMPLES)
@@ -197,7 +211,7 @@ def compare(
         comparison.compare(out, Console())
 
 
-def _continue_training(path: Path) -> None:
+def _continue_training(path: Path, fsdp: bool | None, timeout: int | None) -> None:
     from floragrad.train.folder import RunFolder
 
     folder = RunFolder.open(path)
@@ -205,25 +219,27 @@ def _continue_training(path: Path) -> None:
     if summary is not None:
         from floragrad.train.display import Display
 
-        Display(Console()).summary(summary, str(path))
+        Display(Console(quiet=not is_spokesman())).summary(summary, str(path))
         return
-    config = folder.config
-    environment.prepare(config.backend, hub=config.uses_hub and not folder.checkpoints())
-    _train(folder)
+    config = folder.config.launched(fsdp, timeout)
+    several = config.backend == "torch"
+    environment.prepare(config.backend, hub=config.uses_hub and not folder.checkpoints(), several=several)
+    _train(folder, join(config))
 
 
-def _train(folder: "RunFolder") -> None:
+def _train(folder: "RunFolder", processes: Processes) -> None:
     from floragrad.train.display import Display
     from floragrad.train.run import train
 
-    display = Display(Console())
+    display = Display(Console(quiet=not processes.leads))
     display.say(f"run folder: {folder.path}")
-    display.summary(train(folder, display), str(folder.path))
+    with processes.together(folder.path):
+        display.summary(train(folder, display, processes), str(folder.path))
 
 
-def _only(given: dict[str, Any], allowed: str) -> None:
+def _only(given: dict[str, Any], *allowed: str) -> None:
     """Refuse options beside ``--resume``."""
-    others = [f"--{name.replace('_', '-')}" for name in given if name != allowed]
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in allowed]
     if others:
         raise UserError(
             f"--resume continues with the options that were given then, not {', '.join(others)}: give it alone"

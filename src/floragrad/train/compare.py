@@ -218,11 +218,11 @@ class _Runner:
 
     def _train(self, path: Path, title: str) -> None:
         if self._stop.signum is not None:
-            raise StoppedError(self._folder, "compare", self._stop.signum)
+            raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
         with self._worker(path, title) as process:
             exit_code = process.wait()
         if self._stop.signum is not None and exit_code != 0:
-            raise StoppedError(self._folder, "compare", self._stop.signum)
+            raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
         if exit_code != 0:
             raise UserError(
                 f"the run {path} ended with exit code {exit_code}, and said why above: then continue "

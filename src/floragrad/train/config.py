@@ -38,6 +38,7 @@ SMALLEST: Final = {
     "eval_blocks": 1,
     "save_every": 1,
     "threads": 1,
+    "timeout": 1,
     "seed": 0,
 }
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
@@ -96,6 +97,8 @@ class RunConfig:
     save_every: int
     keep_checkpoint: bool
     threads: int
+    fsdp: bool = False
+    timeout: int = 600
     prepared: str | None = None
 
     @classmethod
@@ -111,6 +114,8 @@ class RunConfig:
         chosen = {name: value for name, value in given.items() if value is not None and value != ()}
         _check_values(chosen)
         _check_conflicts(chosen)
+        if chosen.get("fsdp"):
+            _check_sharding(chosen.get("backend", "torch"), chosen.get("optimizer", "flora"))
         config = cls(**{**_defaults(chosen), **chosen})
         if config.warmup_steps >= config.steps:
             raise UserError(
@@ -118,6 +123,19 @@ class RunConfig:
                 f"learning rate: give at most {config.steps - 1}, or more --steps"
             )
         return config
+
+    def launched(self, fsdp: bool | None, timeout: int | None) -> "RunConfig":
+        """The same run, its processes started in another way; None leaves things as they were.
+
+        Raises:
+            UserError: It cannot be done in that way.
+        """
+        chosen: dict[str, Any] = {"fsdp": fsdp, "timeout": timeout}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        _check_values(chosen)
+        if fsdp:
+            _check_sharding(self.backend, self.optimizer)
+        return replace(self, **chosen)
 
     @property
     def tokens_per_step(self) -> int:
@@ -250,6 +268,17 @@ def _check_values(chosen: Mapping[str, Any]) -> None:
         if not isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
             allowed_values = "above 0" if name in POSITIVE else "of 0 or more"
             raise UserError(f"{option_name(name)} is {value}: give a number {allowed_values}")
+
+
+def _check_sharding(backend: str, optimizer: str) -> None:
+    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole."""
+    if backend == "jax":
+        raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
+    if optimizer == "adafactor":
+        raise UserError(
+            "--fsdp gives each process a part of every tensor, and Hugging Face's Adafactor takes whole ones only: "
+            "choose --optimizer flora or adamw, or leave --fsdp out"
+        )
 
 
 def _check_conflicts(chosen: Mapping[str, Any]) -> None:

@@ -119,11 +119,20 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "optimizer state",
             f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
         ),
+        *_shared(summary),
         *_gathered(summary),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
     ]
+
+
+def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How several processes trained. Runs that were finished before there could be several do not say."""
+    count = summary.get("processes", 1)
+    if count == 1:
+        return []
+    return [("processes", f"{count}, with {'a part' if summary['fsdp'] else 'all'} of the model each; sizes are one's")]
 
 
 def _gathered(summary: dict[str, Any]) -> list[tuple[str, str]]:

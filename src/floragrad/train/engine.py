@@ -7,6 +7,7 @@ from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus
 from floragrad.train.environment import Gpu
 from floragrad.train.folder import RunFolder
+from floragrad.train.processes import Processes
 from floragrad.train.recorder import Recorder, Schedule
 
 
@@ -53,7 +54,7 @@ class Engine(Protocol):
         ...
 
 
-def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int) -> Engine:
+def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> Engine:
     """The engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
     if config.backend == "jax":
         from floragrad.train.jax.loop import JaxEngine
@@ -61,4 +62,4 @@ def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int) -> En
         return JaxEngine(config, folder, corpus, step)
     from floragrad.train.trainer import TrainerEngine
 
-    return TrainerEngine(config, folder, corpus, step)
+    return TrainerEngine(config, folder, corpus, step, processes)

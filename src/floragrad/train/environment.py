@@ -54,23 +54,25 @@ def default_threads() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else min(available_cores(), MOST_THREADS)
 
 
-def prepare(backend: str, hub: bool) -> None:
+def prepare(backend: str, hub: bool, several: bool = False) -> None:
     """Make the process ready to train, before a framework is imported: one device, no foreign output.
 
     Args:
         backend: ``"torch"`` or ``"jax"``.
         hub: Whether the Hugging Face hub will be asked for something.
+        several: Whether the process may be one of several.
 
     Raises:
-        UserError: An extra is missing, or the process is one of several.
+        UserError: An extra is missing, or the process is one of several and may not be.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not several:
         raise UserError(
-            f"this is one of {os.environ['WORLD_SIZE']} processes, and floragrad trains in one: start it "
-            "without torchrun, or pass floragrad.Flora to your own Trainer"
+            f"this is one of {processes} processes, and only floragrad train takes several, with --backend torch: "
+            "start this without torchrun (floragrad compare gives each run a process of its own)"
         )
-    # With several visible devices the Trainer would wrap the model in DataParallel.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if processes == 1:  # with several visible devices the Trainer would wrap the model in DataParallel
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     # What cuBLAS needs to be deterministic; a run that cannot be repeated cannot be resumed bit for bit.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

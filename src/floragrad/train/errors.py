@@ -29,6 +29,10 @@ class StoppedError(Exception):
     """
 
     def __init__(self, folder: Path, command: str, signum: int = signal.SIGINT) -> None:
-        super().__init__(f"stopped and saved; continue with: floragrad {command} --resume {folder}")
+        super().__init__(f"stopped and saved; continue with: {command} --resume {folder}")
         self.folder = folder
         self.exit_code = 128 + signum
+
+
+class LostError(Exception):
+    """Another process of the same run is gone, or does not answer. Every process that is left says so."""

@@ -26,6 +26,18 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _put_on_disk(folder: Path) -> None:
+    """Wait until everything in a folder has been written: a power cut may keep a new name and lose what it names."""
+    if os.name != "posix":  # Windows opens no folders
+        return
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
@@ -114,6 +126,7 @@ class RunFolder:
     def publish(self, step: int) -> None:
         """Move a checkpoint that is whole to its place, and remove the ones before it."""
         older = self.checkpoints()
+        _put_on_disk(self.staging / f"checkpoint-{step}")
         (self.staging / f"checkpoint-{step}").replace(self.path / f"checkpoint-{step}")
         shutil.rmtree(self.staging)
         for _, path in older:

@@ -61,6 +61,11 @@ def rebuild_model(config: RunConfig, checkpoint: Path) -> Any:
     return _from_config(AutoConfig.from_pretrained(checkpoint), config)
 
 
+def trained_model(config: RunConfig, checkpoint: Path) -> Any:
+    """The checkpoint's model with its weights."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.dtype])
+
+
 def widest_matrix(config: RunConfig) -> int:
     """The largest smaller side of the hidden matrices of a model of Hugging Face.
 

@@ -8,6 +8,7 @@ from transformers.optimization import Adafactor
 
 from floragrad import Flora, param_groups
 from floragrad.torch import report
+from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.train.config import RunConfig
 
 
@@ -34,13 +35,13 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state, measured from its tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(optimizer))
+    """Bytes of the optimizer's state in this process, measured from its tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(_here, state_tensors(optimizer)))
 
 
 def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of one gradient of every parameter."""
-    return sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    """Bytes of one gradient of every parameter, in this process."""
+    return sum(p.numel() * p.element_size() for p in _parameters(optimizer))
 
 
 def accumulation_bytes(config: RunConfig, optimizer: Any) -> int:
@@ -56,6 +57,15 @@ def accumulation_bytes(config: RunConfig, optimizer: Any) -> int:
 
 
 def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that AdamW's state takes for the same parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return sum(report.adamw_bytes(parameter.shape, parameter.dtype) for parameter in parameters)
+    """Bytes that AdamW's state takes for the same parameters, in this process."""
+    return sum(report.adamw_bytes(parameter.shape, parameter.dtype) for parameter in _parameters(optimizer))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What this process has of every parameter."""
+    return [_here(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor

@@ -9,7 +9,7 @@ from floragrad.train.config import CHOICES
 from floragrad.train.presets import LEARNING_RATES, PRESETS
 
 WHAT, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
-TRAINING, OUTPUT = "Training", "Folder and machine"
+TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
 
 
 def _whole_number(value: str) -> int:
@@ -252,7 +252,7 @@ BatchSize = Annotated[
         parser=_whole_number,
         metavar="INTEGER",
         rich_help_panel=TRAINING,
-        help="Blocks at once.",
+        help="Blocks at once, in all processes together.",
         show_default="8 for tiny, 16 for small, 32 above, else 8",
     ),
 ]
@@ -429,13 +429,32 @@ KeepCheckpoint = Annotated[
         show_default="keep",
     ),
 ]
+Fsdp = Annotated[
+    bool | None,
+    typer.Option(
+        "--fsdp/--no-fsdp",
+        rich_help_panel=PROCESSES,
+        help="Each process keeps a part of every weight, gradient and state (FSDP2), instead of all of them.",
+        show_default="no-fsdp",
+    ),
+]
+Timeout = Annotated[
+    int | None,
+    typer.Option(
+        parser=_whole_number,
+        metavar="SECONDS",
+        rich_help_panel=PROCESSES,
+        help="Give up when another process does not answer for so long.",
+        show_default="600",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
         parser=_whole_number,
         metavar="INTEGER",
         rich_help_panel=OUTPUT,
-        help="Threads to compute with.",
+        help="Threads to compute with, in each process.",
         show_default="OMP_NUM_THREADS, else the cores there are, at most 8",
     ),
 ]

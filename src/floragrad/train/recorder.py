@@ -11,6 +11,7 @@ from floragrad.train.display import Display
 from floragrad.train.environment import Gpu, memory_bytes
 from floragrad.train.folder import METRICS, RunFolder
 from floragrad.train.interrupt import StopRequest
+from floragrad.train.processes import ALONE, Processes
 
 LARGEST_EXPONENT = 700.0
 
@@ -29,16 +30,21 @@ class Due(NamedTuple):
 
 
 class Schedule:
-    """Decides after each step whether to evaluate, to save, to stop."""
+    """Decides after each step whether to evaluate, to save, to stop; all processes alike."""
 
-    def __init__(self, config: RunConfig, stop: StopRequest) -> None:
+    def __init__(self, config: RunConfig, stop: StopRequest, processes: Processes = ALONE) -> None:
         self._config = config
         self._stop = stop
+        self._processes = processes
 
     def after(self, step: int) -> Due:
         """What follows a step that is just over."""
         config, last = self._config, step >= self._config.steps
-        stop = self._stop.signum is not None and not last
+        # A signal reaches the processes in different steps, or one of them only.
+        signum = self._processes.largest(self._stop.signum or 0)
+        if signum:
+            self._stop.signum = signum
+        stop = signum > 0 and not last
         save = (last and config.keep_checkpoint) or step % config.save_every == 0
         return Due(evaluate=last or step % config.eval_every == 0, save=save or stop, stop=stop)
 
@@ -46,12 +52,23 @@ class Schedule:
 class Recorder:
     """Writes the metrics, publishes the checkpoints, and keeps the display up to date.
 
+    Of several processes all have one, and the leader's alone writes.
+
     Attributes:
         diverged_at: The step at which the loss was no finite number any more; None otherwise.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, tokenizer: Any, display: Display, gpu: Gpu | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        tokenizer: Any,
+        display: Display,
+        gpu: Gpu | None,
+        processes: Processes = ALONE,
+    ) -> None:
         self._config = config
+        self._processes = processes
         self._folder = folder
         self._tokenizer = tokenizer
         self._display = display
@@ -106,15 +123,20 @@ class Recorder:
         self._look_at(step, loss)
 
     def saved(self, step: int) -> None:
-        """Complete the checkpoint with the tokenizer, then put it in its place."""
-        self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
-        self._folder.publish(step)
+        """Complete the checkpoint with the tokenizer, then put it in its place when all have written their part."""
+        self._processes.wait()
+        if self._processes.leads:
+            self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
+            self._folder.publish(step)
+        self._processes.wait()
 
     def _look_at(self, step: int, loss: float) -> None:
         if not isfinite(loss):
             self.diverged_at = step
 
     def _write(self, step: int, **values: float | None) -> None:
+        if not self._processes.leads:
+            return
         known = {name: value if value is None or isfinite(value) else None for name, value in values.items()}
         line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
         with open(self._folder.path / METRICS, "a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """A training run from its beginning to its end."""
 
+import contextlib
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from floragrad.train.figures import run_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.presets import PRESETS
+from floragrad.train.processes import ALONE, Processes
 from floragrad.train.recorder import Recorder, Schedule, perplexity
 from floragrad.train.sources import read_documents
 
@@ -59,10 +61,11 @@ def write_corpus(config: RunConfig, folder: Path) -> Corpus:
     return prepare_corpus(config, documents, folder)
 
 
-def train(folder: RunFolder, display: Display) -> dict[str, Any]:
+def train(folder: RunFolder, display: Display, processes: Processes = ALONE) -> dict[str, Any]:
     """Train the run in ``folder`` from where it stands to its end. Returns its summary.
 
-    SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread.
+    SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread. Of several processes all call it; the
+    leader alone locks the folder and writes to it.
 
     Raises:
         StoppedError: A signal has stopped it; everything is saved.
@@ -70,21 +73,28 @@ def train(folder: RunFolder, display: Display) -> dict[str, Any]:
         UserError: Another process is training the same run.
     """
     stop = StopRequest()
-    with folder.locked(), stop.listening():
-        config, step = folder.config, folder.rewind()
-        corpus = Corpus.load(folder.corpus)
-        engine = start(config, folder, corpus, step)
-        recorder = Recorder(config, folder, corpus.tokenizer, display, engine.gpu)
+    with contextlib.ExitStack() as held:
+        step = processes.share(lambda: _take(folder, held))
+        held.enter_context(stop.listening())
+        config, corpus = folder.config, Corpus.load(folder.corpus)
+        engine = start(config, folder, corpus, step, processes)
+        recorder = Recorder(config, folder, corpus.tokenizer, display, engine.gpu, processes)
         _introduce(engine, corpus, config, step, display)
         try:
-            made = engine.run(Schedule(config, stop), recorder)
+            made = engine.run(Schedule(config, stop, processes), recorder)
         finally:
             display.end()
         if recorder.diverged_at is not None:
             raise DivergenceError(recorder.diverged_at)
         if stop.signum is not None and made < config.steps:
-            raise StoppedError(folder.path, "train", stop.signum)
-        return _finish(folder, config, engine, recorder)
+            raise StoppedError(folder.path, f"{processes.program} train", stop.signum)
+        return processes.share(lambda: _finish(folder, config, engine, recorder, processes))
+
+
+def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
+    """Lock the folder, and go back to its newest checkpoint. Returns its step, or 0."""
+    held.enter_context(folder.locked())
+    return folder.rewind()
 
 
 def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
@@ -101,7 +111,9 @@ def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, dis
         display.say(f"continuing after step {step}")
 
 
-def _finish(folder: RunFolder, config: RunConfig, engine: Engine, recorder: Recorder) -> dict[str, Any]:
+def _finish(
+    folder: RunFolder, config: RunConfig, engine: Engine, recorder: Recorder, processes: Processes
+) -> dict[str, Any]:
     """Write the figure and the summary of a run that has made all its steps."""
     metrics = folder.metrics()
     evaluations = [line for line in metrics if "validation_loss" in line]
@@ -114,6 +126,8 @@ def _finish(folder: RunFolder, config: RunConfig, engine: Engine, recorder: Reco
         "optimizer": config.optimizer,
         "backend": config.backend,
         "parameters": engine.parameters,
+        "processes": processes.size,
+        "fsdp": processes.sharded,
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step,
         "first_validation_loss": first,

@@ -1,7 +1,10 @@
 """The PyTorch backend: transformers' Trainer, fed and watched by us."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
@@ -14,10 +17,15 @@ from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Blocks, Corpus
 from floragrad.train.environment import Gpu, configure_torch, torch_gpu
 from floragrad.train.folder import RunFolder
-from floragrad.train.models import build_model, rebuild_model
+from floragrad.train.models import build_model, rebuild_model, trained_model
 from floragrad.train.opening import opening
 from floragrad.train.optimizers import accumulation_bytes, adamw_bytes, gradient_bytes, optimizer_class, state_bytes
+from floragrad.train.presets import PRESETS
+from floragrad.train.processes import Processes
 from floragrad.train.recorder import Recorder, Schedule
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""What the Trainer calls them."""
 
 
 class TrainerEngine:
@@ -28,22 +36,35 @@ class TrainerEngine:
         folder: Its folder, with the checkpoint to go on from.
         corpus: Its text.
         step: The step of that checkpoint; 0 begins.
+        processes: Who trains; all make an engine.
     """
 
     libraries = ("torch", "transformers", "tokenizers")
 
-    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> None:
         configure_torch(config.threads)
         set_seed(config.seed)
         self._config, self._folder, self._corpus = config, folder, corpus
+        self._step, self._processes = step, processes
         self._checkpoint = folder.checkpoints()[-1][1] if step else None
-        self._model = (
-            build_model(config, corpus.facts.vocab_size)
-            if self._checkpoint is None
-            else rebuild_model(config, self._checkpoint)
-        )
+        self._model = self._sharded_model() if processes.sharded else self._whole_model()
         self._optimizer: Any = None
         self.accumulation_bytes = 0
+
+    def _whole_model(self) -> Any:
+        """The model at its start, or one that the Trainer will load the checkpoint's weights into."""
+        if self._checkpoint is None:
+            return build_model(self._config, self._corpus.facts.vocab_size)
+        return rebuild_model(self._config, self._checkpoint)
+
+    def _sharded_model(self) -> Any:
+        """The model with its weights, which cannot be loaded any more once it is cut."""
+        from floragrad.train.sharding import shard
+
+        trained = self._checkpoint
+        model = self._whole_model() if trained is None else trained_model(self._config, trained)
+        shard(model, self._processes)
+        return model
 
     @property
     def gpu(self) -> Gpu | None:
@@ -59,8 +80,9 @@ class TrainerEngine:
         """Let the Trainer train. Returns the steps made."""
         sketched = self._config.accumulator == "flora"
         trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
+            processes=self._processes,
             model=self._model,
-            args=_arguments(self._config, self._folder, begins=self._checkpoint is None),
+            args=_arguments(self._config, self._folder, self._processes, begins=self._checkpoint is None),
             train_dataset=self._corpus.train_blocks(self._config),
             eval_dataset=self._corpus.validation_blocks(self._config),
             data_collator=default_data_collator,
@@ -72,6 +94,9 @@ class TrainerEngine:
         # All blocks are as long, so the mean over batches is the mean over tokens. The Trainer's own count of tokens
         # depends on its version: some count the first one of a block too, which nothing predicts.
         trainer.model_accepts_loss_kwargs = False
+        if self._processes.size > 1 or self._step:
+            # Every process draws numbers of its own; where the checkpoint has some for it, it goes on with those.
+            torch.manual_seed(_seed(self._config.seed, self._processes.rank, self._step))
         trainer.train(resume_from_checkpoint=None if self._checkpoint is None else str(self._checkpoint))
         return int(trainer.state.global_step)
 
@@ -99,14 +124,101 @@ class TrainerEngine:
 
 
 class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
-    """The Trainer, but for its shuffling: the blocks come in their final order."""
+    """The Trainer, but for its shuffling: the blocks come in their final order, each batch divided over processes.
+
+    Args:
+        processes: Who trains.
+        **kwargs: Of the Trainer.
+    """
+
+    control: Any
+
+    def __init__(self, processes: Processes, **kwargs: Any) -> None:
+        self._processes = processes
+        super().__init__(**kwargs)
+        if self.args.world_size != processes.size:
+            raise RuntimeError(f"the Trainer trains in {self.args.world_size} of {processes.size} processes")
+        if processes.sharded:
+            # The model brings its own communication: no DistributedDataParallel around it.
+            self.accelerator.prepare_model = _as_it_is
 
     def _get_train_sampler(self, train_dataset: Blocks | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """The mean loss of the held-out blocks, each counted once however they are divided."""
+        self.model.eval()
+        summed, blocks = 0.0, 0
+        for part in _parts(len(self.eval_dataset), self.args.per_device_eval_batch_size, self._processes):
+            # Who has nothing left takes part with a block that does not count: shards are gathered from all.
+            rows = [self.eval_dataset[position] for position in part or [0]]
+            with torch.no_grad():
+                loss = self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+            summed, blocks = summed + float(loss) * len(part), blocks + len(part)
+        summed, counted = self._processes.total(summed, blocks)
+        metrics = {"eval_loss": summed / counted}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save whole weights."""
+        if self._processes.sharded:
+            from floragrad.train.sharding import whole_weights
+
+            state_dict = whole_weights(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save a whole state."""
+        if not self._processes.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from floragrad.train.sharding import whole_state
+
+        state = whole_state(self.optimizer.optimizer, self._processes)
+        if self._processes.leads:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, but for a model that has been cut: that has them already."""
+        if not self._processes.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load a whole state."""
+        if not self._processes.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from floragrad.train.sharding import load_state
+
+        load_state(self.optimizer.optimizer, torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu"))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER))
+
 
 class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
     """The same, with the gradients of a step's micro-batches kept as sketches."""
+
+    def __init__(self, processes: Processes, **kwargs: Any) -> None:
+        super().__init__(processes=processes, **kwargs)
+        if processes.size > 1:
+            # Sketches are what is summed over the processes: no DistributedDataParallel, which sums gradients.
+            self.accelerator.prepare_model = _as_it_is
+
+
+def _as_it_is(model: Any, **_kwargs: Any) -> Any:
+    return model
+
+
+def _parts(blocks: int, share: int, processes: Processes) -> Iterator[range]:
+    """The blocks of each batch that are this process's, as many times on all of them."""
+    for first in range(0, blocks, share * processes.size):
+        begin = first + share * processes.rank
+        yield range(min(begin, blocks), min(begin + share, blocks))
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def _accumulation(config: RunConfig) -> AccumulationOptions:
@@ -121,13 +233,14 @@ def _accumulation(config: RunConfig) -> AccumulationOptions:
     return cast(AccumulationOptions, options)
 
 
-def _arguments(config: RunConfig, folder: RunFolder, begins: bool) -> TrainingArguments:
+def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begins: bool) -> TrainingArguments:
     """The Trainer's settings. Evaluating, saving and logging are ours."""
+    share = config.batch_size // processes.size
     return TrainingArguments(
         output_dir=str(folder.staging),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
         gradient_accumulation_steps=config.micro_batches,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
@@ -139,8 +252,11 @@ def _arguments(config: RunConfig, folder: RunFolder, begins: bool) -> TrainingAr
         eval_strategy="no",
         eval_on_start=begins,
         save_strategy="no",
+        use_cpu=processes.size > 1 and not torch.cuda.is_available(),  # it takes no other for a group of processes
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         remove_unused_columns=False,
         report_to="none",
+        # A model by name may leave out parameters in a pass, as mixtures of experts do; our Llamas do not.
+        ddp_find_unused_parameters=config.model not in PRESETS,
     )
