@@ -25,9 +25,24 @@ OPTIONS = {
 }
 
 
-def trained(sharding: cases.Sharding | None, options: dict[str, Any]) -> tuple[Tensors, Flora]:
+SPLIT = {"column-wise": ((16, 48), 0), "row-wise": ((24, 40), 1), "bias": ((16,), 0), "norm": ((24,), None)}
+"""Shapes, and the dimension that tensor parallelism splits."""
+MESH_SHAPES = {name: shape for name, (shape, _) in SPLIT.items()}
+SHARDINGS: dict[str, cases.Sharding | None] = {
+    "fsdp": cases.fsdp,
+    "hsdp": cases.hsdp,
+    "fsdp and tensor parallel": cases.fsdp_and_tensor_parallel(*[dim for _, dim in SPLIT.values()]),
+    "whole": None,
+}
+MAX_NORM = 20.0
+"""Of gradients whose norm is 50 to 70."""
+
+
+def trained(
+    sharding: cases.Sharding | None, options: dict[str, Any], shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> tuple[Tensors, Flora]:
     """A model and its optimizer, at the start."""
-    model = Tensors(SHAPES)
+    model = Tensors(shapes)
     params = list(model.tensors) if sharding is None else sharding(model)
     return model, Flora(params, **options)
 
@@ -47,7 +62,7 @@ def save(_: int, path: str, options: dict[str, Any]) -> list[Any]:
 
 def load_and_go_on(_: int, path: str, options: dict[str, Any], name: str) -> list[Any]:
     """Load into a fresh model, train to the end; parameters and states, whole."""
-    model, optimizer = trained({"fsdp": cases.fsdp, "hsdp": cases.hsdp, "whole": None}[name], options)
+    model, optimizer = trained(SHARDINGS[name], options)
     go_on(model, optimizer, range(3))  # what is there before must not matter
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
@@ -122,3 +137,45 @@ def test_a_state_of_one_process_is_taken_up_by_shards(worlds: Worlds, name: str)
         assert_same(found, expected)
     for found in worlds(2).run(loads_plainly, optimizer.state_dict(), weights, options):
         assert_same(found, expected)
+
+
+def clipped(model: Tensors, optimizer: Flora, steps: range) -> list[float]:
+    """Steps with gradients clipped by their global norm; the norms."""
+    norms = []
+
+    def clip(*_: Any) -> None:
+        norms.append(float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))))
+
+    handle = optimizer.register_step_pre_hook(clip)
+    run_steps(list(model.tensors), optimizer, steps)
+    handle.remove()
+    return norms
+
+
+def on_a_mesh(_: int, path: str, name: str, begins: bool) -> tuple[list[float], list[Any]]:
+    """Half of the steps, saved; or the other half, loaded."""
+    model, optimizer = trained(SHARDINGS[name], options_of(), MESH_SHAPES)
+    weights, state = get_state_dict(model, optimizer)
+    if not begins:
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    norms = clipped(model, optimizer, range(HALF) if begins else range(HALF, STEPS))
+    if begins:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+    return norms, [(full(param), whole_state(optimizer, param)) for param in model.tensors]
+
+
+def test_a_mesh_of_two_dimensions_clips_saves_and_resumes(worlds: Worlds, tmp_path: Path) -> None:
+    """FSDP2 and tensor parallelism on 4 processes; gone on there, with shards on 2, and with whole tensors."""
+    path, name = str(tmp_path / "checkpoint"), "fsdp and tensor parallel"
+    model, optimizer = trained(None, options_of(), MESH_SHAPES)
+    norms = clipped(model, optimizer, range(STEPS))
+    assert min(norms) > MAX_NORM
+    expected = [(full(param), whole_state(optimizer, param)) for param in model.tensors]
+    for found, _ in worlds(4).run(on_a_mesh, path, name, True):
+        assert found == pytest.approx(norms[:HALF], rel=TOLERANCE)
+    for size, sharding in ((4, name), (2, "fsdp"), (2, "whole")):
+        for found, state in worlds(size).run(on_a_mesh, path, sharding, False):
+            assert found == pytest.approx(norms[HALF:], rel=TOLERANCE)
+            assert_same(state, expected)
