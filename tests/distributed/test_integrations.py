@@ -248,3 +248,38 @@ def in_lightning_saved(rank: int, folder: str) -> str:
 def test_lightning_saves_between_windows(worlds: Worlds, tmp_path: Path) -> None:
     for said in worlds(2).run(in_lightning_saved, str(tmp_path)):
         assert "a checkpoint inside a window of several processes" in said
+
+
+def lightning_epochs(rank: int, folder: str, epochs: int, resume: bool) -> tuple[Tensor, int]:
+    """Epochs of the same windows, whatever the number of processes; saved at the end of the last."""
+    size = torch.distributed.get_world_size()
+    generator = torch.Generator().manual_seed(5)
+    first = lightning_cases.Batches().data[0]
+    data = torch.randint(int(first.max()) + 1, (4 * STEPS, *first.shape), generator=generator)
+    with warnings.catch_warnings(), patch.dict(os.environ, LAUNCHED):
+        warnings.simplefilter("ignore")  # of what Lightning thinks of this machine
+        trainer = lightning_cases.trainer(
+            [FloraAccumulation({"state_dtype": "float32"})],
+            devices=size,
+            strategy="ddp",
+            use_distributed_sampler=False,
+            max_epochs=epochs,
+            accumulate_grad_batches=2 * STEPS // size,
+        )
+        module = lightning_cases.Module(flora)
+        trainer.fit(module, data[rank::size], ckpt_path=f"{folder}/epoch.ckpt" if resume else None)
+        if not resume and epochs == 1:
+            trainer.save_checkpoint(f"{folder}/epoch.ckpt")
+        return flat(module), trainer.global_step
+
+
+def test_lightning_resumes_on_other_numbers_of_processes(worlds: Worlds, tmp_path: Path) -> None:
+    """Bit for bit on as many, and as one would on twice as many."""
+    folder = str(tmp_path)
+    whole, steps = worlds(2).run(lightning_epochs, folder, 2, False)[0]
+    worlds(2).run(lightning_epochs, folder, 1, False)
+    for found, taken in worlds(2).run(lightning_epochs, folder, 2, True):
+        assert (torch.equal(found, whole), taken) == (True, steps)
+    for found, taken in worlds(4).run(lightning_epochs, folder, 2, True):
+        assert taken == steps
+        assert (found - whole).abs().max() <= 2e-6 * whole.abs().max()
