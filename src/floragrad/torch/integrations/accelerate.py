@@ -142,6 +142,9 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         >>> accelerator.end_training()
     """
 
+    sums_sketches = False
+    """Whether the model is left to itself on each process, so that windows can sum over them."""
+
     def __init__(
         self,
         accumulation_compression_rank: int | None = None,
@@ -156,9 +159,6 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             options["rank"] = accumulation_compression_rank
         super().__init__(*args, **kwargs)
         self._accumulation_options = options
-
-    sums_sketches = False
-    """Whether the model is left to itself on each process, so that windows can sum over them."""
 
     @property
     def window_steps(self) -> int:
