@@ -44,3 +44,5 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:tests|src|benchmarks|docs)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+    for path, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"

@@ -56,6 +56,19 @@ def test_a_step_needs_at_most_two_buffers(case: Case, state_dtype: str, dtype: t
         assert memory.peak <= 2 * buffer, f"{memory.peak / buffer:.2f} buffers"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
+def test_a_step_of_a_large_tensor_needs_less_than_half_a_buffer(state_dtype: str, dtype: torch.dtype) -> None:
+    """Blocks of rows are all that is held; statistics are a row and a column."""
+    param = torch.nn.Parameter(torch.zeros(4096, 1024, dtype=dtype))
+    optimizer = Flora([param], lr=1e-3, state_dtype=state_dtype, kappa=2)
+    param.grad = torch.randn(param.shape).to(dtype)
+    for _ in range(2):
+        with MemoryTracker() as memory:
+            optimizer.step()
+        assert 0 < memory.peak < 4 * param.numel() / 2, f"{memory.peak / 4 / param.numel():.2f} buffers"
+
+
 def test_no_buffer_outlives_its_tensors_turn() -> None:
     """With many tensors the peak is that of the largest alone, not the sum."""
     params = [torch.nn.Parameter(torch.zeros(256, 384)) for _ in range(6)]

@@ -65,6 +65,7 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
             ["train", "--fsdp"],
             "--fsdp divides the model over several processes, and this is one: start them with torchrun",
         ),
+        (["train", "--timeout", "9"], "--timeout is how long to wait for one of several processes, and this is one: "),
         (["train", "--timeout", "0"], "--timeout is 0: give a whole number of at least 1"),
         (["train", "--out", "texts"], "--out texts is not empty: give the name of a new folder"),
         (["train", "--resume", "texts"], "--resume texts holds no run: give a folder that floragrad train has made"),

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_a_checkpoint_replaces_the_ones_before_it(folder: RunFolder) -> None:
         folder.publish(step)
         assert folder.checkpoints() == [(step, folder.path / f"checkpoint-{step}")]
         assert not folder.staging.exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its name is before the older checkpoint goes."""
+    found = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        found.append((path.name, [step for step, _ in folder.checkpoints()]))
+
+    (folder.path / "checkpoint-5").mkdir()
+    (folder.staging / "checkpoint-10" / "part").mkdir(parents=True)
+    (folder.staging / "checkpoint-10" / "part" / "weights").write_text("1")
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder.publish(10)
+    assert sorted(found[:3]) == [(name, [5]) for name in ("checkpoint-10", "part", "weights")]
+    assert found[3:] == [(folder.path.name, [5, 10])]
+    assert [step for step, _ in folder.checkpoints()] == [10]
 
 
 def test_going_back_drops_what_came_after_the_checkpoint(folder: RunFolder) -> None:

@@ -70,7 +70,7 @@ def _way_out(
             if undone and (row.at_peak[category] >= worth or category == descending[0]):
                 return list(dict.fromkeys((descending[0], category))), way
     share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
-    # GradientAccumulator trains in one process.
+    # What the accumulator holds is planned for one device.
     return descending[:1], f"flora with {share}" if name in ("flora+accumulator", "flora+release") else share
 
 

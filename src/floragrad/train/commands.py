@@ -122,11 +122,7 @@ def train(
 ) -> None:
     """Train, or continue what stopped."""
     given = {name: value for name, value in locals().items() if value is not None}
-    if fsdp and started() == 1:
-        raise UserError(
-            "--fsdp divides the model over several processes, and this is one: start them with torchrun "
-            "--nproc-per-node 2 -m floragrad.cli train --fsdp, or leave it out"
-        )
+    _check_started(fsdp, timeout)
     if resume is not None:
         _only(given, "resume", "fsdp", "timeout")
         _continue_training(resume, fsdp, timeout)
@@ -235,6 +231,17 @@ def _train(folder: "RunFolder", processes: Processes) -> None:
     display.say(f"run folder: {folder.path}")
     with processes.together(folder.path):
         display.summary(train(folder, display, processes), str(folder.path))
+
+
+def _check_started(fsdp: bool | None, timeout: int | None) -> None:
+    """Refuse what several processes do in one."""
+    purposes = {"--fsdp": "divides the model over", "--timeout": "is how long to wait for one of"}
+    for (name, purpose), given in zip(purposes.items(), (fsdp, timeout), strict=True):
+        if given and started() == 1:
+            raise UserError(
+                f"{name} {purpose} several processes, and this is one: start them with torchrun --nproc-per-node 2 "
+                f"-m floragrad.cli train {name}, or leave it out"
+            )
 
 
 def _only(given: dict[str, Any], *allowed: str) -> None:

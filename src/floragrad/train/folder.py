@@ -26,11 +26,11 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _put_on_disk(folder: Path) -> None:
-    """Wait until everything in a folder has been written: a power cut may keep a new name and lose what it names."""
+def _put_on_disk(*paths: Path) -> None:
+    """Wait until files and the names in folders have been written; a power cut may take what comes after, not these."""
     if os.name != "posix":  # Windows opens no folders
         return
-    for path in (*folder.rglob("*"), folder):
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -126,8 +126,10 @@ class RunFolder:
     def publish(self, step: int) -> None:
         """Move a checkpoint that is whole to its place, and remove the ones before it."""
         older = self.checkpoints()
-        _put_on_disk(self.staging / f"checkpoint-{step}")
-        (self.staging / f"checkpoint-{step}").replace(self.path / f"checkpoint-{step}")
+        written = self.staging / f"checkpoint-{step}"
+        _put_on_disk(*written.rglob("*"), written)
+        written.replace(self.path / written.name)
+        _put_on_disk(self.path)
         shutil.rmtree(self.staging)
         for _, path in older:
             shutil.rmtree(path)
