@@ -38,22 +38,20 @@ def fsdp_equals_whole(_: int, options: dict[str, Any]) -> None:
     assert_equals_whole(SHAPES, cases.fsdp, options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"projection": "adaptive"},
-        {"projection": "gaussian"},
-        {"residual": False, "weight_decay": 0.1},
-        {"factorize_second_moment": False},
-        {"beta1": None},
-        {"ratio": 1, "embedding_momentum": "full"},
-        {"scale_parameter": True, "lr": None, "relative_step": True},
-        {"state_dtype": "bfloat16", "beta1": None},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("size", [2, 4])
+FSDP: list[dict[str, Any]] = [
+    {},
+    {"projection": "adaptive"},
+    {"projection": "gaussian"},
+    {"residual": False, "weight_decay": 0.1},
+    {"factorize_second_moment": False},
+    {"beta1": None},
+    {"ratio": 1, "embedding_momentum": "full"},
+    {"scale_parameter": True, "lr": None, "relative_step": True},
+    {"state_dtype": "bfloat16", "beta1": None},
+]
+
+
+@pytest.mark.parametrize(("size", "options"), [(2, FSDP[0]), *((4, each) for each in FSDP)], ids=str)
 def test_fsdp_equals_whole_tensors(worlds: Worlds, size: int, options: dict[str, Any]) -> None:
     """25 steps over two changes of epoch; even, uneven and empty shards."""
     worlds(size).run(fsdp_equals_whole, options_of(**options))
