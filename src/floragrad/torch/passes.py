@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class UpdatePasses:
         run = maybe_compiled(_block_square, self._at, *self._specialised())
         total = torch.zeros((), device=self._at.device)
         for where in self._at.blocks():
-            total += run(*self._block(where))
+            total += run(self._ingredients(where))
         return total
 
     def move(self, param: Tensor, square: Tensor, alpha: Tensor) -> None:
@@ -68,7 +68,7 @@ class UpdatePasses:
         params = param.view(at.view) if viewable else param.reshape(at.view)
         for where in at.blocks():
             target, bits = params[where], None if rounding is None else rounding.of(where)
-            moved, following = run(target, keep, size, bits, self._stored.bits(where), *self._block(where))
+            moved, following = run(target, keep, size, bits, self._stored.bits(where), self._ingredients(where))
             self._stored.write(where, following)
             target.copy_(moved)
         if not viewable:
@@ -77,9 +77,8 @@ class UpdatePasses:
     def _specialised(self) -> tuple[Hashable, ...]:
         return self._at.plan, self._at.group["beta1"], self._at.group["residual"]
 
-    def _block(self, where: Block) -> tuple[Any, ...]:
-        """What a block's direction is made of."""
-        return (
+    def _ingredients(self, where: Block) -> "_Ingredients":
+        return _Ingredients(
             self._grads[where],
             scales_of(self._scales, where),
             self._stored.read(where),
@@ -93,24 +92,31 @@ class UpdatePasses:
         )
 
 
-def _block_square(
-    grad: Tensor,
-    scales: tuple[Tensor, ...],
-    kept: tuple[Tensor, ...],
-    projection: Projection | None,
-    previous: Projection | None,
-    sketch: Tensor | None,
-    beta1: float,
-    residual: bool,
-    dtype: StateDtype,
-    width: int,
-) -> Tensor:
+class _Ingredients(NamedTuple):
+    """What a block's direction is made of."""
+
+    grad: Tensor
+    scales: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    projection: Projection | None
+    previous: Projection | None
+    sketch: Tensor | None
+    beta1: float
+    residual: bool
+    dtype: StateDtype
+    width: int
+
+    def momentum(self) -> Tensor:
+        """M as it was stored."""
+        return load(self.kept, self.dtype, self.width)
+
+
+def _block_square(of: _Ingredients) -> Tensor:
     """‖D‖² of one block."""
-    update = pure.normalise(grad, scales)
-    if not kept:
+    update = pure.normalise(of.grad, of.scales)
+    if not of.kept:
         return pure.square_norm(update)
-    momentum = load(kept, dtype, width)
-    return pure.direction_square(update, momentum, projection, previous, beta1, residual, sketch)
+    return pure.direction_square(update, of.momentum(), of.projection, of.previous, of.beta1, of.residual, of.sketch)
 
 
 def _block_move(
@@ -119,24 +125,16 @@ def _block_move(
     size: Tensor,
     bits: RoundingBits | None,
     state_bits: RoundingBits | None,
-    grad: Tensor,
-    scales: tuple[Tensor, ...],
-    kept: tuple[Tensor, ...],
-    projection: Projection | None,
-    previous: Projection | None,
-    sketch: Tensor | None,
-    beta1: float,
-    residual: bool,
-    dtype: StateDtype,
-    width: int,
+    of: _Ingredients,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Normalise, load, move and store the momentum of one block, and move the parameter: W, and what is stored."""
-    direction, stored = pure.normalise(grad, scales), kept
-    if kept:
-        momentum = load(kept, dtype, width)
-        direction, following = pure.momentum_step(direction, momentum, projection, previous, beta1, residual, sketch)
-        stored = save(following, dtype, state_bits)
-        del momentum, following
+    direction, stored = pure.normalise(of.grad, of.scales), of.kept
+    if of.kept:
+        direction, following = pure.momentum_step(
+            direction, of.momentum(), of.projection, of.previous, of.beta1, of.residual, of.sketch
+        )
+        stored = save(following, of.dtype, state_bits)
+        del following
     moved = pure.descend(param, direction, keep, size)
     return (moved if bits is None else round_to_bfloat16(moved, bits.numbers())), stored
 
