@@ -12,8 +12,9 @@ demo: $(READY)  ## train a small Llama on the standard library's source, with Fl
 compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table and one picture
 	$(BIN)/floragrad compare
 
-test: $(READY)  ## every test, on every core
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+test: $(READY)  ## every test, on every core; those of several processes one after another
+	$(BIN)/python -m pytest -n auto --ignore tests/distributed
+	$(BIN)/python -m pytest tests/distributed
 
 lint: $(READY)
 	$(BIN)/ruff check .
