@@ -320,10 +320,10 @@ def test_refusals_name_the_way_out() -> None:
         accelerator.backward(model(tokens))
 
 
-def test_parameters_in_shards_are_refused() -> None:
+def test_flat_parameters_are_refused() -> None:
     accelerator, model = made(CASES[0], True), net()
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
-    with pytest.raises(RuntimeError, match="DistributedDataParallel or in one process"):
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel, FSDP2 .* or in one process"):
         accelerator.prepare_optimizer(flora(model.parameters()))
 
 
