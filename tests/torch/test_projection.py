@@ -34,7 +34,7 @@ from floragrad.torch.projection import (
     power_iteration,
     random_signs,
 )
-from floragrad.torch.tensor_step import adaptive_noise
+from floragrad.torch.step import adaptive_noise
 
 GOLDEN_ZERO = "+--++-++++-++---+++--+------+----++--+--+-+++-+-"
 GOLDEN_LARGE = "-++-+--+---+-+++-+----+-++--++-++-+--+--++-++-+-"

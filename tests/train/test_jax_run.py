@@ -138,8 +138,10 @@ def test_from_the_same_weights_both_backends_make_the_same_run(
 
 
 CASES = {
-    "flora bfloat16": {"dtype": "bfloat16", "projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
-    "flora sketched": {"accumulate": 2, "batch_size": 1, "accumulator_ratio": 2},
+    "flora sketched": {
+        **{"dtype": "bfloat16", "projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
+        **{"accumulate": 2, "batch_size": 1, "accumulator_ratio": 2},
+    },
     "adamw exact": {"optimizer": "adamw", "accumulate": 2, "batch_size": 1},
 }
 

@@ -125,7 +125,7 @@ def why_not(name: OptimizerName, settings: PlanSettings) -> str | None:
             return str(error)
     devices = max(settings.ddp, settings.fsdp)
     if row.clip is not None and devices > 1:
-        return f"{devices} devices were asked for, and what GradientAccumulator holds is known here for one: plan flora"
+        return f"GradientAccumulator is planned for one process, and {devices} devices were asked for: plan flora"
     return None
 
 
