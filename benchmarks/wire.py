@@ -136,8 +136,8 @@ def power(rank: int) -> Callable[[int], Job]:
     return partial(Hooked, hook=powerSGD_hook, state=state)
 
 
-def flora(**options: Any) -> Callable[[int], Job]:
-    return partial(Hooked, hook=flora_hook, state=partial(FloraHookState, **options))
+def flora(*, error_feedback: bool = True, **options: Any) -> Callable[[int], Job]:
+    return partial(Hooked, hook=flora_hook, state=partial(FloraHookState, error_feedback=error_feedback, **options))
 
 
 # A rank r of PowerSGD sends r(m + n) numbers of a matrix, a ratio ρ sends mn/ρ: of 128 x 128 the same at rρ = 64.

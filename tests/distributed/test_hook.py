@@ -44,7 +44,7 @@ class Run:
         self.rank, self.common = rank, common
         # Several buckets, which PyTorch sorts anew after the first step.
         self.model = DistributedDataParallel(Given(), bucket_cap_mb=0.02)
-        self.state = None if options is None else FloraHookState(**options)
+        self.state = None if options is None else FloraHookState(**{"error_feedback": True, **options})
         if self.state is not None:
             self.model.register_comm_hook(self.state, flora_hook)
 
@@ -221,7 +221,7 @@ def test_an_overflow_is_not_fed_back(worlds: Worlds) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projection": "gaussian"}, "error_feedback=False"),
+        ({"projection": "gaussian", "error_feedback": True}, "error_feedback=False"),
         ({"projection": "adaptive", "error_feedback": False}, "use projection='sign'"),
         ({"ratio": 0}, "ratio=0"),
         ({"ratio": 2, "rank": 4}, "give one of them"),
@@ -243,7 +243,7 @@ def loaded_late(rank: int) -> str:
     run.go(0, 1)
     assert run.state is not None
     try:
-        run.state.load_state_dict(FloraHookState(ratio=4).state_dict())
+        run.state.load_state_dict(FloraHookState(ratio=4, error_feedback=True).state_dict())
     except RuntimeError as error:
         return str(error)
     return "nothing was noticed"

@@ -53,7 +53,7 @@ class FloraHookState:
         rank: int | None = None,
         state_dtype: StateDtype | torch.dtype = "float32",
         projection: Projection = "sign",
-        error_feedback: bool = True,
+        error_feedback: bool = False,
         seed: int = 0,
         start_step: int = 0,
     ) -> None:
