@@ -81,6 +81,13 @@ def matrix_view(shape: Sequence[int]) -> MatrixView | None:
     return MatrixView(prod(shape[:-2]), shape[-2], shape[-1])
 
 
+def leading_shape(shape: tuple[int, ...], view: MatrixView | None) -> tuple[int, ...]:
+    """The dimensions of a tensor's state before its last one; of a tensor without a view, all that it has."""
+    if view is None:
+        return shape
+    return (*shape[:-2], view.rows) if view.batch > 1 else (view.rows,)
+
+
 def storage(leading: tuple[int, ...], width: int, state_dtype: StateDtype) -> dict[str, Buffer]:
     """The buffers that hold rows of ``width`` numbers: ``data``, and ``scale`` where it is low-bit.
 
@@ -126,9 +133,7 @@ class TensorPlan:
     @property
     def leading(self) -> tuple[int, ...]:
         """The dimensions of the state before its last one."""
-        if self.view is None:
-            return self.shape[:-1]
-        return (*self.shape[:-2], self.view.rows) if self.view.batch > 1 else (self.view.rows,)
+        return leading_shape(self.shape, self.view)
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:

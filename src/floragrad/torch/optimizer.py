@@ -11,7 +11,7 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
-from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
+from floragrad.torch.distributed.lockstep import ShardStep, here, is_sharded, step_together
 from floragrad.torch.options import resolve_group
 from floragrad.torch.report import report_row
 from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
@@ -214,7 +214,8 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: It has no gradient.
         """
-        self._follow()
+        if param not in self._slots:
+            self._follow()
         if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
         if is_sharded(param):
@@ -328,7 +329,7 @@ class Flora(torch.optim.Optimizer):
         from floragrad.torch.distributed.shards import local_gradient
 
         state, at = self._begin_step(param)
-        local = {key: value.to_local() if is_sharded(value) else value for key, value in state.items()}
+        local = {key: here(value) for key, value in state.items()}
         return ShardStep(step_part(param.to_local(), local_gradient(param), local, at), at.part, param.device_mesh)
 
     def _warn_if_nothing_compressed(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from floragrad.policy import MatrixView
+from floragrad.policy import MatrixView, leading_shape
 from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
 
 Axis = Literal["batch", "rows", "columns"]
@@ -72,10 +72,3 @@ class Part:
         drawn = draw_rounding_bits(source, self.shape, width)
         here = drawn.rows[self.leading].reshape(self.view.batch, self.view.rows, 1)
         return RoundingBits(here.to(device), drawn.columns[columns].to(device))
-
-
-def leading_shape(shape: tuple[int, ...], view: MatrixView | None) -> tuple[int, ...]:
-    """The dimensions of a tensor's state before its last one."""
-    if view is None:
-        return shape
-    return (*shape[:-2], view.rows) if view.batch > 1 else (view.rows,)

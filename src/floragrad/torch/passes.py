@@ -82,11 +82,13 @@ class UpdatePasses:
             self._grads[where],
             scales_of(self._scales, where),
             self._stored.read(where),
-            of_batch(self._projection, where),
-            of_batch(self._previous, where),
+            pure.Estimator(
+                of_batch(self._projection, where),
+                of_batch(self._previous, where),
+                self._at.group["beta1"],
+                self._at.group["residual"],
+            ),
             None if self._sketches is None else self._sketches[where],
-            self._at.group["beta1"],
-            self._at.group["residual"],
             self._stored.dtype,
             self._stored.width,
         )
@@ -98,11 +100,8 @@ class _Ingredients(NamedTuple):
     grad: Tensor
     scales: tuple[Tensor, ...]
     kept: tuple[Tensor, ...]
-    projection: Projection | None
-    previous: Projection | None
+    by: pure.Estimator
     sketch: Tensor | None
-    beta1: float
-    residual: bool
     dtype: StateDtype
     width: int
 
@@ -116,7 +115,7 @@ def _block_square(of: _Ingredients) -> Tensor:
     update = pure.normalise(of.grad, of.scales)
     if not of.kept:
         return pure.square_norm(update)
-    return pure.direction_square(update, of.momentum(), of.projection, of.previous, of.beta1, of.residual, of.sketch)
+    return pure.direction_square(update, of.momentum(), of.by, of.sketch)
 
 
 def _block_move(
@@ -130,9 +129,7 @@ def _block_move(
     """Normalise, load, move and store the momentum of one block, and move the parameter: W, and what is stored."""
     direction, stored = pure.normalise(of.grad, of.scales), of.kept
     if of.kept:
-        direction, following = pure.momentum_step(
-            direction, of.momentum(), of.projection, of.previous, of.beta1, of.residual, of.sketch
-        )
+        direction, following = pure.momentum_step(direction, of.momentum(), of.by, of.sketch)
         stored = save(following, of.dtype, state_bits)
         del following
     moved = pure.descend(param, direction, keep, size)

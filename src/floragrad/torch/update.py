@@ -6,6 +6,8 @@ Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Ster
 listed in ``docs/method.md``.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, linalg, promote_types
 from torch import float32 as _float32
 from torch import float64 as _float64
@@ -38,14 +40,31 @@ def normalise(grad: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
     return update
 
 
+class Estimator(NamedTuple):
+    """How the momentum of some rows moves, and what is decoded of it.
+
+    Attributes:
+        projection: P of this step; None at ρ = 1, where both estimators are plain momentum.
+        previous: P of the step before where this step opens a new epoch, else None.
+        beta1: β₁.
+        residual: Which estimator.
+    """
+
+    projection: Projection | None
+    previous: Projection | None
+    beta1: float
+    residual: bool
+
+    def following(self, sketch: Tensor, momentum: Tensor) -> Tensor:
+        """The next M, of encode(U) and M."""
+        carried = momentum
+        if self.projection is not None and self.previous is not None:
+            carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
+        return sketch.lerp(carried, self.beta1)
+
+
 def momentum_step(
-    update: Tensor,
-    momentum: Tensor,
-    projection: Projection | None,
-    previous: Projection | None,
-    beta1: float,
-    residual: bool,
-    sketch: Tensor | None = None,
+    update: Tensor, momentum: Tensor, by: Estimator, sketch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """D and the next M; U's memory may be taken for D.
 
@@ -60,32 +79,22 @@ def momentum_step(
     Args:
         update: U, (..., rows, n).
         momentum: M, (..., rows, k).
-        projection: P of this step; None at ρ = 1, where both estimators are plain momentum.
-        previous: P of the step before where this step opens a new epoch, else None.
-        beta1: β₁.
-        residual: Which estimator.
+        by: The projections, β₁, and which estimator.
         sketch: encode(U), where it is known already, as it must be if columns are elsewhere.
     """
+    projection = by.projection
     if projection is None:
-        momentum = update.lerp(momentum, beta1)
+        momentum = by.following(update, momentum)
         return momentum, momentum
     sketch = projection.encode(update) if sketch is None else sketch
-    following = _following(sketch, momentum, projection, previous, beta1, residual)
-    if residual:
+    following = by.following(sketch, momentum)
+    if by.residual:
         return projection.add_orthogonal_(update, following - sketch), following
-    reading = projection if previous is None else previous
-    return reading.decode(momentum).mul_(beta1).add_(update, alpha=1 - beta1), following
+    reading = projection if by.previous is None else by.previous
+    return reading.decode(momentum).mul_(by.beta1).add_(update, alpha=1 - by.beta1), following
 
 
-def direction_square(
-    update: Tensor,
-    momentum: Tensor,
-    projection: Projection | None,
-    previous: Projection | None,
-    beta1: float,
-    residual: bool,
-    sketch: Tensor | None = None,
-) -> Tensor:
+def direction_square(update: Tensor, momentum: Tensor, by: Estimator, sketch: Tensor | None = None) -> Tensor:
     """‖D‖² of :func:`momentum_step`; U's memory may be overwritten.
 
     With signs or learnt weights D is U with its part inside the sketched subspace exchanged, so that D itself is
@@ -93,33 +102,18 @@ def direction_square(
 
         ‖D‖² = ‖U‖² + Σ (M² − encode(U)²) / diag(P Pᵀ)       M the next momentum
     """
-    if sketch is None and residual and isinstance(projection, BucketProjection):
-        sketch = projection.encode(update)
-        following = _following(sketch, momentum, projection, previous, beta1, residual)
-        exchanged = (following + sketch).mul_(following - sketch).div_(projection.gram).sum()
+    if sketch is None and by.residual and isinstance(by.projection, BucketProjection):
+        sketch = by.projection.encode(update)
+        following = by.following(sketch, momentum)
+        exchanged = (following + sketch).mul_(following - sketch).div_(by.projection.gram).sum()
         return square_norm(update) + exchanged
-    return square_norm(momentum_step(update, momentum, projection, previous, beta1, residual, sketch)[0])
+    return square_norm(momentum_step(update, momentum, by, sketch)[0])
 
 
 def square_norm(values: Tensor) -> Tensor:
     """The sum of squares, without a tensor of squares."""
     norm: Tensor = linalg.vector_norm(values)
     return norm.square()
-
-
-def _following(
-    sketch: Tensor,
-    momentum: Tensor,
-    projection: Projection,
-    previous: Projection | None,
-    beta1: float,
-    residual: bool,
-) -> Tensor:
-    """The next M."""
-    carried = momentum
-    if previous is not None:
-        carried = projection.transfer(momentum, previous, orthogonal=residual)
-    return sketch.lerp(carried, beta1)
 
 
 def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:

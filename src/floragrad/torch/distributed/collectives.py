@@ -56,16 +56,8 @@ class Ranks:
         return [bool(each) for each in found.tolist()]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace contiguous float32 tensors by their sums over the ranks, in flat pieces of bounded size."""
-        length = BUCKET_BYTES // 4
-        pieces = [piece for tensor in tensors for piece in torch.split(tensor.view(-1), length)]
-        for bucket in _buckets(pieces, length):
-            flat = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
-            distributed.all_reduce(flat, group=self.group)
-            if len(bucket) > 1:
-                sums = torch.split(flat, [each.numel() for each in bucket])
-                for piece, summed in zip(bucket, sums, strict=True):
-                    piece.copy_(summed)
+        """Replace contiguous float32 tensors by their sums over the ranks."""
+        sum_together(tensors, self.group)
 
     def swap(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Send bytes to every rank, and receive some from each.
@@ -78,6 +70,19 @@ class Ranks:
         sent = [each.numel() for each in outgoing]
         distributed.all_to_all_single(received, torch.cat(list(outgoing)), list(sizes), sent, group=self.group)
         return list(torch.split(received, list(sizes)))
+
+
+def sum_together(tensors: Sequence[Tensor], group: "ProcessGroup | None") -> None:
+    """Replace contiguous float32 tensors by their sums over a group, in flat pieces of bounded size."""
+    length = BUCKET_BYTES // 4
+    pieces = [piece for tensor in tensors for piece in torch.split(tensor.view(-1), length)]
+    for bucket in _buckets(pieces, length):
+        flat = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
+        distributed.all_reduce(flat, group=group)
+        if len(bucket) > 1:
+            sums = torch.split(flat, [each.numel() for each in bucket])
+            for piece, summed in zip(bucket, sums, strict=True):
+                piece.copy_(summed)
 
 
 def _buckets(pieces: Sequence[Tensor], length: int) -> list[list[Tensor]]:

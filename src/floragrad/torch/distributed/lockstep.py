@@ -4,9 +4,9 @@ import sys
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-import torch
 from torch import Tensor
 
+from floragrad.torch.distributed.collectives import sum_together
 from floragrad.torch.part import Part, ShardSum
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def here(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def step_together(steps: Iterable[ShardStep]) -> None:
     """Run steps to their ends: one all-reduce between two passes for each mesh dimension that splits a tensor.
 
@@ -51,6 +56,8 @@ def step_together(steps: Iterable[ShardStep]) -> None:
 def sum_over_parts(shares: "Iterable[tuple[list[ShardSum], Part, DeviceMesh]]") -> None:
     """Add up what parts of tensors have of their sums, in place: one all-reduce for each mesh dimension.
 
+    A few where they are large.
+
     Args:
         shares: The sums, the part that has a share of them, and the devices that have the others.
     """
@@ -61,12 +68,4 @@ def sum_over_parts(shares: "Iterable[tuple[list[ShardSum], Part, DeviceMesh]]") 
                 for mesh_dim in part.split.get(axis, ()):
                     groups.setdefault((mesh, mesh_dim), []).append(value)
     for (mesh, mesh_dim), values in groups.items():
-        _add_up(values, mesh.get_group(mesh_dim))
-
-
-def _add_up(values: list[Tensor], group: torch.distributed.ProcessGroup) -> None:
-    """Replace every value by its sum over the group, in one collective."""
-    flat = torch.cat([value.reshape(-1) for value in values])
-    torch.distributed.all_reduce(flat, group=group)
-    for value, total in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
-        value.copy_(total.view(value.shape))
+        sum_together(values, mesh.get_group(mesh_dim))

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from floragrad.policy import QUANTIZATION_BLOCK, Buffer, MatrixView, TensorPlan
-from floragrad.torch.part import Axis, Part, leading_shape
+from floragrad.policy import QUANTIZATION_BLOCK, Buffer, MatrixView, TensorPlan, leading_shape
+from floragrad.torch.part import Axis, Part
 
 _OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
 _OF_COLUMNS = ("col_var", "projection_weight")
