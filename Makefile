@@ -26,7 +26,7 @@ types: $(READY)
 clean:
 	rm -rf $(VENV) runs build src/*.egg-info
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -1,5 +1,6 @@
 """What was compressed, what was not, why, and in how many bytes."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from floragrad._text import format_bytes, format_table
@@ -20,6 +21,8 @@ class ReportRow:
         adamw_bytes: Bytes of AdamW's state for it: ``torch.optim``'s or ``optax``'s.
         adafactor_bytes: Bytes of Adafactor's with momentum: Hugging Face's or ``optax``'s.
         reason: Why its momentum is no sketch; empty where it is one.
+        path: Which code updates it: ``"native (…)"`` with the instruction set, ``"compiled"``, or ``"eager (…)"``
+            with what stands in the native kernels' way. Empty where there is no choice.
     """
 
     name: str
@@ -31,6 +34,7 @@ class ReportRow:
     adamw_bytes: int
     adafactor_bytes: int
     reason: str
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Report:
         for name, peer in (("AdamW", self.adamw_bytes), ("Adafactor with momentum", self.adafactor_bytes)):
             if peer:
                 lines.append(f"{name}: {format_bytes(peer)} ({self.state_bytes / peer:.1%} of it here)")
+        paths = Counter(row.path for row in self.rows if row.path)
+        if paths:
+            lines.append("updated by: " + ", ".join(f"{path} {count}" for path, count in paths.most_common()))
         return lines
 
 

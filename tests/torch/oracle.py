@@ -8,9 +8,10 @@ import torch
 
 from floragrad import reference
 from floragrad.policy import TensorPlan
+from floragrad.torch.learnt import adaptive_noise
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.part import Part
-from floragrad.torch.step import adaptive_noise, initial_state
+from floragrad.torch.step import initial_state
 from floragrad.torch.tensor_step import TensorStep
 from tests.torch.cases import Case
 

@@ -363,8 +363,9 @@ def test_bfloat16_parameters_move_by_less_than_their_spacing() -> None:
     assert abs(moved[True] - 32 * 2**-8 / 100) < 6 * 2.2e-5
 
 
+@pytest.mark.usefixtures("eager")
 def test_foreign_layouts_equal_contiguous_ones() -> None:
-    """Transposed and channels-last parameters, expanded and strided gradients."""
+    """Transposed and channels-last parameters, expanded and strided gradients: in every bit."""
     for make in (
         lambda: torch.randn(40, 24).t(),
         lambda: torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last),

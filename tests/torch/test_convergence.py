@@ -110,6 +110,7 @@ FAULTS: list[tuple[Break, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("break_it", "names"), FAULTS, ids=[each.__name__ for each, _ in FAULTS])
+@pytest.mark.usefixtures("eager")
 def test_a_fault_misses_the_loss(break_it: Break, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(monkeypatch)
     missed = {case.name for case in CASES if case.name in names and loss(case, "float32") > case.bound}

@@ -21,6 +21,7 @@ def trajectory(case: Case, gradients: list[torch.Tensor], **changes: object) -> 
     return after
 
 
+@pytest.mark.usefixtures("code")
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_oracle(case: Case) -> None:
@@ -28,6 +29,7 @@ def test_equals_the_oracle(case: Case) -> None:
     assert_same_course(case, trajectory(case, gradients), reference_trajectory(case, gradients))
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_oracle_in_small_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floragrad import Flora, reference
+from floragrad.torch.learnt import adaptive_noise
 from floragrad.torch.projection import (
     BucketProjection,
     GaussianProjection,
@@ -34,7 +35,6 @@ from floragrad.torch.projection import (
     power_iteration,
     random_signs,
 )
-from floragrad.torch.step import adaptive_noise
 
 GOLDEN_ZERO = "+--++-++++-++---+++--+------+----++--+--+-+++-+-"
 GOLDEN_LARGE = "-++-+--+---+-+++-+----+-++--++-++-+--+--++-++-+-"

@@ -65,8 +65,9 @@ def test_the_table() -> None:
     assert "4 x 64 x 96" in cells["experts"]
     assert cells["bias"].endswith("vector: kept whole, in float32")
     assert report.compressed == 2
-    assert lines[-3].startswith("2 of 5 tensors keep a sketch")
-    assert f"AdamW: {format_bytes(report.adamw_bytes)}" in lines[-2]
+    assert lines[-4].startswith("2 of 5 tensors keep a sketch")
+    assert f"AdamW: {format_bytes(report.adamw_bytes)}" in lines[-3]
+    assert lines[-1] == f"updated by: {report.rows[0].path} 5"
 
 
 def test_unnamed_parameters_go_by_position() -> None:

@@ -18,6 +18,7 @@ from floragrad.planning.tracker import MemoryTracker, Moment, Profiles, joined
 from floragrad.policy import AccumulatorPlan, MatrixView, TensorPlan
 from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.native.step import can_step
 from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
 from floragrad.torch.step import step_tensor as step
@@ -39,23 +40,26 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         profiles: What is known of them already.
     """
 
-    def step_tensor(param: Tensor, grad: Tensor, _: State, at: TensorStep) -> None:
+    def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
         def work(plan: TensorPlan) -> Callable[[], None]:
             small = replace(at, plan=plan, part=Part.whole(plan.shape, plan.view))
             tensors = _empty(plan, param), _empty(plan, grad)
-            state = initial_state(plan, at.group, at.index, at.device)
-            return lambda: step(*tensors, state, small)
+            fresh = initial_state(plan, at.group, at.index, at.device)
+            return lambda: step(*tensors, fresh, small)
 
         tracker.touch(param)
         options = tuple(sorted((key, value) for key, value in at.group.items() if key not in _NOT_OPTIONS))
-        count(("update", param.dtype, grad.dtype, options, at.opens_epoch), at.plan, work)
+        key = ("update", param.dtype, grad.dtype, options, at.step == 1, at.opens_epoch)
+        # What the native kernels hold is one buffer, whatever the rows.
+        count(key, at.plan, work, by_rows=not can_step(param, grad, state, at))
 
     def add_gradient(sketch: GradientSketch, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         def work(plan: AccumulatorPlan) -> Callable[[], None]:
             small, fresh = emptied(sketch, plan), _empty(plan, grad)
             return lambda: add(small, fresh, weight, window, measure_noise=measure_noise)
 
-        count(("fold", grad.dtype, sketch.folds == 0, measure_noise), sketch.plan, work)
+        key = ("fold", grad.dtype, sketch.folds == 0, measure_noise)
+        count(key, sketch.plan, work, by_rows=not sketch._is_native(grad))
         sketch.folds += 1
 
     def decode_into(sketch: GradientSketch, grad: Tensor, window: int, own: float, factor: float | Tensor) -> None:
@@ -82,11 +86,11 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         small.folds = sketch.folds
         return small
 
-    def count(key: Hashable, plan: Any, work: Callable[[Any], Callable[[], None]]) -> None:
+    def count(key: Hashable, plan: Any, work: Callable[[Any], Callable[[], None]], *, by_rows: bool = True) -> None:
         whole = (key, plan)
         if whole not in profiles:
             with tracker.paused():
-                profiles[whole] = _profile(plan, work)
+                profiles[whole] = _profile(plan, work) if by_rows else _run(work(plan))
         tracker.repeat(profiles[whole])
 
     add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm

@@ -235,7 +235,7 @@ class Flora(torch.optim.Optimizer):
             (8, True)
         """
         self._follow()
-        return Report(tuple(report_row(slot.name, param, slot.plan) for param, slot in self._slots.items()))
+        return Report(tuple(report_row(slot.name, param, slot.plan, slot.group) for param, slot in self._slots.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""

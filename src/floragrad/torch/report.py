@@ -8,9 +8,11 @@ from torch import Tensor
 from floragrad._report import ReportRow
 from floragrad.policy import TensorPlan
 from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.native.layout import path_of
+from floragrad.torch.tensor_step import Group
 
 
-def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
+def report_row(name: str, param: Tensor, plan: TensorPlan, group: Group) -> ReportRow:
     """The row of one parameter; of a sharded one, with the bytes on this device."""
     buffers, here = plan.buffers, plan.shape
     if is_sharded(param):
@@ -27,6 +29,7 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         adamw_bytes=adamw_bytes(here, param.dtype),
         adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
+        path=path_of(param, plan, group),
     )
 
 

@@ -13,16 +13,17 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor
 
-from floragrad._streams import ADAPTIVE_NOISE, Stream
+from floragrad._streams import Stream
 from floragrad.policy import Buffer, StateDtype, TensorPlan
 from floragrad.torch import update as pure
+from floragrad.torch.learnt import POWER_ITERATIONS, noisy
+from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.part import EVERYWHERE, ShardSum
 from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, scales_of
 from floragrad.torch.projection import (
     BucketProjection,
     Projection,
     normalise_buckets,
-    philox,
     power_iteration,
     random_signs,
 )
@@ -64,6 +65,9 @@ def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> No
         state: The buffers of ``at.plan``.
         at: The tensor, its options and the step.
     """
+    if can_step(param, grad, state, at):
+        step_native(param, grad, state, at)
+        return
     for _ in step_part(param, grad, state, at):
         pass
 
@@ -103,7 +107,7 @@ def _second_moment(
 ) -> Generator[list[ShardSum], None, tuple[Tensor, ...]]:
     """Update the second moment; what every gradient is to be multiplied by."""
     eps1 = at.group["eps"][0]
-    beta2 = torch.tensor(1.0 - float(at.step) ** at.group["decay_rate"], device=at.device)
+    beta2 = torch.tensor(at.beta2, device=at.device)
     sums = [] if norm is None else [ShardSum(norm, EVERYWHERE)]
     if not at.plan.factored:
         if sums:
@@ -136,15 +140,11 @@ def _second_moment(
 
 def _step_size(norm: Tensor | None, at: TensorStep) -> Tensor:
     """α, a scalar tensor on the parameter's device; ``norm`` is ‖W‖² where the step is in its units."""
-    group = at.group
-    lr = group["lr"]
-    if group["relative_step"]:
-        lr = min(1e-6 * at.step if group["warmup_init"] else 1e-2, at.step**-0.5)
-    alpha = torch.as_tensor(lr, dtype=torch.float32, device=at.device).reshape(())
+    alpha = torch.as_tensor(at.lr, dtype=torch.float32, device=at.device).reshape(())
     if norm is None:
         return alpha
     numel = torch.Size(at.plan.shape).numel()
-    return alpha * (norm / numel).sqrt().clamp(min=group["eps"][1])
+    return alpha * (norm / numel).sqrt().clamp(min=at.group["eps"][1])
 
 
 def _projections(
@@ -170,11 +170,10 @@ def _projections(
 def _learnt_weight(
     grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, previous: BucketProjection, at: TensorStep
 ) -> Generator[list[ShardSum], None, Tensor]:
-    """Two power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
+    """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
     weight, width, beta1 = previous.weight, at.plan.width, at.group["beta1"]
-    noise = adaptive_noise(at.view.columns, width, at.group["seed"], at.index, at.epoch)
-    weight = normalise_buckets(weight + noise.to(at.device), width, weight)
-    for _ in range(2):
+    weight = noisy(weight, at)
+    for _ in range(POWER_ITERATIONS):
         learner, grown = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
         for where in at.blocks():
             update = pure.normalise(grads[where], scales_of(scales, where))
@@ -184,13 +183,6 @@ def _learnt_weight(
         yield [ShardSum(grown, ("rows",))]
         weight = normalise_buckets(grown, width, weight)
     return weight
-
-
-def adaptive_noise(n: int, k: int, seed: int, index: int, epoch: int) -> Tensor:
-    """Seeded noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,) on the CPU."""
-    words = philox(seed, index, epoch, Stream.ADAPTIVE_NOISE).random_raw(n)
-    uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53).mul_(2).sub_(1)
-    return uniform.mul_(ADAPTIVE_NOISE * (3 * k / n) ** 0.5).float()
 
 
 def _stored(state: State, at: TensorStep) -> StoredRows:

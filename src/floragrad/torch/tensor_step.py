@@ -1,5 +1,6 @@
 """What one step of one tensor goes by: its plan, options and random streams, and the blocks it is visited in."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -67,6 +68,20 @@ class TensorStep:
     def opens_epoch(self) -> bool:
         """Whether the projection of this step differs from that of the step before."""
         return self.step % int(self.group["kappa"]) == 0
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The learning rate of this step, before the parameter's scale."""
+        group = self.group
+        if not group["relative_step"]:
+            rate: float | Tensor = group["lr"]
+            return rate
+        return min(1e-6 * self.step if group["warmup_init"] else 1e-2, 1 / math.sqrt(self.step))
+
+    @property
+    def beta2(self) -> float:
+        """β₂ = 1 − t^decay_rate."""
+        return 1.0 - math.pow(float(self.step), self.group["decay_rate"])
 
     @property
     def view(self) -> MatrixView:

@@ -9,6 +9,7 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.native.fold import can_fold, fold_native
 from floragrad.torch.part import Part
 from floragrad.torch.projection import Projection, draw_projection, philox
 from floragrad.torch.quantize import RoundingBits
@@ -78,11 +79,39 @@ class GradientSketch:
             window: Which window; another projection and other rounding for each.
             measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
         """
+        self._stored(grad.device)
+        if self.folds == 0 and "noise" in self._buffers:
+            self._buffers["noise"].zero_()
+        if self._is_native(grad):
+            self._add_native(grad, weight, window, measure_noise=measure_noise)
+        else:
+            self._add_blocks(grad, weight, window, measure_noise=measure_noise)
+        self.folds += 1
+
+    def _is_native(self, grad: Tensor) -> bool:
+        """Whether the native kernels can fold this gradient in."""
+        is_gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
+        return not is_gaussian and not self._part.split and can_fold(grad, self._buffers)
+
+    def _add_native(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
+        fold_native(
+            grad,
+            self._buffers,
+            self.plan,
+            self._column_sizes(grad.device),
+            is_first=self.folds == 0,
+            weight=weight,
+            seed=self._seed,
+            index=self._index,
+            window=window,
+            counter=self._counter(window, self.folds),
+            measure_noise=measure_noise,
+        )
+
+    def _add_blocks(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         stored = self._stored(grad.device, self._rounding(grad.device, window, self.folds, Stream.ACCUMULATOR_ROUNDING))
         projection, columns = self._projection(window), self._column_sizes(grad.device)
         grads, dtype = grad.reshape(self.plan.view), self.plan.state_dtype
-        if self.folds == 0 and "noise" in self._buffers:
-            self._buffers["noise"].zero_()
         for where in self._blocks(grad.device):
             fresh = grads[where].float()
             if projection is not None:
@@ -97,7 +126,6 @@ class GradientSketch:
             stored.write(where, kept)
             if measure_noise and "noise" in self._buffers:
                 self._measure(kept, total, None if columns is None else columns[where[0]])
-        self.folds += 1
 
     def join(self, device: torch.device) -> None:
         """Hold zeros in place of nothing, where other processes hold gradients of this tensor.
@@ -264,10 +292,12 @@ class GradientSketch:
         """What to round with: for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
-        # One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16.
-        counter = (window << 32) | (self._rank << 16) | folds
-        source = philox(self._seed, self._index, counter, stream)
+        source = philox(self._seed, self._index, self._counter(window, folds), stream)
         return self._part.rounding(source, self.plan.width, slice(None), device)
+
+    def _counter(self, window: int, folds: int) -> int:
+        """One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16."""
+        return (window << 32) | (self._rank << 16) | folds
 
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:

@@ -1,0 +1,1 @@
+"""The step of contiguous tensors on the CPU, in C++."""

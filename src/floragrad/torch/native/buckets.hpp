@@ -1,0 +1,39 @@
+// Rows encoded by a bucket projection: column j, times its weight, falls into bucket j mod k.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lanes.hpp"
+
+namespace floragrad {
+
+inline int64_t whole_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// The sums of ``rows`` rows, whole_lanes(k) apart in ``sketch``, of grad · factors(column, count) · weight; and the
+// squares of grad · factors. A bucket's sums stay in registers, and what belongs to columns is fetched once for all
+// rows; the rows that come next are asked for meanwhile.
+template <int ROWS, class Value, class Factors>
+inline void encode_rows(const Value* grad, int64_t n, int64_t k, const float* weight, const Factors& factors,
+                        float* sketch, Floats (&squares)[ROWS]) {
+  for (int64_t bucket = 0; bucket < k; bucket += LANES) {
+    Floats sums[ROWS] = {};
+    const auto add = [&](int64_t column, int64_t some) __attribute__((always_inline)) {
+      const Floats factor = factors(column, some), sign = load(weight + column, some);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        __builtin_prefetch(grad + (ROWS + r) * n + column, 0, 2);
+        const Floats u = load(grad + r * n + column, some) * factor;
+        sums[r] += u * sign;
+        squares[r] += u * u;
+      }
+    };
+    const int64_t some = std::min(LANES, k - bucket);
+    int64_t column = bucket;
+    for (; some == LANES && column + LANES <= n; column += k) add(column, LANES);
+    for (; column < n; column += k) add(column, std::min(some, n - column));
+    for (int r = 0; r < ROWS; ++r) store(sketch + r * whole_lanes(k) + bucket, sums[r], LANES);
+  }
+}
+
+}  // namespace floragrad

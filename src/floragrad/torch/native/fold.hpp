@@ -1,0 +1,139 @@
+// C ← C + w·encode(G): a gradient folded into what a window keeps of one tensor, as GradientSketch.add does.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "buckets.hpp"
+#include "lanes.hpp"
+#include "random.hpp"
+#include "rows.hpp"
+#include "scratch.hpp"
+#include "threads.hpp"
+
+namespace floragrad {
+
+// Mirrored by library.Fold: every field takes eight bytes.
+struct Fold {
+  int64_t batch, rows, columns, width;
+  int64_t value_dtype, state_dtype;
+  int64_t is_first, measures;
+  uint64_t seed, index, window, counter;
+  double weight;
+  const void* grad;
+  void* data;
+  float* scale;
+  const float* column_sizes;  // (batch, columns); what columns are divided by, or none
+  double* noise;              // gets the squared error of rounding, where it is measured
+  void* scratch;
+  Parallel parallel;
+  int64_t threads;
+};
+
+class TensorFold {
+ public:
+  explicit TensorFold(const Fold& given)
+      : at(given),
+        chunks(given.batch, given.rows),
+        threads{given.parallel, given.batch * given.rows * given.columns < SMALL ? 1 : given.threads},
+        scratch(given.scratch) {
+    const int64_t rows = at.batch * at.rows;
+    errors = scratch.take<double>(chunks.count);
+    signs = scratch.take<float>(projects() ? at.columns : 0);
+    sketches = scratch.take<float>(projects() ? threads.count * ROWS * whole_lanes(at.width) : 0);
+    words = scratch.take<uint32_t>(at.state_dtype == FLOAT32 ? 0 : rows + at.width);
+  }
+
+  int64_t scratch_bytes() const { return scratch.size(); }
+
+  void add() const { at.value_dtype == FLOAT32 ? add_of<float>() : add_of<uint16_t>(); }
+
+ private:
+  static constexpr int ROWS = 4;
+
+  const Fold& at;
+  const Chunks chunks;
+  const Threads threads;
+  Scratch scratch;
+  double* errors;
+  float *signs, *sketches;
+  uint32_t* words;
+
+  bool projects() const { return at.width < at.columns; }
+
+  Philox philox(uint64_t counter, Stream stream) const { return {{at.seed, at.index}, counter, stream}; }
+
+  template <class Value>
+  void add_of() const {
+    const int64_t rows = at.batch * at.rows, n = at.columns, stride = whole_lanes(at.width);
+    if (projects()) philox(at.window, ACCUMULATOR).signs(signs, n);
+    if (at.state_dtype != FLOAT32) philox(at.counter, ACCUMULATOR_ROUNDING).words(words, rows + at.width);
+    const Stored stored{at.data, at.scale, at.width, at.state_dtype, {words, words + rows}};
+    for_each_chunk(threads, chunks.count, [&](int64_t chunk, int64_t thread) {
+      float* sketch = sketches + thread * ROWS * stride;
+      const float* sizes = at.column_sizes ? at.column_sizes + chunks.matrix(chunk) * n : nullptr;
+      double error = 0;
+      int64_t row = chunks.top(chunk);
+      for (; projects() && row + ROWS <= chunks.end(chunk); row += ROWS) {
+        encode<Value, ROWS>(row, sketch);
+        for (int r = 0; r < ROWS; ++r) error += keep(stored, row + r, sketch + r * stride, nullptr);
+      }
+      for (; row < chunks.end(chunk); ++row) {
+        if (projects()) {
+          encode<Value, 1>(row, sketch);
+          error += keep(stored, row, sketch, nullptr);
+        } else {
+          error += keep(stored, row, static_cast<const Value*>(at.grad) + row * n, sizes);
+        }
+      }
+      errors[chunk] = error;
+    });
+    if (!at.measures) return;
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) total += errors[chunk];
+    *at.noise = total;
+  }
+
+  template <class Value, int COUNT>
+  void encode(int64_t row, float* sketch) const {
+    Floats squares[COUNT] = {};
+    const auto ones = [](int64_t, int64_t) { return Floats{} + 1.f; };
+    encode_rows<COUNT>(static_cast<const Value*>(at.grad) + row * at.columns, at.columns, at.width, signs, ones, sketch,
+                       squares);
+  }
+
+  // Adds a row of what is new, divided by the columns' sizes if they have any; the squared error of its rounding.
+  template <class Value>
+  float keep(const Stored& stored, int64_t row, const Value* fresh, const float* sizes) const {
+    const float weight = static_cast<float>(at.weight);
+    Floats square = {};
+    for (int64_t first = 0; first < at.width; first += BLOCK) {
+      const int64_t count = std::min(BLOCK, at.width - first);
+      alignas(64) float total[BLOCK], kept[BLOCK];
+      if (!at.is_first) stored.load_block(row, first, count, total);
+      for (int64_t j = 0; j < count; j += LANES) {
+        const int64_t some = count - j;
+        Floats added = load(fresh + first + j, some);
+        if (sizes) added /= load_or_one(sizes + first + j, some);
+        store(total + j, at.is_first ? added * weight : load(total + j, LANES) + added * weight, LANES);
+      }
+      stored.save_block(row, first, count, total);
+      if (!at.measures) continue;
+      stored.load_block(row, first, count, kept);
+      for (int64_t j = 0; j < count; j += LANES) {
+        Floats error = load(kept + j, LANES) - load(total + j, LANES);
+        if (sizes) error *= load(sizes + first + j, count - j);
+        square += error * error;
+      }
+    }
+    return sum(square);
+  }
+
+  static Floats load_or_one(const float* from, int64_t count) {
+    Floats loaded = load(from, count);
+    for (int64_t i = count; i < LANES; ++i) loaded[i] = 1;
+    return loaded;
+  }
+};
+
+}  // namespace floragrad

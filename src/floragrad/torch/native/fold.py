@@ -1,0 +1,80 @@
+"""A gradient folded into a sketch by the native kernels."""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from floragrad.policy import AccumulatorPlan, MatrixView
+from floragrad.torch.native.layout import lies_plainly, obstacle_of
+from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Fold, library
+
+
+def can_fold(grad: Tensor, buffers: dict[str, Tensor]) -> bool:
+    """Whether the kernels can fold this gradient into these buffers, of a sketch that is no Gaussian one."""
+    return library() is not None and not obstacle_of(grad) and all(map(lies_plainly, buffers.values()))
+
+
+def fold_native(
+    grad: Tensor,
+    buffers: dict[str, Tensor],
+    plan: AccumulatorPlan,
+    columns: Tensor | None,
+    *,
+    is_first: bool,
+    weight: float,
+    seed: int,
+    index: int,
+    window: int,
+    counter: int,
+    measure_noise: bool,
+) -> None:
+    """C ← C + w·encode(G), as ``GradientSketch.add`` does; :func:`can_fold` holds.
+
+    Args:
+        grad: G, contiguous.
+        buffers: The sketch's.
+        plan: What they are.
+        columns: What columns are divided by, float32 of (batch, 1, columns); None where they are not.
+        is_first: Nothing has been folded yet: what the buffers hold means nothing.
+        weight: w.
+        seed: Of projections and of rounding.
+        index: The tensor's position in the optimizer.
+        window: Which window: of the projection.
+        counter: Of this fold's rounding.
+        measure_noise: Add the squared rounding errors to ``buffers["noise"]``.
+    """
+    kernels = library()
+    assert kernels is not None
+    # What has no matrices is summed exactly, in one row.
+    batch, rows, columns_here = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
+    noise = torch.zeros((), dtype=torch.float64) if measure_noise and "noise" in buffers else None
+    fold = Fold(
+        batch=batch,
+        rows=rows,
+        columns=columns_here,
+        width=plan.width if plan.view.columns > 1 else columns_here,
+        value_dtype=DTYPES[grad.dtype],
+        state_dtype=STATE_DTYPES[plan.state_dtype],
+        is_first=is_first,
+        measures=noise is not None,
+        seed=seed,
+        index=index,
+        window=window,
+        counter=counter,
+        weight=weight,
+        parallel=kernels.parallel,
+        threads=torch.get_num_threads(),
+    )
+    scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8)
+    if isinstance(grad, FakeTensor):
+        return  # what there would be to hold has been held
+    fold.grad, fold.data, fold.scratch = grad.data_ptr(), buffers["data"].data_ptr(), scratch.data_ptr()
+    if "scale" in buffers:
+        fold.scale = buffers["scale"].data_ptr()
+    if columns is not None:
+        fold.column_sizes = columns.data_ptr()
+    if noise is not None:
+        fold.noise = noise.data_ptr()
+    kernels.fold(fold)
+    if noise is not None:
+        buffers["noise"] += noise

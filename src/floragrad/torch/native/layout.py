@@ -1,0 +1,42 @@
+"""Which tensors the native kernels can take, and why not the others."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from floragrad.policy import TensorPlan
+from floragrad.torch.native.library import DTYPES, absence, library
+from floragrad.torch.tensor_step import Group
+
+_PLAIN: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+
+
+def path_of(param: Tensor, plan: TensorPlan, group: Group) -> str:
+    """Which code steps a parameter, in words: ``"native (…)"``, ``"compiled"``, or ``"eager (why)"``."""
+    if group["compile"]:
+        return "compiled"
+    kernels = library()
+    if kernels is None:
+        return f"eager ({absence()})"
+    if plan.momentum == "sketch" and plan.projection == "gaussian":
+        return "eager (Gaussian projection)"
+    obstacle = obstacle_of(param)
+    return f"eager ({obstacle})" if obstacle else f"native ({kernels.name})"
+
+
+def obstacle_of(tensor: Tensor) -> str:
+    """Why the kernels cannot take a tensor; empty where they can."""
+    if type(tensor) not in _PLAIN:
+        return type(tensor).__name__
+    if tensor.device.type != "cpu":
+        return f"on {tensor.device.type}"
+    if tensor.dtype not in DTYPES:
+        return str(tensor.dtype).removeprefix("torch.")
+    return "" if tensor.is_contiguous() else "not contiguous"
+
+
+def lies_plainly(tensor: Tensor) -> bool:
+    """Whether a buffer can be handed over by its address."""
+    return type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.is_contiguous()

@@ -1,0 +1,132 @@
+"""The compiled kernels: where they are, what they are handed, and why there are none where there are none."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from floragrad.policy import StateDtype
+
+SWITCH: Final = "FLORAGRAD_NATIVE"
+_INSTRUCTION_SETS: Final = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Step(ctypes.Structure):
+    """One tensor's step, as ``step.hpp`` has it."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype momentum is_vector"),
+        *_fields(ctypes.c_int64, "factored learnt stochastic residual opens_epoch"),
+        *_fields(ctypes.c_uint64, "seed index step epoch"),
+        *_fields(ctypes.c_double, "beta1 beta2 eps keep size clip_threshold"),
+        *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous scratch parallel"),
+        *_fields(ctypes.c_int64, "threads"),
+    )
+
+
+class Fold(ctypes.Structure):
+    """One gradient folded into a sketch, as ``fold.hpp`` has it."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype is_first measures"),
+        *_fields(ctypes.c_uint64, "seed index window counter"),
+        *_fields(ctypes.c_double, "weight"),
+        *_fields(ctypes.c_void_p, "grad data scale column_sizes noise scratch parallel"),
+        *_fields(ctypes.c_int64, "threads"),
+    )
+
+
+class Library(NamedTuple):
+    """The kernels that run here.
+
+    Attributes:
+        name: Their instruction set.
+        parallel: The address of the entry point of torch's OpenMP runtime.
+        step_bytes: Scratch of a step.
+        statistics: Of a step: its second moment.
+        grow: One power iteration for learnt projections.
+        update: Of a step: its momentum and its parameter.
+        fold_bytes: Scratch of a fold.
+        fold: A gradient into a sketch.
+    """
+
+    name: str
+    parallel: int
+    step_bytes: Callable[[Step], int]
+    statistics: Callable[[Step], None]
+    grow: Callable[[Step, int, int], None]
+    update: Callable[[Step], None]
+    fold_bytes: Callable[[Fold], int]
+    fold: Callable[[Fold], None]
+
+
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""What parameters and gradients may be, by their numbers in ``rows.hpp``."""
+STATE_DTYPES: Final[dict[StateDtype, int]] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+
+
+def library() -> Library | None:
+    """The kernels, or None where they are turned off or cannot run; :func:`absence` says why."""
+    found = _found(os.environ.get(SWITCH, "1"))
+    return found if isinstance(found, Library) else None
+
+
+def absence() -> str:
+    """Why there are no kernels; empty where there are."""
+    found = _found(os.environ.get(SWITCH, "1"))
+    return "" if isinstance(found, Library) else found
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The builds that this processor can run, best first, by what torch says of it."""
+    return _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+
+
+@cache
+def _found(switch: str) -> Library | str:
+    """The kernels, or why there are none."""
+    if switch == "0":
+        return f"{SWITCH}=0"
+    if switch != "1":
+        raise ValueError(f"{SWITCH}={switch}: 1 runs the native kernels where there are any, 0 turns them off")
+    runtime = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/*torch_cpu*"))))
+    if not hasattr(runtime, "GOMP_parallel"):
+        return "torch's threads are not OpenMP's"
+    for name in instruction_sets():
+        spec = find_spec(f"floragrad.torch.native._{name}")
+        if spec is not None and spec.origin is not None:
+            return _loaded(name, ctypes.CDLL(spec.origin), runtime)
+    return "no native kernels were built: install floragrad where there is a C++ compiler"
+
+
+def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | str:
+    def function(symbol: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(kernels, f"floragrad_{symbol}")
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    step, fold, address = ctypes.POINTER(Step), ctypes.POINTER(Fold), ctypes.c_void_p
+    sizes = [function(f"{each}_size", ctypes.c_int64)() for each in ("step", "fold")]
+    if sizes != [ctypes.sizeof(Step), ctypes.sizeof(Fold)]:
+        return "the native kernels are of another version: install floragrad again"
+    parallel = ctypes.cast(runtime.GOMP_parallel, address).value
+    assert parallel is not None
+    return Library(
+        name,
+        parallel,
+        step_bytes=function("step_bytes", ctypes.c_int64, step),
+        statistics=function("statistics", None, step),
+        grow=function("grow", None, step, address, address),
+        update=function("update", None, step),
+        fold_bytes=function("fold_bytes", ctypes.c_int64, fold),
+        fold=function("fold", None, fold),
+    )

@@ -1,0 +1,37 @@
+"""The code that a test of the update runs on."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from floragrad.torch.native import library
+
+BUILDS = ("avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=["eager", *BUILDS])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The eager code, and the native kernels of each instruction set."""
+    use(request.param, monkeypatch)
+    yield request.param
+    library._found.cache_clear()
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No native kernels: what a test replaces, or compares in every bit, is the Python code."""
+    use("eager", monkeypatch)
+
+
+def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library._found.cache_clear()
+    monkeypatch.setenv(library.SWITCH, str(int(code != "eager")))
+    if code == "eager":
+        return
+    runnable = library.instruction_sets()
+    if code not in runnable:
+        pytest.skip(f"this processor has not {code}")
+    monkeypatch.setattr(library, "instruction_sets", lambda: (code,))
+    found = library.library()
+    assert found is not None, library.absence()
+    assert found.name == code
