@@ -107,7 +107,8 @@ def _together(batch: Sequence[Subject], settings: Settings, progress: Progress) 
         for number in range(1, WARM_UP + settings.rounds + 1):
             took = _round(players, order)
             _note(players, took, number)
-            progress(f"step {number} of {WARM_UP + settings.rounds}: {sum(took):.1f} s")
+            spent = sum(seconds for seconds in took if not isnan(seconds))
+            progress(f"step {number} of {WARM_UP + settings.rounds}: {spent:.1f} s")
         for player in players:
             player.examine()
         for player in players:
