@@ -133,7 +133,7 @@ class Worker:
             raise WorkerError(self._ending())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            raise WorkerError(_without_places(answer["error"]))
         return answer
 
     def _ending(self) -> str:
@@ -141,4 +141,11 @@ class Worker:
         code = self._process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         last = self._words.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        return f"the process ended with {how}: {last}" if last else f"the process ended with {how}"
+        return f"the process ended with {how}: {_without_places(last)}" if last else f"the process ended with {how}"
+
+
+def _without_places(text: str) -> str:
+    """An error's text without where this machine keeps things: results are for others to read."""
+    for place in (sys.prefix, sys.base_prefix, str(ROOT), tempfile.gettempdir()):
+        text = text.replace(place, "…")
+    return text

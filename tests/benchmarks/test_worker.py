@@ -1,5 +1,6 @@
 """Workers do what they are told, and say what went wrong."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import ClassVar
@@ -11,7 +12,7 @@ from benchmarks.step import measure as measuring
 from benchmarks.step.batches import Subject
 from benchmarks.step.measure import WARM_UP, Settings, measure
 from benchmarks.step.optimizers import ALL, FUSED, INT8, TORCH_ADAFACTOR
-from benchmarks.step.processes import Worker, WorkerError
+from benchmarks.step.processes import Worker, WorkerError, _without_places
 from benchmarks.step.shapes import Spec
 from benchmarks.step.worker import Job
 
@@ -53,6 +54,11 @@ def test_processes() -> None:
         good._process.kill()
         with pytest.raises(WorkerError, match="SIGKILL"):
             good.step()
+
+
+def test_errors_do_not_tell_where_this_machine_keeps_things() -> None:
+    text = f"ImportError: {sys.prefix}/lib/libmissing.so: no such file"
+    assert _without_places(text) == "ImportError: …/lib/libmissing.so: no such file"
 
 
 class FakeWorker:
