@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.step import picture
 from benchmarks.step.figures import epoch_row, row
 from benchmarks.step.goals import goal_cells
-from benchmarks.step.machine import about
+from benchmarks.step.machine import about, busy_cores
 from benchmarks.step.measure import Progress, measure
 from benchmarks.step.optimizers import FUSED
 from benchmarks.step.plan import PARTS, Run, Wanted
@@ -31,6 +31,7 @@ from floragrad.train.environment import available_cores
 
 def measured(run: Run, progress: Progress) -> dict[str, Any]:
     """One run and its figures."""
+    busy = busy_cores()
     found = measure(run.subjects, run.reference, run.settings, progress)
     rows = [
         epoch_row(each) if run.part == "epochs" and each.subject.entry != FUSED else row(each)
@@ -42,6 +43,7 @@ def measured(run: Run, progress: Progress) -> dict[str, Any]:
         "parameters": parameters(run.shapes),
         "largest_bytes": 4 * largest(run.shapes),
         **vars(run.settings),
+        "busy_cores": busy,
         "rows": rows,
     }
 

@@ -37,6 +37,11 @@ def about(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def busy_cores() -> float:
+    """How many cores other programs keep busy, over a second: what makes times worthless."""
+    return psutil.cpu_percent(interval=1) / 100 * (psutil.cpu_count() or 1)
+
+
 def processor() -> str:
     """The processor's name, as the system gives it."""
     listed = Path("/proc/cpuinfo")

@@ -95,8 +95,9 @@ def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
     lines += [*_table(goal_cells(results)), ""]
     for run in results["runs"]:
         lines += [f"## {heading(run)}", ""]
-        counts = run["parameters"] / 1e6, run["largest_bytes"] / 4e6
-        lines += ["{:.1f}M numbers, {:.2f}M in the largest tensor.".format(*counts), ""]
+        counts = run["parameters"] / 1e6, run["largest_bytes"] / 4e6, run["busy_cores"]
+        words = "{:.1f}M numbers, {:.2f}M in the largest tensor; {:.2f} cores were busy before it began."
+        lines += [words.format(*counts), ""]
         lines += [*_table(cells(run)), ""]
         listed = troubles(run)
         if listed:

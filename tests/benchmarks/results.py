@@ -61,6 +61,7 @@ def made_up_run(run: Run, **changes: dict[str, Any]) -> dict[str, Any]:
         "parameters": 10_000_000,
         "largest_bytes": LARGEST_BYTES,
         **vars(run.settings),
+        "busy_cores": 0.01,
         "rows": rows,
     }
 

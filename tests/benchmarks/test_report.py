@@ -20,7 +20,8 @@ def test_a_failed_peer_is_listed_with_its_error() -> None:
 
 def test_the_page_names_machine_versions_and_commit() -> None:
     page = markdown(made_up_results(), "step_growth.png")
-    for words in ("a processor, 2 cores, 24.0 GB", "torch 2.13.0", "commit 0123456789ab", "(step_growth.png)"):
+    machine = ("a processor, 2 cores, 24.0 GB", "torch 2.13.0", "commit 0123456789ab")
+    for words in (*machine, "0.01 cores were busy", "(step_growth.png)"):
         assert words in page
     for heading in (f"A step: {LAYERS}, float32, 2 threads", "A step: t5-small, bfloat16, 1 thread"):
         assert f"## {heading}\n" in page
