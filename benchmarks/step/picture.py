@@ -29,7 +29,8 @@ def growth_figure(results: Mapping[str, Any]) -> Figure | None:
         _over_ranks(panels[row][1], runs["ranks"], key, unit)
         panels[row][0].set_ylabel(label)
         for panel in panels[row]:
-            panel.legend(frameon=False, fontsize=8)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(frameon=False, fontsize=8)
     about = results["about"]
     where = f"{about['processor']}, threads: {runs['sizes']['threads']}, commit {about['commit']}"
     figure.suptitle(where, x=0.01, ha="left", fontsize=9)
