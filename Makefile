@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# The optimizers that ours is timed against live apart from what develops and tests it.
+BENCH_VENV ?= .venv-bench
+BENCH_READY = $(BENCH_VENV)/.ready
 
-.PHONY: demo compare test lint types clean
+.PHONY: demo compare bench bench-all test lint types clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
 
 compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table and one picture
 	$(BIN)/floragrad compare
+
+bench: $(BENCH_READY)  ## a step's time, state and temporaries beside every peer's; leave the machine alone meanwhile
+	$(BENCH_VENV)/bin/python -m benchmarks.step --threads all --dtypes float32 --limit 20 --out benchmarks/results/step
+
+bench-all: $(BENCH_READY)  ## the same with one thread and bfloat16 too, for hours
+	$(BENCH_VENV)/bin/python -m benchmarks.step --out benchmarks/results/step_all
 
 test: $(READY)  ## every test, on every core; those of several processes one after another
 	$(BIN)/python -m pytest -n auto --ignore tests/distributed --ignore tests/train/test_torchrun.py
@@ -24,9 +33,14 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build src/*.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) runs build src/*.egg-info
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BENCH_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@

@@ -7,46 +7,26 @@ Flora and for the two peers.
 """
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from floragrad import Flora, param_groups
+from floragrad.planning.models import find_model
 
 MODELS = {
-    # Radford et al. 2019; the Llamas of GaLore (Zhao et al. 2024); Llama Team 2024.
-    "GPT-2 small": (GPT2Config(), torch.float32),
-    "Llama 350M": (
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=1024,
-            intermediate_size=2736,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            tie_word_embeddings=False,
-        ),
-        torch.float32,
-    ),
-    "Llama-3-8B": (
-        LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-        ),
-        torch.bfloat16,
-    ),
+    "GPT-2 small": ("gpt2", torch.float32),
+    "Llama 350M": ("llama-350m", torch.float32),
+    "Llama-3-8B": ("llama-3-8b", torch.bfloat16),
 }
+"""By their names in floragrad/planning/presets.py, which has the sources."""
 RANK = 128
 
 
 def main() -> None:
     print(f"| model | weights | AdamW | Adafactor, β₁ = 0.9 | Flora, int8, rank {RANK} | Flora, int4, rank {RANK} |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, (config, dtype) in MODELS.items():
+    for name, (preset, dtype) in MODELS.items():
+        planned = find_model(preset)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = planned.build(dtype, planned.blocks)
         groups = [param_groups(model, lr=1e-3) for _ in range(2)]
         int8, int4 = (
             Flora(each, lr=1e-3, rank=RANK, state_dtype=state_dtype).report()
