@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -80,10 +80,14 @@ class PeerEngine(TrainerEngine):
 
     @property
     def optimizer_state_bytes(self) -> int:
-        """Bytes of all that the state's tensors are made of; what several share counts once."""
-        parts = [part for tensor in state_tensors(self._optimizer) for part in _parts(tensor)]
-        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
-        return sum(storages.values())
+        """Measured from its tensors, as for the others."""
+        return stored_bytes(state_tensors(self._optimizer))
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of what tensors are made of, those inside of tensor subclasses; what several share counts once."""
+    storages = [part.untyped_storage() for tensor in tensors for part in _parts(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
