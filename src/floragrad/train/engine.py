@@ -1,7 +1,7 @@
 """What a run asks of the framework that does the arithmetic."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus
@@ -52,6 +52,10 @@ class Engine(Protocol):
     def accumulation_bytes(self) -> int:
         """What the gradients of a step's earlier micro-batches take."""
         ...
+
+
+Start: TypeAlias = Callable[[RunConfig, RunFolder, Corpus, int, Processes], Engine]
+"""What makes the engine of a run, as :func:`start` does."""
 
 
 def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> Engine:

@@ -9,7 +9,7 @@ from floragrad.train import environment
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus, prepare_corpus
 from floragrad.train.display import Display
-from floragrad.train.engine import Engine, start
+from floragrad.train.engine import Engine, Start, start
 from floragrad.train.errors import DivergenceError, StoppedError, UserError
 from floragrad.train.figures import run_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
@@ -61,11 +61,17 @@ def write_corpus(config: RunConfig, folder: Path) -> Corpus:
     return prepare_corpus(config, documents, folder)
 
 
-def train(folder: RunFolder, display: Display, processes: Processes = ALONE) -> dict[str, Any]:
+def train(folder: RunFolder, display: Display, processes: Processes = ALONE, start: Start = start) -> dict[str, Any]:
     """Train the run in ``folder`` from where it stands to its end. Returns its summary.
 
     SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread. Of several processes all call it; the
     leader alone locks the folder and writes to it.
+
+    Args:
+        folder: Of the run.
+        display: Where to show it.
+        processes: Who trains.
+        start: What makes the engine; the default follows ``--backend``.
 
     Raises:
         StoppedError: A signal has stopped it; everything is saved.

@@ -76,6 +76,10 @@ class TrainerEngine:
         """How many numbers the model has."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
+    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """What trains: its class and its arguments. Override it to put another one to the same job."""
+        return optimizer_class(self._config, self._model)
+
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
         """Let the Trainer train. Returns the steps made."""
         sketched = self._config.accumulator == "flora"
@@ -86,7 +90,7 @@ class TrainerEngine:
             train_dataset=self._corpus.train_blocks(self._config),
             eval_dataset=self._corpus.validation_blocks(self._config),
             data_collator=default_data_collator,
-            optimizer_cls_and_kwargs=optimizer_class(self._config, self._model),
+            optimizer_cls_and_kwargs=self.optimizer(),
             callbacks=[ScheduleCallback(schedule), RecorderCallback(recorder, self._opened)],
             **({"accumulation": _accumulation(self._config)} if sketched else {}),
         )
