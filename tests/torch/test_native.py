@@ -237,13 +237,16 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library._found.cache_clear()
     monkeypatch.setenv("FLORAGRAD_NATIVE", "0")
     param = torch.nn.Parameter(torch.randn(64, 64))
     (row,) = Flora([param], lr=1e-3, rank=8).report().rows
     assert row.path == "eager (FLORAGRAD_NATIVE=0)"
+    library._found.cache_clear()
     monkeypatch.setenv("FLORAGRAD_NATIVE", "yes")
     with pytest.raises(ValueError, match=r"FLORAGRAD_NATIVE=yes: 1 runs .* 0 turns them off"):
         Flora([param], lr=1e-3, rank=8)
+    library._found.cache_clear()
 
 
 def test_without_a_build_the_eager_code_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

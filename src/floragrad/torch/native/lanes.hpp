@@ -1,46 +1,85 @@
-// Sixteen numbers at a time, whatever the instruction set: so sums are taken in the same order on all of them.
+// As many numbers at a time as a register of the instruction set holds.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace floragrad {
 
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Words16 = uint32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
 
-// ``count`` of them, the others zero; the fast way keeps nothing in memory.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m256i first_lanes(int64_t count) {
+  alignas(32) static const int32_t masks[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks + LANES - count));
+}
+#endif
+
+// Fewer than a register holds: the others are zero, and nothing beyond is touched.
 template <class Vector, class Item>
-inline Vector load_items(const Item* from, int64_t count) {
-  if (__builtin_expect(count >= LANES, 1)) {
-    Vector whole;
-    std::memcpy(&whole, from, sizeof whole);
-    return whole;
-  }
+inline Vector load_some(const Item* from, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(Item) == 4) return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32(mask, from));
+  if constexpr (sizeof(Item) == 2) return reinterpret_cast<Vector>(_mm256_maskz_loadu_epi16(mask, from));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Item) == 4)
+    return reinterpret_cast<Vector>(_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first_lanes(count)));
+#endif
   Vector some = {};
   std::memcpy(&some, from, count * sizeof(Item));
   return some;
 }
 
 template <class Vector, class Item>
+inline void store_some(Item* to, Vector values, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(Item) == 4) return _mm512_mask_storeu_epi32(to, mask, reinterpret_cast<__m512i>(values));
+  if constexpr (sizeof(Item) == 2) return _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(values));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Item) == 4)
+    return _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(count), reinterpret_cast<__m256i>(values));
+#endif
+  std::memcpy(to, &values, count * sizeof(Item));
+}
+
+// ``count`` of them, the others zero.
+template <class Vector, class Item>
+inline Vector load_items(const Item* from, int64_t count) {
+  if (__builtin_expect(count < LANES, 0)) return load_some<Vector>(from, count);
+  Vector whole;
+  std::memcpy(&whole, from, sizeof whole);
+  return whole;
+}
+
+template <class Vector, class Item>
 inline void store_items(Item* to, Vector values, int64_t count) {
-  if (__builtin_expect(count >= LANES, 1)) {
-    std::memcpy(to, &values, sizeof values);
-    return;
-  }
-  const Vector some = values;
-  std::memcpy(to, &some, count * sizeof(Item));
+  if (__builtin_expect(count < LANES, 0)) return store_some(to, values, count);
+  std::memcpy(to, &values, sizeof values);
 }
 
 inline Floats load(const float* from, int64_t count) { return load_items<Floats>(from, count); }
-inline Words16 load(const uint32_t* from, int64_t count) { return load_items<Words16>(from, count); }
+inline Bits load(const uint32_t* from, int64_t count) { return load_items<Bits>(from, count); }
 inline Floats load(const uint16_t* from, int64_t count) {
-  const Words16 wide = __builtin_convertvector(load_items<Halves>(from, count), Words16);
+  const Bits wide = __builtin_convertvector(load_items<Halves>(from, count), Bits);
   return reinterpret_cast<Floats>(wide << 16);
 }
 

@@ -18,12 +18,15 @@ def path_of(param: Tensor, plan: TensorPlan, group: Group) -> str:
     if group["compile"]:
         return "compiled"
     kernels = library()
-    if kernels is None:
-        return f"eager ({absence()})"
+    obstacle = absence() if kernels is None else unsuited(plan, group) or obstacle_of(param)
+    return f"native ({kernels.name})" if kernels is not None and not obstacle else f"eager ({obstacle})"
+
+
+def unsuited(plan: TensorPlan, group: Group) -> str:
+    """Why the kernels do not do what is asked for; empty where they do."""
     if plan.momentum == "sketch" and plan.projection == "gaussian":
-        return "eager (Gaussian projection)"
-    obstacle = obstacle_of(param)
-    return f"eager ({obstacle})" if obstacle else f"native ({kernels.name})"
+        return "Gaussian projection"
+    return "compile=True" if group["compile"] else ""
 
 
 def obstacle_of(tensor: Tensor) -> str:

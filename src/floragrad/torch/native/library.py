@@ -76,13 +76,13 @@ STATE_DTYPES: Final[dict[StateDtype, int]] = {"float32": 0, "bfloat16": 1, "int8
 
 def library() -> Library | None:
     """The kernels, or None where they are turned off or cannot run; :func:`absence` says why."""
-    found = _found(os.environ.get(SWITCH, "1"))
+    found = _found()
     return found if isinstance(found, Library) else None
 
 
 def absence() -> str:
     """Why there are no kernels; empty where there are."""
-    found = _found(os.environ.get(SWITCH, "1"))
+    found = _found()
     return "" if isinstance(found, Library) else found
 
 
@@ -92,8 +92,9 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 @cache
-def _found(switch: str) -> Library | str:
-    """The kernels, or why there are none."""
+def _found() -> Library | str:
+    """The kernels, or why there are none; the switch is read when they are first needed."""
+    switch = os.environ.get(SWITCH, "1")
     if switch == "0":
         return f"{SWITCH}=0"
     if switch != "1":

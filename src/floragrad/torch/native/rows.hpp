@@ -10,6 +10,7 @@ namespace floragrad {
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int64_t BLOCK = 64;  // policy.QUANTIZATION_BLOCK: numbers that share a scale
+constexpr int64_t AHEAD = 4;   // rows from the one at hand to the one that is asked for meanwhile
 
 // Words to round with, one for each row and each column; none where numbers round to the nearest.
 struct Words {
@@ -18,25 +19,25 @@ struct Words {
 };
 
 // The sixteen random bits of each number, of its row's and its column's word: RoundingBits.numbers.
-inline Ints random_bits(uint32_t row, Words16 columns) {
-  Words16 words = columns + row;
-  words ^= reinterpret_cast<Words16>(reinterpret_cast<Ints>(words) >> 16);
+inline Ints random_bits(uint32_t row, Bits columns) {
+  Bits words = columns + row;
+  words ^= reinterpret_cast<Bits>(reinterpret_cast<Ints>(words) >> 16);
   return reinterpret_cast<Ints>(words * 0x9E3779B1u) >> 16;
 }
 
-inline Halves upper(Words16 bits, Floats values) {
-  const Words16 rounded = bits >> 16;
-  const Words16 quiet = rounded * 0 + 0x7FC0;
+inline Halves upper(Bits bits, Floats values) {
+  const Bits rounded = bits >> 16;
+  const Bits quiet = rounded * 0 + 0x7FC0;
   return __builtin_convertvector(values == values ? rounded : quiet, Halves);
 }
 
-inline Halves random_bfloat16(Floats values, uint32_t row, Words16 columns) {
-  const Words16 noise = reinterpret_cast<Words16>(random_bits(row, columns)) & 0xFFFF;
-  return upper(reinterpret_cast<Words16>(values) + noise, values);
+inline Halves random_bfloat16(Floats values, uint32_t row, Bits columns) {
+  const Bits noise = reinterpret_cast<Bits>(random_bits(row, columns)) & 0xFFFF;
+  return upper(reinterpret_cast<Bits>(values) + noise, values);
 }
 
 inline Halves nearest_bfloat16(Floats values) {
-  const Words16 bits = reinterpret_cast<Words16>(values);
+  const Bits bits = reinterpret_cast<Bits>(values);
   return upper(bits + 0x7FFF + (bits >> 16 & 1), values);
 }
 
@@ -53,7 +54,10 @@ struct Stored {
     switch (dtype) {
       case FLOAT32: {
         const float* from = static_cast<const float*>(data) + row * width + first;
-        for (int64_t j = 0; j < count; j += LANES) store(out + j, load(from + j, count - j), LANES);
+        for (int64_t j = 0; j < count; j += LANES) {
+          __builtin_prefetch(from + AHEAD * width + j, 1, 2);
+          store(out + j, load(from + j, count - j), LANES);
+        }
         return;
       }
       case BFLOAT16: {
@@ -89,7 +93,7 @@ struct Stored {
         uint16_t* to = static_cast<uint16_t*>(data) + row * width + first;
         const uint32_t* columns = words.columns + first;
         for (int64_t j = 0; j < count; j += LANES) {
-          const Words16 drawn = load(columns + j, count - j);
+          const Bits drawn = load(columns + j, count - j);
           store_items(to + j, random_bfloat16(load(values + j, LANES), words.rows[row], drawn), count - j);
         }
         return;
@@ -144,7 +148,8 @@ struct Stored {
       Ints whole = __builtin_convertvector(grid, Ints);
       whole += __builtin_convertvector(whole, Floats) > grid;  // truncated to floored
       whole = whole > static_cast<int32_t>(largest) ? static_cast<int32_t>(largest) - Ints{} : whole;
-      for (int64_t i = 0; i < LANES; ++i) integers[j + i] = static_cast<int8_t>(whole[i]);
+      const Bytes bytes = __builtin_convertvector(whole, Bytes);
+      std::memcpy(integers + j, &bytes, sizeof bytes);
     }
   }
 };

@@ -45,6 +45,7 @@ class TensorStep {
       : at(given),
         carries(given.opens_epoch && given.momentum == SKETCH),
         own(given.residual || given.momentum != SKETCH ? 1.f : 1 - static_cast<float>(given.beta1)),
+        keep(static_cast<float>(given.keep)),
         together(given.factored && given.rows >= 4 ? 4 : 1),
         chunks(given.batch, given.rows),
         threads{given.parallel, given.batch * given.rows * given.columns < SMALL ? 1 : given.threads},
@@ -67,6 +68,7 @@ class TensorStep {
   const Step& at;
   const bool carries;      // M to another projection
   const float own;         // a of D = a U + decode(exchange)
+  const float keep;        // of W, after its decay
   const int64_t together;  // rows in a group
   const Chunks chunks;
   const Threads threads;
@@ -314,16 +316,7 @@ class TensorStep {
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       double total = 0;
       const Room mine = room(thread);
-      for_each_group<Value>(matrix, top, end, [&](const auto& group) {
-        Floats square = {};
-        if (at.momentum == SKETCH)
-          square = move_on<false>(group, rows, mine, 1);
-        else
-          for_each_direction<false>(group, rows, [&](Floats direction, int64_t, int64_t, int64_t) {
-            square += direction * direction;
-          });
-        total += sum(square);
-      });
+      for_each_group<Value>(matrix, top, end, [&](const auto& group) { total += sum(squares(group, rows, mine)); });
       chunk_sums[chunk] = total;
     });
     double total = 0;
@@ -331,58 +324,73 @@ class TensorStep {
     const double mean = total / static_cast<double>(at.batch * at.rows * at.columns);
     // Rounding may make the square of next to nothing negative; what is not a number stays so.
     const float ratio = static_cast<float>(std::sqrt(mean < 0 ? 0 : mean) / at.clip_threshold);
-    const float size = static_cast<float>(at.size) / (ratio < 1 ? 1 : ratio), keep = static_cast<float>(at.keep);
-    const Words words = rounds_values() ? words_in(value_words) : Words{};
+    const float size = static_cast<float>(at.size) / (ratio < 1 ? 1 : ratio);
     for_each_rows([&](int64_t, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       const Room mine = room(thread);
-      for_each_group<Value>(matrix, top, end, [&](const auto& group) {
-        Value* param = static_cast<Value*>(at.param) + group.first * at.columns;
-        if (at.momentum == SKETCH) {
-          move_on<true>(group, rows, mine, size);
-          descend(group, param, mine, size, words);
-        } else {
-          for_each_direction<true>(group, rows, [&](Floats direction, int64_t r, int64_t j, int64_t some) {
-            Value* to = param + r * at.columns + j;
-            write(to, load(to, some) * keep - size * direction, some, words, group.first + r, j);
-          });
-        }
-      });
+      for_each_group<Value>(matrix, top, end, [&](const auto& group) { move(group, rows, mine, size); });
     });
   }
 
-  // Without projection: calls work(D, row of the group, column, count), D being U or the whole momentum's next value,
-  // which is stored if it is to be.
-  template <bool STORES, class Value, int ROWS, class Work>
-  void for_each_direction(const Group<Value, ROWS>& group, const Stored& rows, const Work& work) const {
-    const int64_t n = at.columns;
-    const bool kept = at.momentum == WHOLE;
+  // The squares of D.
+  template <class Value, int ROWS>
+  Floats squares(const Group<Value, ROWS>& group, const Stored& rows, const Room& room) const {
+    if (at.momentum == SKETCH) return move_on<false>(group, rows, room, 1);
+    return at.momentum == WHOLE ? walk<true, false>(group, rows, 0) : walk<false, false>(group, rows, 0);
+  }
+
+  // M on to the next step, and W by D.
+  template <class Value, int ROWS>
+  void move(const Group<Value, ROWS>& group, const Stored& rows, const Room& room, float size) const {
+    if (at.momentum == SKETCH) {
+      move_on<true>(group, rows, room, size);
+      descend(group, room, size);
+    } else if (at.momentum == WHOLE) {
+      walk<true, true>(group, rows, size);
+    } else {
+      walk<false, true>(group, rows, size);
+    }
+  }
+
+  // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
+  template <bool KEPT, bool MOVES, class Value, int ROWS>
+  Floats walk(const Group<Value, ROWS>& group, const Stored& rows, float size) const {
+    const int64_t n = at.columns, span = KEPT ? BLOCK : n;
     const float beta1 = static_cast<float>(at.beta1);
-    for (int64_t first = 0; first < n; first += BLOCK) {
-      const int64_t count = std::min(BLOCK, n - first);
-      for (int r = 0; r < ROWS; ++r) {
+    const Floats kept = Floats{} + keep;
+    Floats square = {};
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t first = 0; first < n; first += span) {
+        const int64_t count = std::min(span, n - first);
         alignas(64) float momentum[BLOCK];
-        if (kept) rows.load_block(group.first + r, first, count, momentum);
+        if (KEPT) rows.load_block(group.first + r, first, count, momentum);
         for (int64_t j = 0; j < count; j += LANES) {
           const int64_t some = count - j, column = first + j;
           Floats direction =
               load(group.grad + r * n + column, some) * group.factors(column, some) * group.row_factors[r];
-          if (kept) {
+          if (KEPT) {
             direction += beta1 * (load(momentum + j, LANES) - direction);
             store(momentum + j, direction, LANES);
           }
-          work(direction, r, column, some);
+          if (MOVES) {
+            Value* to = param_of<Value>(group.first + r) + column;
+            write(to, load(to, some) * kept - size * direction, group.first + r, column, some);
+          } else {
+            square += direction * direction;
+          }
         }
-        if (STORES && kept) rows.save_block(group.first + r, first, count, momentum);
+        if (MOVES && KEPT) rows.save_block(group.first + r, first, count, momentum);
       }
     }
+    return square;
   }
 
   // W ← keep W − size (a U + decode(exchange)); the exchange in the room has been multiplied by size.
   template <class Value, int ROWS>
-  void descend(const Group<Value, ROWS>& group, Value* param, const Room& room, float size, const Words& words) const {
-    const float keep = static_cast<float>(at.keep);
+  void descend(const Group<Value, ROWS>& group, const Room& room, float size) const {
     const int64_t n = at.columns, k = at.width;
     const Value* grad = group.grad;
+    const Floats kept = Floats{} + keep;
+    Value* param = param_of<Value>(group.first);
     float sizes[ROWS];
     for (int r = 0; r < ROWS; ++r) sizes[r] = group.row_factors[r] * size * own;
     for (int64_t column = 0; column < n; column += k) {
@@ -392,23 +400,29 @@ class TensorStep {
         const Floats factors = group.factors(j, some), reading = load(group.reading + j, some);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-          Value* to = param + r * n + j;
           const Floats change = load(grad + r * n + j, some) * factors * sizes[r] +
                                 reading * load(room.exchange + r * room.stride + i, LANES);
-          write(to, load(to, some) * keep - change, some, words, group.first + r, j);
+          Value* to = param + r * n + j;
+          __builtin_prefetch(to + ROWS * n, 1, 2);
+          write(to, load(to, some) * kept - change, group.first + r, j, some);
         }
       }
     }
   }
 
-  static void write(float* param, Floats moved, int64_t count, const Words&, int64_t, int64_t) {
-    store(param, moved, count);
+  template <class Value>
+  Value* param_of(int64_t row) const {
+    return static_cast<Value*>(at.param) + row * at.columns;
   }
-  static void write(uint16_t* param, Floats moved, int64_t count, const Words& words, int64_t row, int64_t column) {
-    if (words.columns)
-      store_items(param, random_bfloat16(moved, words.rows[row], load(words.columns + column, count)), count);
-    else
-      store_items(param, nearest_bfloat16(moved), count);
+
+  void write(float* to, Floats moved, int64_t, int64_t, int64_t count) const { store(to, moved, count); }
+  void write(uint16_t* to, Floats moved, int64_t row, int64_t column, int64_t count) const {
+    if (!rounds_values()) {
+      store_items(to, nearest_bfloat16(moved), count);
+      return;
+    }
+    const Words words = words_in(value_words);
+    store_items(to, random_bfloat16(moved, words.rows[row], load(words.columns + column, count)), count);
   }
 
   // Calls work(column, bucket, count) for lanes of buckets in every slice of columns.

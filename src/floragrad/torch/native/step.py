@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import Momentum
 from floragrad.torch.learnt import POWER_ITERATIONS, noisy
-from floragrad.torch.native.layout import lies_plainly, obstacle_of, path_of
+from floragrad.torch.native.layout import lies_plainly, obstacle_of, unsuited
 from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Library, Step, library
 from floragrad.torch.projection import normalise_buckets
 from floragrad.torch.tensor_step import State, TensorStep
@@ -20,7 +20,9 @@ _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
     """Whether the native kernels can make this step: all that they read and write lies as they expect."""
     return (
-        path_of(param, at.plan, at.group).startswith("native")
+        library() is not None
+        and not unsuited(at.plan, at.group)
+        and not obstacle_of(param)
         and not obstacle_of(grad)
         and grad.dtype == param.dtype
         and all(map(lies_plainly, state.values()))

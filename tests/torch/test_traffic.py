@@ -1,0 +1,68 @@
+"""What a step moves through memory and how many operations it launches, counted: seconds would flake, these do not.
+
+A change that lets a bound be lowered should lower it.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from floragrad import Flora, GradientAccumulator
+
+SHAPE = (2048, 768)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations that do something, and the bytes that they read and write: views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            self.launches += 1
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+            written = [arg for arg, schema in zip(args, func._schema.arguments, strict=False) if _is_written(schema)]
+            fresh = [each for each in made if not any(each is other for other in written)]
+            self.bytes += sum(map(_nbytes, [*given, *written, *fresh]))
+        return result
+
+
+def _is_written(schema: Any) -> bool:
+    return schema.alias_info is not None and schema.alias_info.is_write
+
+
+def _nbytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+
+
+def test_the_counter_counts() -> None:
+    a, b = torch.ones(1000), torch.ones(1000)
+    with Traffic() as traffic:
+        (a.view(10, 100) + 1).sum()
+        b.add_(a)
+    assert traffic.launches == 3
+    assert traffic.bytes == (8000 + 4004) + 12000
+
+
+def steady(shape: tuple[int, ...], **options: Any) -> Traffic:
+    """A step within an epoch, after the first."""
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = Flora([param], lr=1e-3, **options)
+    for _ in range(2):
+        param.grad = torch.randn(shape)
+        with Traffic() as traffic:
+            optimizer.step()
+    return traffic
+
+
+for sd in ["float32","int8","int4","bfloat16"]:
+    t=steady(SHAPE,state_dtype=sd); print(sd, t.launches, t.bytes/4/SHAPE[0]/SHAPE[1])
+t=steady(SHAPE,beta1=None); print('none', t.launches, t.bytes/4/SHAPE[0]/SHAPE[1])
+t=steady((768,)); print('vec', t.launches, t.bytes/4/768)
