@@ -18,9 +18,11 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No native kernels: what a test replaces, or compares in every bit, is the Python code."""
     use("eager", monkeypatch)
+    yield
+    library._found.cache_clear()
 
 
 def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:

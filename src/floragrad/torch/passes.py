@@ -67,10 +67,8 @@ class UpdatePasses:
         viewable = _viewable(param, at.view)
         params = param.view(at.view) if viewable else param.reshape(at.view)
         for where in at.blocks():
-            target, bits = params[where], None if rounding is None else rounding.of(where)
-            moved, following = run(target, keep, size, bits, self._stored.bits(where), self._ingredients(where))
-            self._stored.write(where, following)
-            target.copy_(moved)
+            bits = None if rounding is None else rounding.of(where)
+            run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where))
         if not viewable:
             param.copy_(params.view(param.shape))
 
@@ -125,15 +123,16 @@ def _block_move(
     bits: RoundingBits | None,
     state_bits: RoundingBits | None,
     of: _Ingredients,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Normalise, load, move and store the momentum of one block, and move the parameter: W, and what is stored."""
-    direction, stored = pure.normalise(of.grad, of.scales), of.kept
+) -> None:
+    """Normalise, load, move and store the momentum of one block, and move the parameter, both in place."""
+    direction = pure.normalise(of.grad, of.scales)
     if of.kept:
         direction, following = pure.momentum_step(direction, of.momentum(), of.by, of.sketch)
-        stored = save(following, of.dtype, state_bits)
+        for buffer, value in zip(of.kept, save(following, of.dtype, state_bits), strict=True):
+            buffer.copy_(value)
         del following
     moved = pure.descend(param, direction, keep, size)
-    return (moved if bits is None else round_to_bfloat16(moved, bits.numbers())), stored
+    param.copy_(moved if bits is None else round_to_bfloat16(moved, bits.numbers()))
 
 
 def scales_of(scales: tuple[Tensor, ...], where: Block) -> tuple[Tensor, ...]:

@@ -118,6 +118,11 @@ class BucketProjection:
             yield columns, slice(bucket, bucket + width), self.weight[..., column : column + width]
             column += width
 
+    def _sliced(self, rows: Tensor) -> Tensor | None:
+        """Whole rows as (..., n / k, k), without a copy: one operation does for all slices. None where k is no part."""
+        n, k = self.weight.shape[-1], self.gram.shape[-1]
+        return rows.unflatten(-1, (n // k, k)) if self.part is None and n % k == 0 else None
+
     def encode(self, rows: Tensor) -> Tensor:
         """X Pᵀ."""
         sketch: Tensor | None = None
@@ -133,12 +138,19 @@ class BucketProjection:
 
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P."""
+        weight = self._sliced(self.weight)
+        if weight is not None:
+            return (sketch.unsqueeze(-2) * weight).flatten(-2)
         tiles = [sketch[..., buckets] * weight for _, buckets, weight in self._slices()]
         return torch.cat(tiles, dim=-1) if tiles else sketch[..., :0]
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
         """X ← X + Z (P Pᵀ)⁻¹ P."""
         scaled = sketch / self.gram
+        slices, weights = self._sliced(rows), self._sliced(self.weight)
+        if slices is not None and weights is not None:
+            slices.addcmul_(scaled.unsqueeze(-2), weights)
+            return rows
         for columns, buckets, weight in self._slices():
             rows[..., columns].addcmul_(scaled[..., buckets], weight)
         return rows

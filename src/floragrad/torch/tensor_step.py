@@ -19,8 +19,8 @@ from floragrad.torch.projection import (
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, row_blocks
 
-BLOCK_ELEMENTS: Final = 2**18
-"""Elements of a block of rows on the CPU: 1 MiB of float32, so that a block's passes stay in cache."""
+BLOCK_ELEMENTS: Final = 2**19
+"""Elements of a block of rows on the CPU: 2 MiB of float32; less would be launches, more would leave the cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
 """The same elsewhere, where a launch costs more than a pass over memory."""
 PIECES: Final = 4
