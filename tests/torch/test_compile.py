@@ -99,7 +99,7 @@ def test_compiled_equals_eager_with_bfloat16_parameters() -> None:
 @pytest.mark.parametrize(
     ("case", "graphs"),
     # Row and column sums; the update's norm and the update, each within an epoch and at the change of one.
-    [(SIGN, 5), (PAPER_INT8, 5), (ADAPTIVE_INT4, 5), (FULL, 4), (VECTOR, 2), (INT8, 5)],
+    [(SIGN, 5), (PAPER_INT8, 5), (ADAPTIVE_INT4, 5), (FULL, 4), (VECTOR, 0), (INT8, 5)],
     ids=str,
 )
 def test_steps_epochs_and_learning_rates_do_not_recompile(case: Case, graphs: int, counter: CompileCounter) -> None:
@@ -143,11 +143,11 @@ def assert_trains_compiled(cases: list[Case]) -> None:
 
 
 def test_more_shapes_than_dynamo_recompiles_for_one_function(counter: CompileCounter) -> None:
-    """Sums, norm and update for each matrix; norm and update for each vector."""
+    """Sums, norm and update for each matrix; none for vectors, which take less than a graph's launch."""
     cases = [Case("", (8, 10 + 2 * i), {"ratio": 2}) for i in range(MANY)]
     cases += [Case("", (10 + i,)) for i in range(MANY)]
     assert_trains_compiled(cases)
-    assert counter.frame_count == MANY * (3 + 2)
+    assert counter.frame_count == MANY * 3
 
 
 def test_more_options_than_dynamo_recompiles_for_one_shape(counter: CompileCounter) -> None:

@@ -186,18 +186,20 @@ class Flora(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        for param, slot in self._slots.items():
-            if param.grad is not None and param.grad.is_sparse:
+        given = [(param, param.grad) for param in self._slots if param.grad is not None]
+        for param, grad in given:
+            if grad.is_sparse:
+                slot = self._slots[param]
                 raise RuntimeError(
                     f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
                     "give sparse=False to its embedding"
                 )
         sharded = []
-        for param in self._slots:
-            if param.grad is not None and is_sharded(param):
+        for param, grad in given:
+            if is_sharded(param):
                 sharded.append(self._shard_step(param))
-            elif param.grad is not None:
-                self.step_parameter(param)
+            else:
+                self._step_whole(param, grad)
         step_together(sharded)
         return loss
 
@@ -216,14 +218,13 @@ class Flora(torch.optim.Optimizer):
         """
         if param not in self._slots:
             self._follow()
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
         if is_sharded(param):
             step_together([self._shard_step(param)])
-            return
-        state, at = self._begin_step(param)
-        if param.numel() > 0:
-            step_tensor(param, param.grad, state, at)
+        else:
+            self._step_whole(param, grad)
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
@@ -295,12 +296,15 @@ class Flora(torch.optim.Optimizer):
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""
         state: dict[str, Tensor] = self.state[param]
         slot = self._slots[param]
-        # The model may have left the meta device, or moved to another, after the optimizer was made.
-        if not state or any(value.is_meta for value in state.values()):
+        if not state:
             state.update(fresh_state(param, slot))
-        for key, value in state.items():
-            if key != "step" and value.device != param.device:
-                state[key] = value.to(param.device)
+        device = param.device
+        # The model may have left the meta device, or moved to another, after the optimizer was made.
+        elsewhere = [key for key, value in state.items() if value.device != device and key != "step"]
+        if any(state[key].is_meta for key in elsewhere):
+            state.update(fresh_state(param, slot))
+        for key in elsewhere:
+            state[key] = state[key].to(device)
         return state
 
     def _follow(self) -> None:
@@ -323,6 +327,12 @@ class Flora(torch.optim.Optimizer):
         slot, state = self._slots[param], self._state_of(param)
         state["step"] += 1
         return state, TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device, slot.part)
+
+    def _step_whole(self, param: Tensor, grad: Tensor) -> None:
+        """The step of a parameter that is here whole."""
+        state, at = self._begin_step(param)
+        if param.numel() > 0:
+            step_tensor(param, grad, state, at)
 
     def _shard_step(self, param: "DTensor") -> ShardStep:
         """The step of what is here of a sharded parameter, not begun yet."""

@@ -160,8 +160,8 @@ def _viewable(tensor: Tensor, view: MatrixView) -> bool:
 
 
 def maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable) -> Callable[..., Any]:
-    """The function, under ``torch.compile`` where the group asks for it."""
-    if not at.group["compile"]:
+    """The function, under ``torch.compile`` where the group asks for it and the tensor is worth a graph's launch."""
+    if not at.is_compiled:
         return function
     return _compiled(function, at.view, at.device, *also)
 

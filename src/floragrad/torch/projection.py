@@ -121,7 +121,7 @@ class BucketProjection:
     def _sliced(self, rows: Tensor) -> Tensor | None:
         """Whole rows as (..., n / k, k), without a copy: one operation does for all slices. None where k is no part."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
-        return rows.unflatten(-1, (n // k, k)) if self.part is None and n % k == 0 else None
+        return rows.view(*rows.shape[:-1], n // k, k) if self.part is None and n % k == 0 else None
 
     def encode(self, rows: Tensor) -> Tensor:
         """X Pᵀ."""

@@ -39,6 +39,11 @@ def block_elements(elements: int, device: torch.device) -> int:
     return min(BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS, elements // PIECES)
 
 
+def is_compiled(plan: TensorPlan, group: Group) -> bool:
+    """Whether a tensor's step runs under ``torch.compile``."""
+    return bool(group["compile"]) and plan.view is not None
+
+
 @dataclass(frozen=True)
 class TensorStep:
     """One tensor at one step.
@@ -89,6 +94,11 @@ class TensorStep:
         return self.part.view
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether it runs under ``torch.compile``: what has no matrix view takes less than launching a graph."""
+        return is_compiled(self.plan, self.group)
+
+    @property
     def splits_sketch(self) -> bool:
         """Whether a row's sketch is a sum over parts."""
         return self.plan.momentum == "sketch" and "columns" in self.part.split
@@ -97,7 +107,7 @@ class TensorStep:
         """Batches and rows of the view, a block at a time; the whole of it when compiled or small."""
         gaussian = self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
         total = self.view.numel
-        elements = total if self.group["compile"] else block_elements(total, self.device)
+        elements = total if self.is_compiled else block_elements(total, self.device)
         if self.plan.view is None and elements < total:
             elements //= 2  # a word to round with for each number takes as much as half of the blocks
         return row_blocks(self.view, elements, gaussian=gaussian)

@@ -8,14 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.native.library import DTYPES, absence, library
-from floragrad.torch.tensor_step import Group
+from floragrad.torch.tensor_step import Group, is_compiled
 
 _PLAIN: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 
 def path_of(param: Tensor, plan: TensorPlan, group: Group) -> str:
     """Which code steps a parameter, in words: ``"native (…)"``, ``"compiled"``, or ``"eager (why)"``."""
-    if group["compile"]:
+    if is_compiled(plan, group):
         return "compiled"
     kernels = library()
     obstacle = absence() if kernels is None else unsuited(plan, group) or obstacle_of(param)
@@ -26,7 +26,7 @@ def unsuited(plan: TensorPlan, group: Group) -> str:
     """Why the kernels do not do what is asked for; empty where they do."""
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
-    return "compile=True" if group["compile"] else ""
+    return "compile=True" if is_compiled(plan, group) else ""
 
 
 def obstacle_of(tensor: Tensor) -> str:
