@@ -1,28 +1,31 @@
-"""What folding a gradient costs: its noise in a window, and its time against the products of a backward pass.
+"""What folding a gradient costs: its noise in a window, and its time against what it replaces, ``.grad``'s own sum.
 
     python -m benchmarks.accumulation_fold
+    FLORAGRAD_NATIVE=0 python -m benchmarks.accumulation_fold
 
-Gradients that have nothing in common (independent normal numbers), a layer of 768 x 3072, one thread. Times are
-medians over interleaved rounds, as ratios.
+Gradients that have nothing in common (independent normal numbers), the layers of GPT-2 small in turns, so that no
+buffer stays in a cache from one round to the next. Times are medians over interleaved rounds of each round's ratio to
+the plain sum, with quartiles; the second command is without the native kernels.
 """
 
 import time
-from statistics import median
+from statistics import quantiles
 
 import torch
 
 from floragrad.policy import StateDtype, plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.native.library import absence
 
 SHAPE = (768, 3072)
+LAYERS = ((768, 2304), (768, 768), (768, 3072), (3072, 768)) * 6
 MICRO_BATCHES = 16
-TOKENS = 256
 ROUNDS = 15
-KINDS: tuple[tuple[StateDtype, int], ...] = (("int4", 1), ("int8", 1), ("float32", 2))
+KINDS: tuple[tuple[StateDtype, int], ...] = (("int4", 1), ("int8", 1), ("int4", 2), ("int8", 2), ("float32", 2))
 
 
-def sketch(state_dtype: StateDtype, ratio: int) -> GradientSketch:
-    plan = plan_accumulator(SHAPE, state_dtype=state_dtype, ratio=ratio)
+def sketch(state_dtype: StateDtype, ratio: int, shape: tuple[int, int] = SHAPE) -> GradientSketch:
+    plan = plan_accumulator(shape, state_dtype=state_dtype, ratio=ratio, kind="matrix")
     return GradientSketch(plan, "sign", 0, 0, torch.device("cpu"))
 
 
@@ -39,30 +42,34 @@ def noise(state_dtype: StateDtype) -> float:
     return float((decoded - total).square().sum() / total.square().sum()) / MICRO_BATCHES
 
 
-def fold_times() -> dict[str, float]:
-    """Median seconds of one fold of each kind, and of one matrix product of the layer's backward pass."""
-    windows = {f"{dtype}, ratio {ratio}": sketch(dtype, ratio) for dtype, ratio in KINDS}
-    grad, inputs, outputs = torch.randn(SHAPE), torch.randn(TOKENS, SHAPE[1]), torch.randn(TOKENS, SHAPE[0])
-    seconds: dict[str, list[float]] = {name: [] for name in [*windows, "product"]}
-    for _ in range(ROUNDS):
-        for name, window in windows.items():
-            started = time.perf_counter()
-            window.add(grad, 1.0, 0, measure_noise=True)
-            seconds[name].append(time.perf_counter() - started)
+def fold_times() -> dict[str, tuple[float, float, float]]:
+    """Quartiles over rounds of a round's ratio to the plain sum, of folding every layer's gradient."""
+    grads = [torch.randn(shape) for shape in LAYERS]
+    sums = [torch.zeros(shape) for shape in LAYERS]
+    windows = {f"{dtype}, ratio {ratio}": [sketch(dtype, ratio, shape) for shape in LAYERS] for dtype, ratio in KINDS}
+    ratios: dict[str, list[float]] = {name: [] for name in windows}
+    for _ in range(ROUNDS + 1):
         started = time.perf_counter()
-        outputs.T @ inputs
-        seconds["product"].append(time.perf_counter() - started)
-    return {name: median(values) for name, values in seconds.items()}
+        for total, grad in zip(sums, grads, strict=True):
+            total += grad
+        plain = time.perf_counter() - started
+        for name, sketches in windows.items():
+            started = time.perf_counter()
+            for window, grad in zip(sketches, grads, strict=True):
+                window.add(grad, 1.0, 0, measure_noise=False)
+            ratios[name].append((time.perf_counter() - started) / plain)
+    return {name: tuple(quantiles(found[1:])) for name, found in ratios.items()}  # type: ignore[misc]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     for dtype in ("int4", "int8"):
         print(f"{dtype}: noise {noise(dtype):.2g} of the window's square for each micro-batch")
-    times = fold_times()
-    for name in list(times)[:-1]:
-        print(f"{name}: a fold takes {times[name] / times['product']:.2f} products with {TOKENS} tokens")
+    print("native kernels:", absence() or "yes")
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        for name, (low, middle, high) in fold_times().items():
+            print(f"{name}, {threads} threads: a fold takes {middle:.2f} plain sums ({low:.2f} – {high:.2f})")
 
 
 if __name__ == "__main__":

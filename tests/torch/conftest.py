@@ -17,6 +17,14 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     library._found.cache_clear()
 
 
+@pytest.fixture(params=BUILDS)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The native kernels of each instruction set."""
+    use(request.param, monkeypatch)
+    yield request.param
+    library._found.cache_clear()
+
+
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No native kernels: what a test replaces, or compares in every bit, is the Python code."""

@@ -53,7 +53,7 @@ def train(case: Case, dtype: torch.dtype = torch.float32, steps: int = 12, **cha
     return param.detach(), optimizer
 
 
-def on(code: str, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
+def on(build: str, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
         use(code, patch)
         made = work()
@@ -71,16 +71,16 @@ def numbers(optimizer: Flora) -> Tensor:
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_float32_equals_eager(case: Case, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_equals_eager(case: Case, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are float32 with other orders of their sums: the tolerance is the oracle's."""
-    native, _ = on(code, monkeypatch, lambda: train(case))
+    native, _ = on(build, monkeypatch, lambda: train(case))
     eager, _ = on("eager", monkeypatch, lambda: train(case))
     assert (native - eager).abs().max() <= TOLERANCE * eager.abs().max()
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES[1:])
 @pytest.mark.parametrize("case", SHAPES[:-1], ids=str)
-def test_few_bits_are_those_of_eager(case: Case, state_dtype: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_bits_are_those_of_eager(case: Case, state_dtype: str, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded with the same random bits, so stored alike, but for what a unit in the last place tips over.
 
     A float32 number in units of its grid, at most 128 of them, differs by a few 2**-24 of itself, so tips over with
@@ -88,7 +88,7 @@ def test_few_bits_are_those_of_eager(case: Case, state_dtype: str, code: str, mo
     for as long as it is remembered, 1 / (1 - beta1) = 10 steps: 3e-4 of all numbers. Of 2,000 to 20,000 numbers more
     than 1% would be 3 standard deviations and more; other random bits would change half of them.
     """
-    _, native = on(code, monkeypatch, lambda: train(case, state_dtype=state_dtype))
+    _, native = on(build, monkeypatch, lambda: train(case, state_dtype=state_dtype))
     _, eager = on("eager", monkeypatch, lambda: train(case, state_dtype=state_dtype))
     different = (numbers(native) != numbers(eager)).float().mean()
     assert different <= 0.01, f"{different:.2%} of the numbers differ"
@@ -97,11 +97,11 @@ def test_few_bits_are_those_of_eager(case: Case, state_dtype: str, code: str, mo
 @pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[3], SHAPES[-1]], ids=str)
 def test_bfloat16_parameters_are_those_of_eager(
-    case: Case, stochastic: bool, code: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, stochastic: bool, build: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, but for the rare number that rounds the other way, and what follows from it: see above."""
     options = {"dtype": torch.bfloat16, "stochastic_rounding": stochastic, "weight_decay": 0.1}
-    native, _ = on(code, monkeypatch, lambda: train(case, **options))
+    native, _ = on(build, monkeypatch, lambda: train(case, **options))
     eager, _ = on("eager", monkeypatch, lambda: train(case, **options))
     assert native.dtype == torch.bfloat16
     assert (native != eager).float().mean() <= 0.01
@@ -129,7 +129,7 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case, state_dtype: str,
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_folds_equal_eager_ones(
-    dtype: torch.dtype, state_dtype: Any, ratio: int, code: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, state_dtype: Any, ratio: int, build: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two windows of three gradients, in one of which columns have been measured; and their noise."""
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def test_folds_equal_eager_ones(
             sketch.decode_into(decoded, window, 0.0, 1.0)
         return sketch.buffers["data"], decoded, sketch.buffers.get("noise", torch.zeros(()))
 
-    native, eager = on(code, monkeypatch, windows), on("eager", monkeypatch, windows)
+    native, eager = on(build, monkeypatch, windows), on("eager", monkeypatch, windows)
     assert (native[0] != eager[0]).float().mean() <= (0.01 if state_dtype != "float32" else 1.0)
     error = (native[1] - eager[1]).norm() / eager[1].norm()
     assert error <= (TOLERANCE if state_dtype == "float32" else 0.01)
@@ -211,7 +211,7 @@ def test_autograd_sees_that_the_parameter_has_changed() -> None:
         squares.backward()
 
 
-def test_not_a_number_spoils_its_block_and_no_memory(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_a_number_spoils_its_block_and_no_memory(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in eager code: nothing is hidden, and a whole step's norm knows of it."""
 
     def work() -> Tensor:
@@ -222,7 +222,7 @@ def test_not_a_number_spoils_its_block_and_no_memory(code: str, monkeypatch: pyt
         optimizer.step()
         return param.detach()
 
-    native, eager = on(code, monkeypatch, work), on("eager", monkeypatch, work)
+    native, eager = on(build, monkeypatch, work), on("eager", monkeypatch, work)
     assert torch.equal(native.isnan(), eager.isnan())
     assert native.isnan().any()
 
