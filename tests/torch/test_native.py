@@ -55,7 +55,7 @@ def train(case: Case, dtype: torch.dtype = torch.float32, steps: int = 12, **cha
 
 def on(build: str, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patch:
-        use(code, patch)
+        use(build, patch)
         made = work()
     library._found.cache_clear()
     return made
