@@ -27,6 +27,7 @@ struct Fold {
   double* noise;              // gets the squared error of rounding, where it is measured
   void* scratch;
   Parallel parallel;
+  int (*thread_number)();
   int64_t threads;
 };
 
@@ -35,7 +36,8 @@ class TensorFold {
   explicit TensorFold(const Fold& given)
       : at(given),
         chunks(given.batch, given.rows),
-        threads{given.parallel, given.batch * given.rows * given.columns < SMALL ? 1 : given.threads},
+        threads(given.parallel, given.thread_number,
+                given.batch * given.rows * given.columns < SMALL ? 1 : given.threads),
         scratch(given.scratch) {
     const int64_t rows = at.batch * at.rows;
     errors = scratch.take<double>(chunks.count);

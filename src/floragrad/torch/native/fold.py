@@ -63,6 +63,7 @@ def fold_native(
         counter=counter,
         weight=weight,
         parallel=kernels.parallel,
+        thread_number=kernels.thread_number,
         threads=torch.get_num_threads(),
     )
     scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8)

@@ -28,7 +28,8 @@ class Step(ctypes.Structure):
         *_fields(ctypes.c_int64, "factored learnt stochastic residual opens_epoch"),
         *_fields(ctypes.c_uint64, "seed index step epoch"),
         *_fields(ctypes.c_double, "beta1 beta2 eps keep size clip_threshold"),
-        *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous scratch parallel"),
+        *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous scratch"),
+        *_fields(ctypes.c_void_p, "parallel thread_number"),
         *_fields(ctypes.c_int64, "threads"),
     )
 
@@ -40,7 +41,7 @@ class Fold(ctypes.Structure):
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype is_first measures"),
         *_fields(ctypes.c_uint64, "seed index window counter"),
         *_fields(ctypes.c_double, "weight"),
-        *_fields(ctypes.c_void_p, "grad data scale column_sizes noise scratch parallel"),
+        *_fields(ctypes.c_void_p, "grad data scale column_sizes noise scratch parallel thread_number"),
         *_fields(ctypes.c_int64, "threads"),
     )
 
@@ -51,6 +52,7 @@ class Library(NamedTuple):
     Attributes:
         name: Their instruction set.
         parallel: The address of the entry point of torch's OpenMP runtime.
+        thread_number: The address of its ``omp_get_thread_num``.
         step_bytes: Scratch of a step.
         statistics: Of a step: its second moment.
         grow: One power iteration for learnt projections.
@@ -61,6 +63,7 @@ class Library(NamedTuple):
 
     name: str
     parallel: int
+    thread_number: int
     step_bytes: Callable[[Step], int]
     statistics: Callable[[Step], None]
     grow: Callable[[Step, int, int], None]
@@ -119,11 +122,15 @@ def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | 
     sizes = [function(f"{each}_size", ctypes.c_int64)() for each in ("step", "fold")]
     if sizes != [ctypes.sizeof(Step), ctypes.sizeof(Fold)]:
         return "the native kernels are of another version: install floragrad again"
-    parallel = ctypes.cast(runtime.GOMP_parallel, address).value
+    parallel, number = (
+        ctypes.cast(each, address).value for each in (runtime.GOMP_parallel, runtime.omp_get_thread_num)
+    )
     assert parallel is not None
+    assert number is not None
     return Library(
         name,
         parallel,
+        number,
         step_bytes=function("step_bytes", ctypes.c_int64, step),
         statistics=function("statistics", None, step),
         grow=function("grow", None, step, address, address),

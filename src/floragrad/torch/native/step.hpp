@@ -36,6 +36,7 @@ struct Step {
   const float *weight, *previous;
   void* scratch;
   Parallel parallel;
+  int (*thread_number)();
   int64_t threads;
 };
 
@@ -48,7 +49,8 @@ class TensorStep {
         keep(static_cast<float>(given.keep)),
         together(given.factored && given.rows >= 4 ? 4 : 1),
         chunks(given.batch, given.rows),
-        threads{given.parallel, given.batch * given.rows * given.columns < SMALL ? 1 : given.threads},
+        threads(given.parallel, given.thread_number,
+                given.batch * given.rows * given.columns < SMALL ? 1 : given.threads),
         scratch(given.scratch) {
     lay_out();
   }

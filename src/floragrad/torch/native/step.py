@@ -78,6 +78,7 @@ def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
         eps=group["eps"][0],
         clip_threshold=group["clip_threshold"],
         parallel=kernels.parallel,
+        thread_number=kernels.thread_number,
         threads=torch.get_num_threads(),
     )
 

@@ -1,9 +1,11 @@
 // Work shared among the threads that torch was given, by torch's own OpenMP runtime.
 //
-// Nothing here is linked against an OpenMP library: the caller hands in GOMP_parallel of the runtime that torch has
-// loaded (libgomp's entry point, which LLVM's and Intel's runtimes have as well), so there is never a second one.
+// Nothing here is linked against an OpenMP library: the caller hands in GOMP_parallel and
+// omp_get_thread_num of the runtime that torch has loaded (libgomp's, which LLVM's and Intel's have as well), so there
+// is never a second one.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -14,30 +16,51 @@ using Body = void (*)(void*);
 using Parallel = void (*)(Body, void*, unsigned, unsigned);
 }
 
+constexpr int64_t MOST_THREADS = 256;
+
 struct Threads {
   Parallel parallel;
+  int (*number)();  // omp_get_thread_num
   int64_t count;
+
+  Threads(Parallel parallel, int (*number)(), int64_t count)
+      : parallel(parallel), number(number), count(std::min(count, MOST_THREADS)) {}
 };
 
-// Calls work(chunk, thread) for every chunk; a thread takes the next chunk when it is done with one. What a chunk
-// gives must not depend on the thread, so that results are the same with any number of them.
+// Calls work(chunk, thread) for every chunk. Each thread has neighbouring chunks of its own, the same in every pass over
+// a tensor, so that what it has in its cache is there when it comes back; done with them, it helps the others. What a
+// chunk gives must not depend on the thread, so that results are the same with any number of them.
 template <class Work>
 void for_each_chunk(const Threads& threads, int64_t chunks, const Work& work) {
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken;
+  };
   struct Job {
     const Work& work;
+    const Threads& threads;
     int64_t chunks;
-    std::atomic<int64_t> next_chunk{0};
-    std::atomic<int64_t> next_thread{0};
-  } job{work, chunks};
+    Counter counters[MOST_THREADS];
+  };
   const Body body = [](void* given) {
     Job& job = *static_cast<Job*>(given);
-    const int64_t thread = job.next_thread++;
-    for (int64_t chunk = job.next_chunk++; chunk < job.chunks; chunk = job.next_chunk++) job.work(chunk, thread);
+    const int64_t count = job.threads.count;
+    const int64_t own = job.threads.number();
+    for (int64_t offset = 0; offset < count; ++offset) {
+      const int64_t range = (own + offset) % count;
+      const int64_t first = job.chunks * range / count, end = job.chunks * (range + 1) / count;
+      for (;;) {
+        const int64_t chunk = first + job.counters[range].taken++;
+        if (chunk >= end) break;
+        job.work(chunk, own);
+      }
+    }
   };
-  if (threads.count == 1 || chunks == 1)
-    body(&job);
-  else
-    threads.parallel(body, &job, static_cast<unsigned>(threads.count), 0);
+  if (threads.count == 1 || chunks == 1) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk, 0);
+    return;
+  }
+  Job job{work, threads, chunks, {}};
+  threads.parallel(body, &job, static_cast<unsigned>(threads.count), 0);
 }
 
 }  // namespace floragrad
