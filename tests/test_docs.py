@@ -12,7 +12,11 @@ import floragrad
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ["floragrad", *(m.name for m in pkgutil.walk_packages(floragrad.__path__, "floragrad."))]
+COMPILED = "floragrad.torch.native._"
+MODULES = [
+    "floragrad",
+    *(m.name for m in pkgutil.walk_packages(floragrad.__path__, "floragrad.") if not m.name.startswith(COMPILED)),
+]
 
 
 def snippets(page: Path) -> list[str]:

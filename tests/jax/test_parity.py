@@ -14,15 +14,16 @@ from floragrad.jax.leaf_step import Leaf, initial_weight
 from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
+from floragrad.torch import learnt, step, tensor_step
 from floragrad.torch import projection as torch_projection
-from floragrad.torch import step, tensor_step
 from floragrad.torch.options import resolve_group
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors, to_torch, torch_axes, trajectory
 from tests.torch.cases import CASES, Case
+from tests.torch.conftest import eager as eager
 from tests.torch.oracle import assert_same_course, reference_course
 
 OF_MOMENTUM = ("rank", "ratio", "b1", "kappa", "projection", "residual", "seed", "embedding_momentum", "mu_dtype")
-pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+pytestmark = [pytest.mark.filterwarnings("ignore:Flora compresses no momentum"), pytest.mark.usefixtures("eager")]
 
 
 def leaf_of(case: Case, shape: tuple[int, ...], **changes: Any) -> Leaf:
@@ -132,5 +133,5 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
         return to_torch(leaf.drawn(0).weight)
 
     monkeypatch.setattr(tensor_step.TensorStep, "projection", drawn)
-    monkeypatch.setattr(step, "adaptive_noise", noise)
+    monkeypatch.setattr(learnt, "adaptive_noise", noise)
     monkeypatch.setattr(step, "random_signs", signs)

@@ -67,7 +67,7 @@ def test_compressed_state_and_released_gradients_are_smaller(whole: MemoryPlan) 
     assert rows["flora"].optimizer_state < rows["adamw-8bit"].optimizer_state < rows["adamw"].optimizer_state
     assert rows["flora+accumulator"].gradients < rows["flora"].gradients / 3
     assert rows["flora+accumulator"].accumulation < rows["flora"].gradients / 4
-    assert rows["flora+release"].peak <= rows["flora+accumulator"].peak < rows["flora"].peak
+    assert max(rows["flora+release"].peak, rows["flora+accumulator"].peak) < rows["flora"].peak
 
 
 def test_moments_follow_the_step(whole: MemoryPlan) -> None:
