@@ -5,7 +5,7 @@ import platform
 from setuptools import Extension, setup
 
 SOURCES = "src/floragrad/torch/native"
-HEADERS = ("buckets", "fold", "lanes", "random", "rows", "scratch", "step", "threads")
+HEADERS = ("buckets", "fold", "lanes", "random", "rows", "scratch", "step", "tensor", "threads")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}

@@ -36,13 +36,12 @@ class TensorFold {
   explicit TensorFold(const Fold& given)
       : at(given),
         chunks(given.batch, given.rows),
-        threads(given.parallel, given.thread_number,
-                given.batch * given.rows * given.columns < SMALL ? 1 : given.threads),
+        threads(threads_for(given)),
         scratch(given.scratch) {
     const int64_t rows = at.batch * at.rows;
     errors = scratch.take<double>(chunks.count);
     signs = scratch.take<float>(projects() ? at.columns : 0);
-    sketches = scratch.take<float>(projects() ? threads.count * ROWS * whole_lanes(at.width) : 0);
+    sketches = scratch.take<float>(projects() ? threads.count * TOGETHER * whole_lanes(at.width) : 0);
     words = scratch.take<uint32_t>(at.state_dtype == FLOAT32 ? 0 : rows + at.width);
   }
 
@@ -51,8 +50,6 @@ class TensorFold {
   void add() const { at.value_dtype == FLOAT32 ? add_of<float>() : add_of<uint16_t>(); }
 
  private:
-  static constexpr int ROWS = 4;
-
   const Fold& at;
   const Chunks chunks;
   const Threads threads;
@@ -72,13 +69,13 @@ class TensorFold {
     if (at.state_dtype != FLOAT32) philox(at.counter, ACCUMULATOR_ROUNDING).words(words, rows + at.width);
     const Stored stored{at.data, at.scale, at.width, at.state_dtype, {words, words + rows}};
     for_each_chunk(threads, chunks.count, [&](int64_t chunk, int64_t thread) {
-      float* sketch = sketches + thread * ROWS * stride;
+      float* sketch = sketches + thread * TOGETHER * stride;
       const float* sizes = at.column_sizes ? at.column_sizes + chunks.matrix(chunk) * n : nullptr;
       double error = 0;
       int64_t row = chunks.top(chunk);
-      for (; projects() && row + ROWS <= chunks.end(chunk); row += ROWS) {
-        encode<Value, ROWS>(row, sketch);
-        for (int r = 0; r < ROWS; ++r) error += keep(stored, row + r, sketch + r * stride, nullptr);
+      for (; projects() && row + TOGETHER <= chunks.end(chunk); row += TOGETHER) {
+        encode<Value, TOGETHER>(row, sketch);
+        for (int r = 0; r < TOGETHER; ++r) error += keep(stored, row + r, sketch + r * stride, nullptr);
       }
       for (; row < chunks.end(chunk); ++row) {
         if (projects()) {

@@ -19,6 +19,9 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 
+// Rows that are worked on together, and so how far ahead the next ones are asked for.
+constexpr int TOGETHER = 4;
+
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Bits = uint32_t __attribute__((vector_size(4 * LANES)));

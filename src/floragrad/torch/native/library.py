@@ -21,7 +21,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class Step(ctypes.Structure):
-    """One tensor's step, as ``step.hpp`` has it."""
+    """One tensor's step, as ``tensor.hpp`` has it."""
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype momentum is_vector"),

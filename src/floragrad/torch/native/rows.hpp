@@ -10,7 +10,6 @@ namespace floragrad {
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int64_t BLOCK = 64;  // policy.QUANTIZATION_BLOCK: numbers that share a scale
-constexpr int64_t AHEAD = 4;   // rows from the one at hand to the one that is asked for meanwhile
 
 // Words to round with, one for each row and each column; none where numbers round to the nearest.
 struct Words {
@@ -55,7 +54,7 @@ struct Stored {
       case FLOAT32: {
         const float* from = static_cast<const float*>(data) + row * width + first;
         for (int64_t j = 0; j < count; j += LANES) {
-          __builtin_prefetch(from + AHEAD * width + j, 1, 2);
+          __builtin_prefetch(from + TOGETHER * width + j, 1, 2);
           store(out + j, load(from + j, count - j), LANES);
         }
         return;

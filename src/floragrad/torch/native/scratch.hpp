@@ -42,7 +42,4 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return std::min(top(chunk) + height, (matrix(chunk) + 1) * rows); }
 };
 
-// A tensor so small is done before other threads have woken.
-constexpr int64_t SMALL = 1 << 15;
-
 }  // namespace floragrad

@@ -1,7 +1,7 @@
-// One step of one tensor, all of it here and contiguous: update.py's formulas in three passes over rows.
+// One step of one tensor: update.py's formulas in three passes over rows.
 //
-// Statistics; the norm of the update; the update. The last two compute the same numbers from a row of the gradient
-// and a row of the sketch, 64 buckets at a time, so that nothing of them is held in between.
+// Statistics; the norm of the update; the update. The last two compute the same numbers from a few rows of the gradient
+// and of the sketch, so that nothing of them is held in between.
 #pragma once
 
 #include <algorithm>
@@ -10,52 +10,14 @@
 
 #include "buckets.hpp"
 #include "lanes.hpp"
-#include "random.hpp"
 #include "rows.hpp"
-#include "scratch.hpp"
-#include "threads.hpp"
+#include "tensor.hpp"
 
 namespace floragrad {
 
-enum Momentum : int64_t { NONE = 0, WHOLE = 1, SKETCH = 2 };
-
-// Mirrored by library.Step: every field takes eight bytes.
-struct Step {
-  int64_t batch, rows, columns, width;
-  int64_t value_dtype, state_dtype, momentum;
-  int64_t is_vector;  // no matrix view: one row of all numbers, its own random word for each
-  int64_t factored, learnt;  // the second moment; the projection, whose signs are drawn if not
-  int64_t stochastic, residual, opens_epoch;
-  uint64_t seed, index, step, epoch;
-  double beta1, beta2, eps, keep, size, clip_threshold;
-  const void* grad;
-  void* param;
-  void* data;
-  float* scale;
-  float *row_var, *col_var, *variance;
-  const float *weight, *previous;
-  void* scratch;
-  Parallel parallel;
-  int (*thread_number)();
-  int64_t threads;
-};
-
-class TensorStep {
+class TensorStep : public StepTensor {
  public:
-  explicit TensorStep(const Step& given)
-      : at(given),
-        carries(given.opens_epoch && given.momentum == SKETCH),
-        own(given.residual || given.momentum != SKETCH ? 1.f : 1 - static_cast<float>(given.beta1)),
-        keep(static_cast<float>(given.keep)),
-        together(given.factored && given.rows >= 4 ? 4 : 1),
-        chunks(given.batch, given.rows),
-        threads(given.parallel, given.thread_number,
-                given.batch * given.rows * given.columns < SMALL ? 1 : given.threads),
-        scratch(given.scratch) {
-    lay_out();
-  }
-
-  int64_t scratch_bytes() const { return scratch.size(); }
+  using StepTensor::StepTensor;
 
   void statistics() const { at.value_dtype == FLOAT32 ? statistics_of<float>() : statistics_of<uint16_t>(); }
 
@@ -67,65 +29,6 @@ class TensorStep {
   }
 
  private:
-  const Step& at;
-  const bool carries;      // M to another projection
-  const float own;         // a of D = a U + decode(exchange)
-  const float keep;        // of W, after its decay
-  const int64_t together;  // rows in a group
-  const Chunks chunks;
-  const Threads threads;
-  Scratch scratch;
-  double *row_means, *chunk_sums;
-  float *col_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
-  uint32_t *state_words, *value_words;
-
-  int64_t row_words() const { return at.is_vector ? at.columns : at.batch * at.rows; }
-  bool rounds_state() const { return at.momentum != NONE && at.state_dtype != FLOAT32; }
-  bool rounds_values() const { return at.value_dtype == BFLOAT16 && at.stochastic; }
-
-  void lay_out() {
-    const int64_t n = at.columns, k = at.width;
-    const bool sketched = at.momentum == SKETCH, drawn = sketched && !at.learnt;
-    row_means = scratch.take<double>(at.batch);
-    chunk_sums = scratch.take<double>(chunks.count);
-    col_factors = scratch.take<float>(at.factored ? at.batch * n : 0);
-    partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
-    signs = scratch.take<float>(drawn ? n : 0);
-    old_signs = scratch.take<float>(drawn && carries ? n : 0);
-    gram = scratch.take<float>(sketched ? k : 0);
-    inverse = scratch.take<float>(sketched ? k : 0);
-    carry = scratch.take<float>(carries ? at.batch * k : 0);
-    rooms = scratch.take<float>(sketched ? threads.count * 3 * together * whole_lanes(k) : 0);
-    state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + k : 0);
-    value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (at.is_vector ? 1 : n) : 0);
-  }
-
-  Philox philox(uint64_t counter, Stream stream) const { return {{at.seed, at.index}, counter, stream}; }
-
-  // Calls work(chunk, thread, matrix, first row, end) with rows counted through the whole stack.
-  template <class Work>
-  void for_each_rows(const Work& work) const {
-    for_each_chunk(threads, chunks.count, [&](int64_t chunk, int64_t thread) {
-      work(chunk, thread, chunks.matrix(chunk), chunks.top(chunk), chunks.end(chunk));
-    });
-  }
-
-  // The sum over chunks of every column's partial sum, given to take(matrix, column, sum).
-  template <class Take>
-  void sum_columns(const Take& take) const {
-    constexpr int64_t SPAN = 512;
-    const int64_t n = at.columns, spans = (n + SPAN - 1) / SPAN;
-    for_each_chunk(threads, at.batch * spans, [&](int64_t item, int64_t) {
-      const int64_t matrix = item / spans, first = item % spans * SPAN, end = std::min(first + SPAN, n);
-      float sums[SPAN] = {};
-      for (int64_t part = 0; part < chunks.per_matrix; ++part) {
-        const float* from = partial + (matrix * chunks.per_matrix + part) * n;
-        for (int64_t j = first; j < end; ++j) sums[j - first] += from[j];
-      }
-      for (int64_t j = first; j < end; ++j) take(matrix, j, sums[j - first]);
-    });
-  }
-
   template <class Value>
   void statistics_of() const {
     const int64_t n = at.columns;
@@ -171,99 +74,6 @@ class TensorStep {
       average = average * beta2 + (sum / at.rows + eps) * fresh;
       col_factors[matrix * n + j] = 1 / std::sqrt(average);
     });
-  }
-
-  const float* weight_of(int64_t matrix) const { return at.learnt ? at.weight + matrix * at.columns : signs; }
-  const float* previous_of(int64_t matrix) const { return at.learnt ? at.previous + matrix * at.columns : old_signs; }
-  // What D is decoded with: the paper's estimator reads M in the basis that it was written in.
-  const float* reading_of(int64_t matrix) const {
-    return at.opens_epoch && !at.residual ? previous_of(matrix) : weight_of(matrix);
-  }
-  void draw() const {
-    const int64_t n = at.columns, k = at.width;
-    if (rounds_state()) philox(at.step, STATE_ROUNDING).words(state_words, row_words() + k);
-    if (rounds_values()) philox(at.step, PARAMETER_ROUNDING).words(value_words, row_words() + (at.is_vector ? 1 : n));
-    if (at.momentum != SKETCH) return;
-    for (int64_t j = 0; j < k; ++j) {
-      gram[j] = at.learnt ? 1.f : static_cast<float>(n / k + (j < n % k));
-      inverse[j] = 1 / gram[j];
-    }
-    if (!at.learnt) {
-      philox(at.epoch, MOMENTUM).signs(signs, n);
-      if (at.opens_epoch) philox(at.epoch - 1, MOMENTUM).signs(old_signs, n);
-    }
-    if (!carries) return;
-    // Old and new projection deal the columns into the same buckets: one factor for each carries M over.
-    for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
-      float* factors = carry + matrix * k;
-      std::fill(factors, factors + k, 0.f);
-      for (int64_t j = 0; j < n; ++j) factors[j % k] += weight_of(matrix)[j] * previous_of(matrix)[j];
-      if (at.residual)
-        for (int64_t j = 0; j < k; ++j) factors[j] *= inverse[j];
-    }
-  }
-
-  Words words_in(const uint32_t* drawn) const {
-    const uint32_t* rest = drawn + row_words();
-    return at.is_vector ? Words{rest, drawn} : Words{drawn, rest};
-  }
-
-  Stored stored() const {
-    return {at.data, at.scale, at.width, at.state_dtype, rounds_state() ? words_in(state_words) : Words{}};
-  }
-
-  // Neighbouring rows that are worked on together, so that what belongs to columns is fetched once for all.
-  template <class Value, int ROWS>
-  struct Group {
-    const Value* grad;
-    const float *col_factors, *variance;  // one of them
-    const float *weight, *reading;
-    float row_factors[ROWS];
-    int64_t matrix, first;
-
-    // What the columns of all rows are multiplied by for U; where each number has a second moment, a group is a row.
-    Floats factors(int64_t column, int64_t count) const {
-      if (col_factors) return load(col_factors + column, count);
-      Floats factors = inverse_root(load(variance + column, count));
-      for (int64_t i = count; i < LANES; ++i) factors[i] = 0;
-      return factors;
-    }
-  };
-
-  template <class Value, int ROWS>
-  Group<Value, ROWS> group_of(int64_t matrix, int64_t first) const {
-    const int64_t n = at.columns;
-    Group<Value, ROWS> group{static_cast<const Value*>(at.grad) + first * n,
-                             at.factored ? col_factors + matrix * n : nullptr,
-                             at.factored ? nullptr : at.variance + first * n,
-                             weight_of(matrix),
-                             reading_of(matrix),
-                             {1},
-                             matrix,
-                             first};
-    for (int r = 0; at.factored && r < ROWS; ++r)
-      group.row_factors[r] = 1 / std::sqrt(at.row_var[first + r] / static_cast<float>(row_means[matrix]));
-    return group;
-  }
-
-  // Calls work(group) for the groups of some rows of a matrix.
-  template <class Value, class Work>
-  void for_each_group(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
-    int64_t row = top;
-    for (; together == 4 && row + 4 <= end; row += 4) work(group_of<Value, 4>(matrix, row));
-    for (; row < end; ++row) work(group_of<Value, 1>(matrix, row));
-  }
-
-  // Room of one thread for the buckets of a group's rows, each in whole lanes.
-  struct Room {
-    float *sketch, *read, *exchange;
-    int64_t stride;
-  };
-
-  Room room(int64_t thread) const {
-    const int64_t stride = whole_lanes(at.width);
-    float* first = rooms + thread * 3 * together * stride;
-    return {first, first + together * stride, first + 2 * together * stride, stride};
   }
 
   // encode(U) of each row, without the row's factor; the sum of the squares of U, with it.

@@ -16,6 +16,16 @@ from floragrad.torch.tensor_step import State, TensorStep
 
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
+_KEYS: Final = {
+    "data": "exp_avg",
+    "scale": "exp_avg_scale",
+    "row_var": "row_var",
+    "col_var": "col_var",
+    "variance": "variance",
+    "weight": "projection_weight",
+}
+"""Fields of the kernels' step, and the state that they point to."""
+
 
 def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
     """Whether the native kernels can make this step: all that they read and write lies as they expect."""
@@ -86,15 +96,7 @@ def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
 def _point(given: Step, param: Tensor, grad: Tensor, state: State, scratch: Tensor, previous: Tensor | None) -> None:
     """Where the tensors are."""
     given.param, given.grad, given.scratch = param.data_ptr(), grad.data_ptr(), scratch.data_ptr()
-    names = {
-        "data": "exp_avg",
-        "scale": "exp_avg_scale",
-        "row_var": "row_var",
-        "col_var": "col_var",
-        "variance": "variance",
-        "weight": "projection_weight",
-    }
-    for field, key in names.items():
+    for field, key in _KEYS.items():
         if key in state:
             setattr(given, field, state[key].data_ptr())
     if previous is not None:

@@ -27,6 +27,16 @@ struct Threads {
       : parallel(parallel), number(number), count(std::min(count, MOST_THREADS)) {}
 };
 
+// A tensor of fewer numbers is done before other threads have woken.
+constexpr int64_t SMALL = 1 << 15;
+
+// Those that work on what a caller has handed over.
+template <class Given>
+Threads threads_for(const Given& given) {
+  const bool is_small = given.batch * given.rows * given.columns < SMALL;
+  return {given.parallel, given.thread_number, is_small ? 1 : given.threads};
+}
+
 // Calls work(chunk, thread) for every chunk. Each thread has neighbouring chunks of its own, the same in every pass over
 // a tensor, so that what it has in its cache is there when it comes back; done with them, it helps the others. What a
 // chunk gives must not depend on the thread, so that results are the same with any number of them.
@@ -43,8 +53,7 @@ void for_each_chunk(const Threads& threads, int64_t chunks, const Work& work) {
   };
   const Body body = [](void* given) {
     Job& job = *static_cast<Job*>(given);
-    const int64_t count = job.threads.count;
-    const int64_t own = job.threads.number();
+    const int64_t count = job.threads.count, own = job.threads.number();
     for (int64_t offset = 0; offset < count; ++offset) {
       const int64_t range = (own + offset) % count;
       const int64_t first = job.chunks * range / count, end = job.chunks * (range + 1) / count;
