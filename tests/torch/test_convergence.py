@@ -74,11 +74,11 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def flip_what_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     added, bucket, gaussian = (
-        BucketProjection.add_orthogonal_,
+        BucketProjection.add_decoded_,
         BucketProjection.decode,
         GaussianProjection.decode,
     )
-    monkeypatch.setattr(BucketProjection, "add_orthogonal_", lambda self, rows, z: added(self, rows, -z))
+    monkeypatch.setattr(BucketProjection, "add_decoded_", lambda self, rows, z: added(self, rows, -z))
     monkeypatch.setattr(BucketProjection, "decode", lambda self, z: -bucket(self, z))
     monkeypatch.setattr(GaussianProjection, "decode", lambda self, z: -gaussian(self, z))
 

@@ -17,6 +17,7 @@ from floragrad.torch.report import report_row
 from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
 from floragrad.torch.step import step_part, step_tensor
 from floragrad.torch.tensor_step import TensorStep
+from floragrad.torch.vectors import Vector, step_vectors, steps_with_others
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -194,12 +195,17 @@ class Flora(torch.optim.Optimizer):
                     f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
                     "give sparse=False to its embedding"
                 )
-        sharded = []
+        sharded, vectors = [], []
         for param, grad in given:
             if is_sharded(param):
                 sharded.append(self._shard_step(param))
-            else:
-                self._step_whole(param, grad)
+                continue
+            vector = Vector(param, grad, *self._begin_step(param))
+            if steps_with_others(vector):
+                vectors.append(vector)
+            elif param.numel() > 0:
+                step_tensor(*vector)
+        step_vectors(vectors)
         step_together(sharded)
         return loss
 
@@ -224,7 +230,9 @@ class Flora(torch.optim.Optimizer):
         if is_sharded(param):
             step_together([self._shard_step(param)])
         else:
-            self._step_whole(param, grad)
+            state, at = self._begin_step(param)
+            if param.numel() > 0:
+                step_tensor(param, grad, state, at)
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
@@ -327,12 +335,6 @@ class Flora(torch.optim.Optimizer):
         slot, state = self._slots[param], self._state_of(param)
         state["step"] += 1
         return state, TensorStep(slot.plan, slot.group, slot.index, int(state["step"].item()), param.device, slot.part)
-
-    def _step_whole(self, param: Tensor, grad: Tensor) -> None:
-        """The step of a parameter that is here whole."""
-        state, at = self._begin_step(param)
-        if param.numel() > 0:
-            step_tensor(param, grad, state, at)
 
     def _shard_step(self, param: "DTensor") -> ShardStep:
         """The step of what is here of a sharded parameter, not begun yet."""

@@ -1,6 +1,6 @@
 """The passes over a tensor that make and apply its update, a block of rows at a time, compiled or not."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import replace
 from functools import cache
 from types import FunctionType
@@ -12,8 +12,9 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype
 from floragrad.torch import update as pure
+from floragrad.torch.part import ShardSum
 from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.quantize import RoundingBits, round_to_bfloat16
+from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, StoredRows, load, save
 from floragrad.torch.tensor_step import TensorStep
 
@@ -21,13 +22,15 @@ from floragrad.torch.tensor_step import TensorStep
 class UpdatePasses:
     """The passes over a tensor once its second moment and projections are known.
 
+    A sketched momentum moves in the first of them, and what it adds to the direction is held until the last: 1/ρ of
+    the tensor, in float32. Where other parts have to be waited for in between, with all tensors at once, that would
+    be 1/ρ of the model: there it is computed again.
+
     Args:
         grads: G in the view of the part.
         scales: What every gradient is multiplied by.
         stored: The momentum.
-        projection: P of this step; None where every column is kept, or none.
-        previous: P of the step before where it differs.
-        sketches: encode(U), summed over the parts of each row; None where rows are whole.
+        estimator: How a sketch moves; None where every column is kept, or none.
         at: The tensor, its options and the step.
     """
 
@@ -36,103 +39,186 @@ class UpdatePasses:
         grads: Tensor,
         scales: tuple[Tensor, ...],
         stored: StoredRows,
-        projection: Projection | None,
-        previous: Projection | None,
-        sketches: Tensor | None,
+        estimator: pure.Estimator | None,
         at: TensorStep,
     ) -> None:
-        self._grads, self._scales, self._stored, self._at = grads, scales, stored, at
-        self._projection, self._previous, self._sketches = projection, previous, sketches
+        self._grads, self._scales, self._stored, self._by, self._at = grads, scales, stored, estimator, at
+        self._exchanges: Tensor | None = None
 
-    def direction_square(self) -> Tensor:
-        """‖D‖² of what is here."""
-        run = maybe_compiled(_block_square, self._at, *self._specialised())
-        total = torch.zeros((), device=self._at.device)
-        for where in self._at.blocks():
-            total += run(self._ingredients(where))
-        return total
+    def direction_square(self) -> Generator[list[ShardSum], None, Tensor]:
+        """‖D‖² of what is here.
 
-    def move(self, param: Tensor, square: Tensor, alpha: Tensor) -> None:
+        Yields:
+            Sums that have to be over all parts when the generator goes on.
+        """
+        by, at = self._by, self._at
+        if by is None:
+            return self._square_of_directions()
+        is_held = at.splits_sketch or not at.part.split
+        sketches, square = self._encoded()
+        if at.splits_sketch:
+            yield [ShardSum(sketches, ("columns",))]
+        exchanged = self._exchange(sketches, moves=is_held)
+        self._exchanges = sketches
+        if by.knows_square:
+            square = square * by.own**2 + exchanged / at.part.column_parts
+        else:
+            square = self._square_of_directions()
+        if not is_held:
+            self._exchanges = None
+        return square
+
+    def move(self, param: Tensor, square: Tensor, alpha: float | Tensor) -> None:
         """Clip, scale and apply D to the parameter; the momentum's buffers move on to the next step."""
-        at = self._at
-        numel = torch.Size(at.plan.shape).numel()
+        at, decay = self._at, self._at.group["weight_decay"]
         # Rounding may make ‖D‖² of next to nothing negative.
-        clip = (square.clamp(min=0).div(numel).sqrt() / at.group["clip_threshold"]).clamp(min=1.0)
-        keep, size = 1 - alpha * at.group["weight_decay"], alpha / clip
+        rms = square.clamp(min=0).div_(torch.Size(at.plan.shape).numel()).sqrt_()
+        size = alpha / rms.div_(at.group["clip_threshold"]).clamp_(min=1.0)
+        keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=at.device) if decay else None
+        if self._by is not None and self._exchanges is None:
+            self._exchanges, _ = self._encoded()
+            self._exchange(self._exchanges, moves=True)
         rounded = param.dtype == torch.bfloat16 and at.group["stochastic_rounding"]
         width = at.plan.view.columns if at.plan.view else 1
         rounding = at.rounding(Stream.PARAMETER_ROUNDING, width, at.part.columns) if rounded else None
-        run = maybe_compiled(_block_move, at, *self._specialised())
+        run = maybe_compiled(_move, at, *self._specialised(), decay != 0)
         # A parameter that is not contiguous in its view is written through a copy.
         viewable = _viewable(param, at.view)
         params = param.view(at.view) if viewable else param.reshape(at.view)
+        room = at.room()
         for where in at.blocks():
             bits = None if rounding is None else rounding.of(where)
-            run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where))
+            run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
         if not viewable:
             param.copy_(params.view(param.shape))
+
+    def _encoded(self) -> tuple[Tensor, Tensor]:
+        """encode(U) of all rows, of the columns that are here, and ‖U‖²."""
+        assert self._by is not None
+        at = self._at
+        run = maybe_compiled(_encode, at, at.plan)
+        sketches = self._grads.new_empty((*at.view[:2], self._stored.width), dtype=torch.float32)
+        total = torch.zeros((), device=at.device)
+        room = at.room()
+        for where in at.blocks():
+            grad, projection = self._grads[where], of_batch(self._by.projection, where)
+            total += run(sketches[where], grad, scales_of(self._scales, where), projection, room_for(grad, room))
+        return sketches, total
+
+    def _exchange(self, sketches: Tensor, *, moves: bool) -> Tensor:
+        """Replace encode(U) by X; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
+        at, stored, by = self._at, self._stored, self._by
+        assert by is not None
+        run = maybe_compiled(_exchange, at, *self._specialised(), moves)
+        total = torch.zeros((), device=at.device)
+        for where in at.sketch_blocks():
+            here = by._replace(projection=of_batch(by.projection, where), previous=of_batch(by.previous, where))
+            total += run(sketches[where], stored.read(where), stored.bits(where), here, moves, stored.dtype)
+        return total
+
+    def _square_of_directions(self) -> Tensor:
+        at = self._at
+        run = maybe_compiled(_direction_square, at, *self._specialised())
+        total = torch.zeros((), device=at.device)
+        room = at.room()
+        for where in at.blocks():
+            total += run(self._ingredients(where, room))
+        return total
 
     def _specialised(self) -> tuple[Hashable, ...]:
         return self._at.plan, self._at.group["beta1"], self._at.group["residual"]
 
-    def _ingredients(self, where: Block) -> "_Ingredients":
+    def _ingredients(self, where: Block, room: Tensor | None) -> "_Ingredients":
+        grad, by = self._grads[where], self._by
+        exchange = None
+        if by is not None:
+            assert self._exchanges is not None
+            exchange = pure.Exchange(self._exchanges[where], of_batch(by.reading, where), by.own)
         return _Ingredients(
-            self._grads[where],
+            grad,
             scales_of(self._scales, where),
-            self._stored.read(where),
-            pure.Estimator(
-                of_batch(self._projection, where),
-                of_batch(self._previous, where),
-                self._at.group["beta1"],
-                self._at.group["residual"],
-            ),
-            None if self._sketches is None else self._sketches[where],
+            exchange,
+            () if exchange else self._stored.read(where),
+            self._at.group["beta1"],
             self._stored.dtype,
-            self._stored.width,
+            room_for(grad, room),
         )
 
 
 class _Ingredients(NamedTuple):
-    """What a block's direction is made of."""
+    """What a block's direction is made of: a gradient, and what a sketch adds or the momentum of every column."""
 
     grad: Tensor
     scales: tuple[Tensor, ...]
+    exchange: pure.Exchange | None
     kept: tuple[Tensor, ...]
-    by: pure.Estimator
-    sketch: Tensor | None
+    beta1: float
     dtype: StateDtype
-    width: int
+    room: Tensor | None
 
-    def momentum(self) -> Tensor:
-        """M as it was stored."""
-        return load(self.kept, self.dtype, self.width)
+    def direction(self) -> Tensor:
+        """D."""
+        update = pure.normalise(self.grad, self.scales, self.room)
+        if self.exchange is not None:
+            return self.exchange.direction(update)
+        return update.lerp_(load(self.kept, self.dtype, update.shape[-1]), self.beta1) if self.kept else update
 
 
-def _block_square(of: _Ingredients) -> Tensor:
+def _encode(
+    sketch: Tensor, grad: Tensor, scales: tuple[Tensor, ...], projection: Projection, room: Tensor | None
+) -> Tensor:
+    """encode(U) of one block, written into ``sketch``; ‖U‖²."""
+    update = pure.normalise(grad, scales, room)
+    square = pure.square_norm(update)
+    sketch.copy_(projection.encode(update, room))
+    return square
+
+
+def _exchange(
+    sketch: Tensor,
+    kept: tuple[Tensor, ...],
+    bits: RoundingBits | None,
+    by: pure.Estimator,
+    moves: bool,
+    dtype: StateDtype,
+) -> Tensor:
+    """X of one block, written over encode(U), and what it adds to ‖D‖²; the momentum moves on, if it is to."""
+    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
+    if moves:
+        _store(kept, save(following, dtype, bits))
+    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
+    sketch.copy_(exchange)
+    return square
+
+
+def _direction_square(of: _Ingredients) -> Tensor:
     """‖D‖² of one block."""
-    update = pure.normalise(of.grad, of.scales)
-    if not of.kept:
-        return pure.square_norm(update)
-    return pure.direction_square(update, of.momentum(), of.by, of.sketch)
+    return pure.square_norm(of.direction())
 
 
-def _block_move(
+def _move(
     param: Tensor,
-    keep: Tensor,
+    keep: Tensor | None,
     size: Tensor,
     bits: RoundingBits | None,
     state_bits: RoundingBits | None,
     of: _Ingredients,
 ) -> None:
-    """Normalise, load, move and store the momentum of one block, and move the parameter, both in place."""
-    direction = pure.normalise(of.grad, of.scales)
+    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
+    direction = of.direction()
     if of.kept:
-        direction, following = pure.momentum_step(direction, of.momentum(), of.by, of.sketch)
-        for buffer, value in zip(of.kept, save(following, of.dtype, state_bits), strict=True):
-            buffer.copy_(value)
-        del following
-    moved = pure.descend(param, direction, keep, size)
-    param.copy_(moved if bits is None else round_to_bfloat16(moved, bits.numbers()))
+        _store(of.kept, save(direction, of.dtype, state_bits))
+    pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
+
+
+def _store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    for buffer, value in zip(kept, values, strict=True):
+        buffer.copy_(value)
+
+
+def room_for(grad: Tensor, room: Tensor | None) -> Tensor | None:
+    """Of :meth:`TensorStep.room`, what a block takes."""
+    return None if room is None else room[: grad.numel()].view(grad.shape)
 
 
 def scales_of(scales: tuple[Tensor, ...], where: Block) -> tuple[Tensor, ...]:

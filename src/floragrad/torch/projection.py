@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,16 @@ from floragrad.policy import Projection as ProjectionKind
 class Projection(Protocol):
     """P, k x n, with E[PᵀP] = I or orthonormal rows. The update takes one of these, never a seed."""
 
-    def encode(self, rows: Tensor) -> Tensor:
-        """X Pᵀ: (..., n) to (..., k)."""
+    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
+        """X Pᵀ: (..., n) to (..., k); ``room`` is memory of X's shape to work in, X's own too."""
         ...
 
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P: (..., k) to (..., n)."""
+        ...
+
+    def add_decoded_(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X ← X + Z P, in place."""
         ...
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
@@ -43,6 +47,9 @@ class Projection(Protocol):
     def matrix(self) -> Tensor:
         """P as a dense float32 matrix, (..., k, n), for tests and for looking at."""
         ...
+
+
+_SIGNS = np.array([-1, 1], dtype=np.float32)
 
 
 def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Philox:
@@ -68,13 +75,41 @@ def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> T
 def signs_from(source: np.random.Philox, n: int) -> Tensor:
     """N signs from a generator of :func:`philox`."""
     words = source.random_raw(ceil(n / 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=n)
-    return torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
+    bits = np.unpackbits(words.astype("<u8", copy=False).view(np.uint8), count=n)
+    return torch.from_numpy(_SIGNS[bits])
 
 
 def bucket_sizes(n: int, k: int) -> Tensor:
     """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
-    return torch.full((k,), float(n // k)).add_((torch.arange(k) < n % k).float())
+    sizes = torch.full((k,), float(n // k))
+    sizes[: n % k] += 1
+    return sizes
+
+
+class _Run(NamedTuple):
+    """Neighbouring slices of columns, each of them dealt into the same buckets.
+
+    Attributes:
+        first: The first column.
+        slices: How many slices.
+        buckets: Those that each of them goes to.
+        weight: Of the columns, (..., slices, columns of one).
+    """
+
+    first: int
+    slices: int
+    buckets: slice
+    weight: Tensor
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The columns in rows, (..., slices, columns of one), without a copy."""
+        count = self.weight.shape[-1]
+        columns = rows[..., self.first : self.first + self.slices * count]
+        return columns.view(*rows.shape[:-1], self.slices, count)
+
+    def buckets_of(self, sketch: Tensor) -> Tensor:
+        """The buckets in a sketch, (..., 1, columns of one)."""
+        return sketch[..., self.buckets].unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -88,7 +123,7 @@ class BucketProjection:
     Attributes:
         weight: (n,), or (batch, 1, n) where every matrix of a batch has its own.
         gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
-        part: The columns that :meth:`encode`, :meth:`decode` and :meth:`add_orthogonal_` are given, where a
+        part: The columns that :meth:`encode`, :meth:`decode` and :meth:`add_decoded_` are given, where a
             matrix is split along them: then ``encode`` gives this part's share of a sum. None: all.
     """
 
@@ -106,54 +141,50 @@ class BucketProjection:
         """Of weights with norm 1 in each bucket: orthonormal rows."""
         return cls(weight, torch.ones(k, device=weight.device))
 
-    def _slices(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Runs of neighbouring columns in neighbouring buckets: the columns, the buckets, the weights."""
+    def _runs(self) -> Iterator["_Run"]:
+        """What is here of the columns: the rest of a slice of k columns, whole slices, the start of another."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         first, end = (0, n) if self.part is None else (self.part.start, self.part.stop)
         column = first
         while column < end:
             bucket = column % k
             width = min(k - bucket, end - column)
-            columns = slice(column - first, column - first + width)
-            yield columns, slice(bucket, bucket + width), self.weight[..., column : column + width]
-            column += width
+            slices = (end - column) // k if width == k else 1
+            weight = self.weight[..., column : column + slices * width]
+            sliced = weight.view(*weight.shape[:-1], slices, width)
+            yield _Run(column - first, slices, slice(bucket, bucket + width), sliced)
+            column += slices * width
 
-    def _sliced(self, rows: Tensor) -> Tensor | None:
-        """Whole rows as (..., n / k, k), without a copy: one operation does for all slices. None where k is no part."""
-        n, k = self.weight.shape[-1], self.gram.shape[-1]
-        return rows.view(*rows.shape[:-1], n // k, k) if self.part is None and n % k == 0 else None
-
-    def encode(self, rows: Tensor) -> Tensor:
+    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
         """X Pᵀ."""
         sketch: Tensor | None = None
         k = self.gram.shape[-1]
-        for columns, buckets, weight in self._slices():
-            if sketch is None and buckets == slice(0, k):
-                sketch = rows[..., columns] * weight
+        for run in self._runs():
+            share = torch.mul(run.of(rows), run.weight, out=None if room is None else run.of(room)).sum(-2)
+            if sketch is None and run.buckets == slice(0, k):
+                sketch = share
                 continue
             if sketch is None:
                 sketch = rows.new_zeros((*rows.shape[:-1], k))
-            sketch[..., buckets].addcmul_(rows[..., columns], weight)
+            sketch[..., run.buckets].add_(share)
         return rows.new_zeros((*rows.shape[:-1], k)) if sketch is None else sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P."""
-        weight = self._sliced(self.weight)
-        if weight is not None:
-            return (sketch.unsqueeze(-2) * weight).flatten(-2)
-        tiles = [sketch[..., buckets] * weight for _, buckets, weight in self._slices()]
+        tiles = [(run.buckets_of(sketch) * run.weight).flatten(-2) for run in self._runs()]
+        if len(tiles) == 1:
+            return tiles[0]
         return torch.cat(tiles, dim=-1) if tiles else sketch[..., :0]
+
+    def add_decoded_(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X ← X + Z P."""
+        for run in self._runs():
+            run.of(rows).addcmul_(run.buckets_of(sketch), run.weight)
+        return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
         """X ← X + Z (P Pᵀ)⁻¹ P."""
-        scaled = sketch / self.gram
-        slices, weights = self._sliced(rows), self._sliced(self.weight)
-        if slices is not None and weights is not None:
-            slices.addcmul_(scaled.unsqueeze(-2), weights)
-            return rows
-        for columns, buckets, weight in self._slices():
-            rows[..., columns].addcmul_(scaled[..., buckets], weight)
-        return rows
+        return self.add_decoded_(rows, sketch / self.gram)
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
         """Z as this projection would have written it."""
@@ -203,7 +234,7 @@ class GaussianProjection:
             drawn = torch.randn(part.stop - start, self.n, generator=generator, device=self.device)
             yield part, drawn.mul_(self.k**-0.5)[:, self.part or slice(None)]
 
-    def encode(self, rows: Tensor) -> Tensor:
+    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """X Pᵀ."""
         sketch = rows.new_empty(*rows.shape[:-1], self.k)
         for part, drawn in self._pieces():
@@ -213,9 +244,13 @@ class GaussianProjection:
     def decode(self, sketch: Tensor) -> Tensor:
         """Z P."""
         columns = len(range(self.n)[self.part or slice(None)])
-        rows = sketch.new_zeros(*sketch.shape[:-1], columns)
+        return self.add_decoded_(sketch.new_zeros(*sketch.shape[:-1], columns), sketch)
+
+    def add_decoded_(self, rows: Tensor, sketch: Tensor) -> Tensor:
+        """X ← X + Z P."""
+        flat = rows.view(-1, rows.shape[-1])
         for part, drawn in self._pieces():
-            rows.view(-1, columns).addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
+            flat.addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
         return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
@@ -264,10 +299,7 @@ def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
     The sums of row blocks (or of shards) add up to that of the whole matrix.
     """
     sketch = projection.encode(rows)
-    parts = [
-        (rows[..., columns] * sketch[..., buckets]).sum(-2, keepdim=True)
-        for columns, buckets, _ in projection._slices()
-    ]
+    parts = [(run.of(rows) * run.buckets_of(sketch)).sum(-3, keepdim=True).flatten(-2) for run in projection._runs()]
     return torch.cat(parts, dim=-1)
 
 

@@ -19,7 +19,7 @@ from floragrad.torch import update as pure
 from floragrad.torch.learnt import POWER_ITERATIONS, noisy
 from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.part import EVERYWHERE, ShardSum
-from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, scales_of
+from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, room_for, scales_of
 from floragrad.torch.projection import (
     BucketProjection,
     Projection,
@@ -85,19 +85,15 @@ def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Gene
         Sums that have to be over all parts of the tensor when the generator goes on.
     """
     grads = grad.reshape(at.view)
-    norm = torch.linalg.vector_norm(param, dtype=torch.float32).square() if at.group["scale_parameter"] else None
+    norm = pure.square_norm(param) if at.group["scale_parameter"] else None
     scales = yield from _second_moment(grads, state, norm, at)
     stored = _stored(state, at)
     projection, previous = yield from _projections(grads, scales, stored, state, at)
-    sketches = None
-    if at.splits_sketch:
-        assert projection is not None
-        sketches = grads.new_empty((*at.view[:2], at.plan.width), dtype=torch.float32)
-        for where in at.blocks():
-            sketches[where] = projection.encode(pure.normalise(grads[where], scales_of(scales, where)))
-        yield [ShardSum(sketches, ("columns",))]
-    work = UpdatePasses(grads, scales, stored, projection, previous, sketches, at)
-    square = work.direction_square()
+    by = None
+    if projection is not None:
+        by = pure.Estimator(projection, previous, at.group["beta1"], at.group["residual"])
+    work = UpdatePasses(grads, scales, stored, by, at)
+    square = yield from work.direction_square()
     yield [ShardSum(square, EVERYWHERE)]
     work.move(param, square, _step_size(norm, at))
 
@@ -106,45 +102,46 @@ def _second_moment(
     grads: Tensor, state: State, norm: Tensor | None, at: TensorStep
 ) -> Generator[list[ShardSum], None, tuple[Tensor, ...]]:
     """Update the second moment; what every gradient is to be multiplied by."""
-    eps1 = at.group["eps"][0]
-    beta2 = torch.tensor(at.beta2, device=at.device)
+    eps1, beta2 = at.group["eps"][0], at.beta2
     sums = [] if norm is None else [ShardSum(norm, EVERYWHERE)]
     if not at.plan.factored:
         if sums:
             yield sums
         variance = state["variance"].view(at.view)
         for where in at.blocks():
-            squares = grads[where].float().square().add_(eps1)
-            variance[where] = pure.moving_average(variance[where], squares, beta2)
+            pure.average_(variance[where], grads[where].float().square(), 1, beta2, eps1)
         return (variance,)
     assert at.plan.view is not None
     _, all_rows, all_columns = at.plan.view
     batch, rows, columns = at.view
     row_sums = grads.new_empty((batch, rows, 1), dtype=torch.float32)
     col_sums = grads.new_zeros((batch, 1, columns), dtype=torch.float32)
-    square_sums = maybe_compiled(pure.square_sums, at)
-    for where in at.blocks():
-        row_sums[where], col_part = square_sums(grads[where])
+    # On CPUs the compiler's sums of columns take twice the time of PyTorch's.
+    sums_at = at.uncompiled() if at.device.type == "cpu" else at
+    square_sums = maybe_compiled(pure.square_sums, sums_at)
+    room = sums_at.room()
+    for where in sums_at.blocks():
+        grad = grads[where]
+        row_sums[where], col_part = square_sums(grad, room_for(grad, room))
         col_sums[where[0]] += col_part
     row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
-    # What the rows' mean will be, known before the rows are: so that one sum over parts is enough.
-    row_total = pure.moving_average(
-        row_var.sum(-2, keepdim=True) / at.part.column_parts, row_sums.sum(-2, keepdim=True) / all_columns, beta2
-    )
+    # What the rows' sum will be, known before the rows are: so that one sum over parts is enough.
+    row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / at.part.column_parts)
+    row_total.add_(row_sums.sum(-2, keepdim=True), alpha=(1 - beta2) / all_columns)
     sums += [ShardSum(col_sums, ("rows",)), ShardSum(row_sums, ("columns",)), ShardSum(row_total, ("rows", "columns"))]
     yield sums
-    row_var.copy_(pure.moving_average(row_var, row_sums / all_columns + eps1, beta2))
-    col_var.copy_(pure.moving_average(col_var, col_sums / all_rows + eps1, beta2))
-    return pure.factors(row_var, row_total / all_rows + (1 - beta2) * eps1, col_var)
+    pure.average_(row_var, row_sums, all_columns, beta2, eps1)
+    pure.average_(col_var, col_sums, all_rows, beta2, eps1)
+    row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
+    return (row_var / row_mean).rsqrt_(), col_var.rsqrt()
 
 
-def _step_size(norm: Tensor | None, at: TensorStep) -> Tensor:
-    """α, a scalar tensor on the parameter's device; ``norm`` is ‖W‖² where the step is in its units."""
-    alpha = torch.as_tensor(at.lr, dtype=torch.float32, device=at.device).reshape(())
+def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:
+    """α; ``norm`` is ‖W‖² where the step is in its units."""
     if norm is None:
-        return alpha
+        return at.step_lr
     numel = torch.Size(at.plan.shape).numel()
-    return alpha * (norm / numel).sqrt().clamp(min=at.group["eps"][1])
+    return (norm / numel).sqrt_().clamp_(min=at.group["eps"][1]) * at.step_lr
 
 
 def _projections(

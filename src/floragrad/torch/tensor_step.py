@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -84,6 +84,12 @@ class TensorStep:
         return min(1e-6 * self.step if group["warmup_init"] else 1e-2, 1 / math.sqrt(self.step))
 
     @property
+    def step_lr(self) -> float | Tensor:
+        """The same, a scalar on the parameter's device where it is a tensor."""
+        lr = self.lr
+        return lr.to(self.device, torch.float32).reshape(()) if isinstance(lr, Tensor) else lr
+
+    @property
     def beta2(self) -> float:
         """β₂ = 1 − t^decay_rate."""
         return 1.0 - math.pow(float(self.step), self.group["decay_rate"])
@@ -98,6 +104,10 @@ class TensorStep:
         """Whether it runs under ``torch.compile``: what has no matrix view takes less than launching a graph."""
         return is_compiled(self.plan, self.group)
 
+    def uncompiled(self) -> "TensorStep":
+        """The same for code that is not compiled."""
+        return replace(self, group={**self.group, "compile": False}) if self.is_compiled else self
+
     @property
     def splits_sketch(self) -> bool:
         """Whether a row's sketch is a sum over parts."""
@@ -111,6 +121,18 @@ class TensorStep:
         if self.plan.view is None and elements < total:
             elements //= 2  # a word to round with for each number takes as much as half of the blocks
         return row_blocks(self.view, elements, gaussian=gaussian)
+
+    def sketch_blocks(self) -> Iterator[Block]:
+        """The same of the sketch, whose rows are shorter: more of them at a time."""
+        view = self.view._replace(columns=self.plan.width)
+        return row_blocks(view, view.numel if self.is_compiled else block_elements(view.numel, self.device))
+
+    def room(self) -> Tensor | None:
+        """Room for a block in float32, one after the other; None where it is compiled, which finds its own."""
+        if self.is_compiled:
+            return None
+        rows = max(((w.stop - w.start) * (h.stop - h.start) for w, h in self.blocks()), default=0)
+        return torch.empty(rows * self.view.columns, device=self.device)
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:
         """What to round the rows that are here with; nothing of it needs saving."""

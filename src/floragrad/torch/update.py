@@ -1,4 +1,4 @@
-"""The update as pure functions of tensors: what is computed, not when, nor how its state is stored.
+"""The update as functions of tensors: what is computed, not when, nor how its state is stored.
 
 Each function takes any number of rows of a matrix view, (..., rows, n), so a tensor can be put through in
 blocks of rows. All maths is float32 (float64 parameters keep their own precision when they are written).
@@ -8,115 +8,131 @@ listed in ``docs/method.md``.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, linalg, promote_types
-from torch import float32 as _float32
-from torch import float64 as _float64
 
 from floragrad.torch.projection import BucketProjection, Projection
+from floragrad.torch.quantize import round_to_bfloat16
 
 
-def square_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of G² along the rows, (..., rows, 1), and along the columns, (..., 1, n)."""
-    squares = grad.float().square()
+def square_sums(grad: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of G² along the rows, (..., rows, 1), and along the columns, (..., 1, n).
+
+    Args:
+        grad: G, (..., rows, n).
+        room: Where the squares may be written: float32 memory of G's shape.
+    """
+    values = grad.float()
+    squares = torch.mul(values, values, out=room)
     return squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
 
 
-def moving_average(average: Tensor, value: Tensor, beta: Tensor) -> Tensor:
-    """β·average + (1 − β)·value."""
-    return average * beta + value * (1 - beta)
+def average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:
+    """V ← β·V + (1 − β)·(sums / count + ε)."""
+    average.mul_(beta).add_(sums, alpha=(1 - beta) / count).add_((1 - beta) * eps)
 
 
-def factors(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> tuple[Tensor, Tensor]:
-    """What G is multiplied by for U: rsqrt(row / mean(row)), (..., m, 1), and rsqrt(col), (..., 1, n)."""
-    return (row_var / row_mean).rsqrt(), col_var.rsqrt()
-
-
-def normalise(grad: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
-    """U: the gradient times every scale, in float32."""
+def normalise(grad: Tensor, scales: tuple[Tensor, ...], room: Tensor | None = None) -> Tensor:
+    """U: the gradient times every scale, in float32, written into ``room`` where it is given."""
     # bfloat16 and float16 gradients are promoted by the float32 scales, in the same pass.
-    update = (grad.float() if grad.dtype == _float64 else grad) * scales[0]
+    update = torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scales[0], out=room)
     for scale in scales[1:]:
         update.mul_(scale)
     return update
 
 
 class Estimator(NamedTuple):
-    """How the momentum of some rows moves, and what is decoded of it.
+    """How a sketched momentum moves, and the direction of a step: D = a U + decode(X) with an exchange X.
+
+    With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
+
+        M ← β₁ transfer(M) + (1 − β₁) encode(U)        D = U + decode((M − encode(U)) (P Pᵀ)⁻¹)
+
+    otherwise the paper's unbiased estimator, M read in the basis that it was written in::
+
+        D = (1 − β₁) U + decode_old(β₁ M)              M ← β₁ transfer(M) + (1 − β₁) encode(U)
 
     Attributes:
-        projection: P of this step; None at ρ = 1, where both estimators are plain momentum.
+        projection: P of this step.
         previous: P of the step before where this step opens a new epoch, else None.
         beta1: β₁.
         residual: Which estimator.
     """
 
-    projection: Projection | None
+    projection: Projection
     previous: Projection | None
     beta1: float
     residual: bool
 
-    def following(self, sketch: Tensor, momentum: Tensor) -> Tensor:
-        """The next M, of encode(U) and M."""
+    @property
+    def own(self) -> float:
+        """a: how much of U is in D."""
+        return 1.0 if self.residual else 1 - self.beta1
+
+    @property
+    def reading(self) -> Projection:
+        """What X is decoded with."""
+        return self.projection if self.residual or self.previous is None else self.previous
+
+    def exchange(self, sketch: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """X and the next M, of encode(U) and M; each (..., rows, k)."""
         carried = momentum
-        if self.projection is not None and self.previous is not None:
+        if self.previous is not None:
             carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
-        return sketch.lerp(carried, self.beta1)
+        following = sketch.lerp(carried, self.beta1)
+        if not self.residual:
+            return momentum * self.beta1, following
+        assert isinstance(self.projection, BucketProjection)
+        return (following - sketch).div_(self.projection.gram), following
+
+    @property
+    def knows_square(self) -> bool:
+        """Whether ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ diagonal."""
+        return self.reading is self.projection and isinstance(self.projection, BucketProjection)
+
+    def exchanged_square(self, sketch: Tensor, exchange: Tensor) -> Tensor:
+        """‖D‖² − a²‖U‖² = Σ X (2a encode(U) + X diag(P Pᵀ)), where :attr:`knows_square`."""
+        assert isinstance(self.projection, BucketProjection)
+        return (exchange * self.projection.gram).add_(sketch, alpha=2 * self.own).mul_(exchange).sum()
 
 
-def momentum_step(
-    update: Tensor, momentum: Tensor, by: Estimator, sketch: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """D and the next M; U's memory may be taken for D.
+class Exchange(NamedTuple):
+    """What a sketch adds to the direction of some rows.
 
-    With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
-
-        M ← β₁ transfer(M) + (1 − β₁) encode(U)        D = U + (M − encode(U)) (P Pᵀ)⁻¹ P
-
-    otherwise the paper's unbiased estimator, M read in the basis that it was written in::
-
-        D = (1 − β₁) U + β₁ decode_old(M)              M ← β₁ transfer(M) + (1 − β₁) encode(U)
-
-    Args:
-        update: U, (..., rows, n).
-        momentum: M, (..., rows, k).
-        by: The projections, β₁, and which estimator.
-        sketch: encode(U), where it is known already, as it must be if columns are elsewhere.
+    Attributes:
+        value: X, (..., rows, k).
+        reading: What it is decoded with.
+        own: a.
     """
-    projection = by.projection
-    if projection is None:
-        momentum = by.following(update, momentum)
-        return momentum, momentum
-    sketch = projection.encode(update) if sketch is None else sketch
-    following = by.following(sketch, momentum)
-    if by.residual:
-        return projection.add_orthogonal_(update, following - sketch), following
-    reading = projection if by.previous is None else by.previous
-    return reading.decode(momentum).mul_(by.beta1).add_(update, alpha=1 - by.beta1), following
 
+    value: Tensor
+    reading: Projection
+    own: float
 
-def direction_square(update: Tensor, momentum: Tensor, by: Estimator, sketch: Tensor | None = None) -> Tensor:
-    """‖D‖² of :func:`momentum_step`; U's memory may be overwritten.
-
-    With signs or learnt weights D is U with its part inside the sketched subspace exchanged, so that D itself is
-    not needed::
-
-        ‖D‖² = ‖U‖² + Σ (M² − encode(U)²) / diag(P Pᵀ)       M the next momentum
-    """
-    if sketch is None and by.residual and isinstance(by.projection, BucketProjection):
-        sketch = by.projection.encode(update)
-        following = by.following(sketch, momentum)
-        exchanged = (following + sketch).mul_(following - sketch).div_(by.projection.gram).sum()
-        return square_norm(update) + exchanged
-    return square_norm(momentum_step(update, momentum, by, sketch)[0])
+    def direction(self, update: Tensor) -> Tensor:
+        """D = a U + decode(X), in U's memory."""
+        return self.reading.add_decoded_(update if self.own == 1 else update.mul_(self.own), self.value)
 
 
 def square_norm(values: Tensor) -> Tensor:
-    """The sum of squares, without a tensor of squares."""
-    norm: Tensor = linalg.vector_norm(values)
-    return norm.square()
+    """The sum of squares in float32, without a tensor of squares."""
+    norm: Tensor = linalg.vector_norm(values, dtype=promote_types(values.dtype, torch.float32))
+    return norm.float().square()
 
 
-def descend(param: Tensor, direction: Tensor, keep: Tensor, size: Tensor) -> Tensor:
-    """keep·W − size·D, in float32 (or the parameter's precision where that is higher)."""
-    exact = param.to(promote_types(param.dtype, _float32)) * keep
-    return exact.addcmul_(direction.to(exact.dtype), size.to(exact.dtype), value=-1)
+def descend_(param: Tensor, direction: Tensor, keep: Tensor | None, size: Tensor, bits: Tensor | None) -> None:
+    """W ← keep·W − size·D, in float32 (or the parameter's precision where that is higher).
+
+    Args:
+        param: W.
+        direction: D.
+        keep: What weight decay leaves of W; None: all.
+        size: α over the clipping.
+        bits: What a bfloat16 parameter is rounded with; None: to the nearest.
+    """
+    exact = param.to(promote_types(param.dtype, torch.float32))
+    if keep is not None:
+        exact = exact.mul_(keep)
+    exact = exact.addcmul_(direction.to(exact.dtype), size.to(exact.dtype), value=-1)
+    if exact.dtype != param.dtype:
+        param.copy_(exact if bits is None else round_to_bfloat16(exact, bits))

@@ -29,9 +29,14 @@ def unsuited(plan: TensorPlan, group: Group) -> str:
     return "compile=True" if is_compiled(plan, group) else ""
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass with a behaviour of its own."""
+    return type(tensor) in _PLAIN
+
+
 def obstacle_of(tensor: Tensor) -> str:
     """Why the kernels cannot take a tensor; empty where they can."""
-    if type(tensor) not in _PLAIN:
+    if not is_plain(tensor):
         return type(tensor).__name__
     if tensor.device.type != "cpu":
         return f"on {tensor.device.type}"
@@ -42,4 +47,4 @@ def obstacle_of(tensor: Tensor) -> str:
 
 def lies_plainly(tensor: Tensor) -> bool:
     """Whether a buffer can be handed over by its address."""
-    return type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return is_plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()

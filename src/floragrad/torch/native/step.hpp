@@ -32,7 +32,8 @@ class TensorStep : public StepTensor {
   template <class Value>
   void statistics_of() const {
     const int64_t n = at.columns;
-    const float beta2 = static_cast<float>(at.beta2), fresh = 1 - beta2, eps = static_cast<float>(at.eps);
+    const float beta2 = static_cast<float>(at.beta2), fresh = static_cast<float>(1 - at.beta2);
+    const float eps = static_cast<float>(at.eps);
     if (!at.factored) {
       for_each_rows([&](int64_t, int64_t, int64_t, int64_t top, int64_t end) {
         const int64_t count = (end - top) * n;

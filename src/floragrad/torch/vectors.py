@@ -1,0 +1,99 @@
+"""A step of many small tensors without a matrix view, biases and norms, an operation for all of them at a time."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from floragrad._streams import Stream
+from floragrad.torch import update as pure
+from floragrad.torch.native.layout import is_plain
+from floragrad.torch.native.step import can_step
+from floragrad.torch.tensor_step import BLOCK_ELEMENTS, WHOLE_ELEMENTS, State, TensorStep
+
+
+class Vector(NamedTuple):
+    """A parameter, its gradient and state, and what its step goes by."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    at: TensorStep
+
+    @property
+    def kind(self) -> Hashable:
+        """What those that are stepped together have in common."""
+        at = self.at
+        return id(at.group), at.plan.momentum, at.step, at.device, self.param.dtype, self.grad.dtype
+
+
+def steps_with_others(vector: Vector) -> bool:
+    """Whether a tensor is small, here, and of those that PyTorch's code would step one after the other."""
+    param, grad, state, at = vector
+    return (
+        at.plan.view is None
+        and 0 < param.numel() <= WHOLE_ELEMENTS
+        and is_plain(param)
+        and is_plain(grad)
+        and not can_step(param, grad, state, at)
+    )
+
+
+def step_vectors(vectors: Iterable[Vector]) -> None:
+    """Update them and their states in place, to the numbers that ``step.step_tensor`` would give."""
+    alike = defaultdict(list)
+    for vector in vectors:
+        alike[vector.kind].append(vector)
+    for group in alike.values():
+        for few in _batches(group):
+            _step(few)
+
+
+def _batches(vectors: list[Vector]) -> Iterator[list[Vector]]:
+    """No more of them at a time than a block of a large tensor holds."""
+    batch: list[Vector] = []
+    total = 0
+    for vector in vectors:
+        total += vector.param.numel()
+        if batch and total > BLOCK_ELEMENTS:
+            yield batch
+            batch, total = [], vector.param.numel()
+        batch.append(vector)
+    yield batch
+
+
+def _step(vectors: list[Vector]) -> None:
+    at, params = vectors[0].at, [vector.param for vector in vectors]
+    eps, beta1, beta2 = at.group["eps"], at.group["beta1"], at.beta2
+    numels = torch.tensor([param.numel() for param in params], dtype=torch.float32, device=at.device)
+    grads = [vector.grad.float() for vector in vectors]
+    variances = [vector.state["variance"] for vector in vectors]
+    torch._foreach_mul_(variances, beta2)
+    torch._foreach_add_(variances, torch._foreach_mul(grads, grads), alpha=1 - beta2)
+    torch._foreach_add_(variances, (1 - beta2) * eps[0])
+    directions = torch._foreach_rsqrt(variances)
+    torch._foreach_mul_(directions, grads)
+    if at.plan.momentum == "whole":
+        averages = [vector.state["exp_avg"] for vector in vectors]
+        torch._foreach_lerp_(directions, averages, beta1)
+        torch._foreach_copy_(averages, directions)
+    alphas: float | Tensor = at.step_lr
+    if at.group["scale_parameter"]:
+        norms = torch._foreach_norm(params, dtype=torch.promote_types(params[0].dtype, torch.float32))
+        alphas = torch.stack(norms).float().square_().div_(numels).sqrt_().clamp_(min=eps[1]) * alphas
+    rms = torch.stack(torch._foreach_norm(directions)).square_().div_(numels).sqrt_()
+    sizes = alphas / rms.div_(at.group["clip_threshold"]).clamp_(min=1.0)
+    decay = at.group["weight_decay"]
+    keeps = (1 - torch.as_tensor(alphas, device=at.device) * decay).expand_as(sizes) if decay else [None] * len(params)
+    for vector, direction, size, keep in zip(vectors, directions, sizes, keeps, strict=True):
+        pure.descend_(vector.param, direction, keep, size, _bits(vector))
+
+
+def _bits(vector: Vector) -> Tensor | None:
+    """What a bfloat16 parameter is rounded with."""
+    param, at = vector.param, vector.at
+    if param.dtype != torch.bfloat16 or not at.group["stochastic_rounding"]:
+        return None
+    return at.rounding(Stream.PARAMETER_ROUNDING, 1, at.part.columns).numbers().view(param.shape)
