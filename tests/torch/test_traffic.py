@@ -63,7 +63,7 @@ def steady(shape: tuple[int, ...], **options: Any) -> Traffic:
 
 
 # Of SHAPE, in blocks of rows: operations, and passes over the tensor in float32 (reading the gradient once is one).
-EAGER = {"float32": (155, 32), "bfloat16": (203, 36), "int8": (251, 37), "int4": (283, 37)}
+EAGER = {"float32": (138, 29), "bfloat16": (162, 33), "int8": (184, 33), "int4": (200, 34)}
 
 
 @pytest.mark.usefixtures("eager")

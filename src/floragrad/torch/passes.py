@@ -37,12 +37,13 @@ class UpdatePasses:
     def __init__(
         self,
         grads: Tensor,
-        scales: tuple[Tensor, ...],
+        scales: pure.Scales,
         stored: StoredRows,
         estimator: pure.Estimator | None,
         at: TensorStep,
     ) -> None:
         self._grads, self._scales, self._stored, self._by, self._at = grads, scales, stored, estimator, at
+        self._keeps_all = estimator is None and bool(stored.buffers)
         self._exchanges: Tensor | None = None
 
     def direction_square(self) -> Generator[list[ShardSum], None, Tensor]:
@@ -74,6 +75,8 @@ class UpdatePasses:
         # Rounding may make ‖D‖² of next to nothing negative.
         rms = square.clamp(min=0).div_(torch.Size(at.plan.shape).numel()).sqrt_()
         size = alpha / rms.div_(at.group["clip_threshold"]).clamp_(min=1.0)
+        rows = None if self._keeps_all else self._scales.rows
+        sizes = size if rows is None else size * rows
         keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=at.device) if decay else None
         if self._by is not None and self._exchanges is None:
             self._exchanges, _ = self._encoded()
@@ -88,6 +91,7 @@ class UpdatePasses:
         room = at.room()
         for where in at.blocks():
             bits = None if rounding is None else rounding.of(where)
+            size = sizes if rows is None else sizes[where]
             run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
         if not viewable:
             param.copy_(params.view(param.shape))
@@ -106,14 +110,15 @@ class UpdatePasses:
         return sketches, total
 
     def _exchange(self, sketches: Tensor, *, moves: bool) -> Tensor:
-        """Replace encode(U) by X; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
+        """Replace encode(U) by X / R; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
         at, stored, by = self._at, self._stored, self._by
         assert by is not None
         run = maybe_compiled(_exchange, at, *self._specialised(), moves)
         total = torch.zeros((), device=at.device)
         for where in at.sketch_blocks():
             here = by._replace(projection=of_batch(by.projection, where), previous=of_batch(by.previous, where))
-            total += run(sketches[where], stored.read(where), stored.bits(where), here, moves, stored.dtype)
+            rows = None if self._scales.rows is None else self._scales.rows[where]
+            total += run(sketches[where], rows, stored.read(where), stored.bits(where), here, moves, stored.dtype)
         return total
 
     def _square_of_directions(self) -> Tensor:
@@ -138,7 +143,7 @@ class UpdatePasses:
             grad,
             scales_of(self._scales, where),
             exchange,
-            () if exchange else self._stored.read(where),
+            self._stored.read(where) if self._keeps_all else (),
             self._at.group["beta1"],
             self._stored.dtype,
             room_for(grad, room),
@@ -149,51 +154,53 @@ class _Ingredients(NamedTuple):
     """What a block's direction is made of: a gradient, and what a sketch adds or the momentum of every column."""
 
     grad: Tensor
-    scales: tuple[Tensor, ...]
+    scales: pure.Scales
     exchange: pure.Exchange | None
     kept: tuple[Tensor, ...]
     beta1: float
     dtype: StateDtype
     room: Tensor | None
 
-    def direction(self) -> Tensor:
-        """D."""
-        update = pure.normalise(self.grad, self.scales, self.room)
-        if self.exchange is not None:
-            return self.exchange.direction(update)
-        return update.lerp_(load(self.kept, self.dtype, update.shape[-1]), self.beta1) if self.kept else update
+    def direction(self) -> tuple[Tensor, Tensor | None]:
+        """D in two factors, all columns' and the rows'; all of it in the first where that is what is kept."""
+        direction, rows = pure.within_rows(self.grad, self.scales.rest, self.room), self.scales.rows
+        if not self.kept:
+            return direction if self.exchange is None else self.exchange.direction(direction), rows
+        if rows is not None:
+            direction.mul_(rows)
+        return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
 
 
-def _encode(
-    sketch: Tensor, grad: Tensor, scales: tuple[Tensor, ...], projection: Projection, room: Tensor | None
-) -> Tensor:
+def _encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
     """encode(U) of one block, written into ``sketch``; ‖U‖²."""
-    update = pure.normalise(grad, scales, room)
-    square = pure.square_norm(update)
-    sketch.copy_(projection.encode(update, room))
+    update = pure.within_rows(grad, scales.rest, room)
+    square = pure.square_norm(update, scales.rows)
+    encoded = projection.encode(update, room)
+    sketch.copy_(encoded if scales.rows is None else encoded.mul_(scales.rows))
     return square
 
 
 def _exchange(
     sketch: Tensor,
+    rows: Tensor | None,
     kept: tuple[Tensor, ...],
     bits: RoundingBits | None,
     by: pure.Estimator,
     moves: bool,
     dtype: StateDtype,
 ) -> Tensor:
-    """X of one block, written over encode(U), and what it adds to ‖D‖²; the momentum moves on, if it is to."""
+    """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
     exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
     if moves:
         _store(kept, save(following, dtype, bits))
     square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
-    sketch.copy_(exchange)
+    sketch.copy_(exchange if rows is None else exchange.div_(rows))
     return square
 
 
 def _direction_square(of: _Ingredients) -> Tensor:
     """‖D‖² of one block."""
-    return pure.square_norm(of.direction())
+    return pure.square_norm(*of.direction())
 
 
 def _move(
@@ -205,7 +212,7 @@ def _move(
     of: _Ingredients,
 ) -> None:
     """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
-    direction = of.direction()
+    direction, _ = of.direction()
     if of.kept:
         _store(of.kept, save(direction, of.dtype, state_bits))
     pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
@@ -221,12 +228,11 @@ def room_for(grad: Tensor, room: Tensor | None) -> Tensor | None:
     return None if room is None else room[: grad.numel()].view(grad.shape)
 
 
-def scales_of(scales: tuple[Tensor, ...], where: Block) -> tuple[Tensor, ...]:
-    """Row and column factors of a block, or the reciprocal root of its variance."""
-    if len(scales) == 1:
-        return (scales[0][where].rsqrt(),)
-    row_factor, col_factor = scales
-    return row_factor[where], col_factor[where[0]]
+def scales_of(scales: pure.Scales, where: Block) -> pure.Scales:
+    """Those of a block; where numbers have factors of their own, they are roots of the variance, taken here."""
+    if scales.rows is None:
+        return pure.Scales(None, scales.rest[where].rsqrt())
+    return pure.Scales(scales.rows[where], scales.rest[where[0]])
 
 
 def of_batch(projection: Any, where: Block) -> Any:

@@ -100,7 +100,7 @@ def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Gene
 
 def _second_moment(
     grads: Tensor, state: State, norm: Tensor | None, at: TensorStep
-) -> Generator[list[ShardSum], None, tuple[Tensor, ...]]:
+) -> Generator[list[ShardSum], None, pure.Scales]:
     """Update the second moment; what every gradient is to be multiplied by."""
     eps1, beta2 = at.group["eps"][0], at.beta2
     sums = [] if norm is None else [ShardSum(norm, EVERYWHERE)]
@@ -110,20 +110,17 @@ def _second_moment(
         variance = state["variance"].view(at.view)
         for where in at.blocks():
             pure.average_(variance[where], grads[where].float().square(), 1, beta2, eps1)
-        return (variance,)
+        return pure.Scales(None, variance)
     assert at.plan.view is not None
     _, all_rows, all_columns = at.plan.view
     batch, rows, columns = at.view
     row_sums = grads.new_empty((batch, rows, 1), dtype=torch.float32)
     col_sums = grads.new_zeros((batch, 1, columns), dtype=torch.float32)
-    # On CPUs the compiler's sums of columns take twice the time of PyTorch's.
-    sums_at = at.uncompiled() if at.device.type == "cpu" else at
-    square_sums = maybe_compiled(pure.square_sums, sums_at)
-    room = sums_at.room()
-    for where in sums_at.blocks():
+    add_square_sums = maybe_compiled(pure.add_square_sums_, at)
+    room = at.room()
+    for where in at.blocks():
         grad = grads[where]
-        row_sums[where], col_part = square_sums(grad, room_for(grad, room))
-        col_sums[where[0]] += col_part
+        add_square_sums(grad, row_sums[where], col_sums[where[0]], room_for(grad, room))
     row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
     # What the rows' sum will be, known before the rows are: so that one sum over parts is enough.
     row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / at.part.column_parts)
@@ -133,7 +130,7 @@ def _second_moment(
     pure.average_(row_var, row_sums, all_columns, beta2, eps1)
     pure.average_(col_var, col_sums, all_rows, beta2, eps1)
     row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
-    return (row_var / row_mean).rsqrt_(), col_var.rsqrt()
+    return pure.Scales((row_var / row_mean).rsqrt_(), col_var.rsqrt())
 
 
 def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:
@@ -145,7 +142,7 @@ def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:
 
 
 def _projections(
-    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, state: State, at: TensorStep
+    grads: Tensor, scales: pure.Scales, stored: StoredRows, state: State, at: TensorStep
 ) -> Generator[list[ShardSum], None, tuple[Projection | None, Projection | None]]:
     """P of this step, and P of the step before where it differs."""
     if at.plan.momentum != "sketch":
@@ -165,7 +162,7 @@ def _projections(
 
 
 def _learnt_weight(
-    grads: Tensor, scales: tuple[Tensor, ...], stored: StoredRows, previous: BucketProjection, at: TensorStep
+    grads: Tensor, scales: pure.Scales, stored: StoredRows, previous: BucketProjection, at: TensorStep
 ) -> Generator[list[ShardSum], None, Tensor]:
     """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
     weight, width, beta1 = previous.weight, at.plan.width, at.group["beta1"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -104,10 +104,6 @@ class TensorStep:
         """Whether it runs under ``torch.compile``: what has no matrix view takes less than launching a graph."""
         return is_compiled(self.plan, self.group)
 
-    def uncompiled(self) -> "TensorStep":
-        """The same for code that is not compiled."""
-        return replace(self, group={**self.group, "compile": False}) if self.is_compiled else self
-
     @property
     def splits_sketch(self) -> bool:
         """Whether a row's sketch is a sum over parts."""
@@ -125,7 +121,9 @@ class TensorStep:
     def sketch_blocks(self) -> Iterator[Block]:
         """The same of the sketch, whose rows are shorter: more of them at a time."""
         view = self.view._replace(columns=self.plan.width)
-        return row_blocks(view, view.numel if self.is_compiled else block_elements(view.numel, self.device))
+        # While a sketch moves there are up to five numbers for each of its own.
+        elements = view.numel if self.is_compiled else block_elements(self.view.numel, self.device) // 2
+        return row_blocks(view, min(elements, view.numel))
 
     def room(self) -> Tensor | None:
         """Room for a block in float32, one after the other; None where it is compiled, which finds its own."""

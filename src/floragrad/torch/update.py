@@ -15,16 +15,19 @@ from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.quantize import round_to_bfloat16
 
 
-def square_sums(grad: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums of G² along the rows, (..., rows, 1), and along the columns, (..., 1, n).
+def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor | None = None) -> None:
+    """Put the sums of G² along the rows into ``rows``, and add those along the columns to ``columns``.
 
     Args:
         grad: G, (..., rows, n).
+        rows: (..., rows, 1).
+        columns: (..., 1, n).
         room: Where the squares may be written: float32 memory of G's shape.
     """
     values = grad.float()
     squares = torch.mul(values, values, out=room)
-    return squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
+    rows.copy_(squares.sum(-1, keepdim=True))
+    columns.add_(squares.sum(-2, keepdim=True))
 
 
 def average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:
@@ -32,13 +35,28 @@ def average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float)
     average.mul_(beta).add_(sums, alpha=(1 - beta) / count).add_((1 - beta) * eps)
 
 
-def normalise(grad: Tensor, scales: tuple[Tensor, ...], room: Tensor | None = None) -> Tensor:
-    """U: the gradient times every scale, in float32, written into ``room`` where it is given."""
-    # bfloat16 and float16 gradients are promoted by the float32 scales, in the same pass.
-    update = torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scales[0], out=room)
-    for scale in scales[1:]:
-        update.mul_(scale)
-    return update
+class Scales(NamedTuple):
+    """What makes U of G: U = R · V with V = G · C.
+
+    Attributes:
+        rows: R, (..., rows, 1); None where every number has a factor of its own.
+        rest: C, (..., 1, n), or one for every number.
+    """
+
+    rows: Tensor | None
+    rest: Tensor
+
+
+def normalise(grad: Tensor, scales: Scales) -> Tensor:
+    """U, in float32."""
+    update = within_rows(grad, scales.rest)
+    return update if scales.rows is None else update.mul_(scales.rows)
+
+
+def within_rows(grad: Tensor, scale: Tensor, room: Tensor | None = None) -> Tensor:
+    """V, in float32: U but for the rows' factors; written into ``room`` where it is given."""
+    # bfloat16 and float16 gradients are promoted by the float32 scale, in the same pass.
+    return torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scale, out=room)
 
 
 class Estimator(NamedTuple):
@@ -114,9 +132,18 @@ class Exchange(NamedTuple):
         return self.reading.add_decoded_(update if self.own == 1 else update.mul_(self.own), self.value)
 
 
-def square_norm(values: Tensor) -> Tensor:
-    """The sum of squares in float32, without a tensor of squares."""
-    norm: Tensor = linalg.vector_norm(values, dtype=promote_types(values.dtype, torch.float32))
+def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
+    """‖R · values‖² in float32, without a tensor of squares.
+
+    Args:
+        values: Any numbers, or (..., rows, n) where there is R.
+        rows: R, (..., rows, 1); None: 1.
+    """
+    dtype = promote_types(values.dtype, torch.float32)
+    if rows is not None:
+        norms: Tensor = linalg.vector_norm(values, dim=-1, keepdim=True, dtype=dtype)
+        return norms.mul_(rows).square_().sum()
+    norm: Tensor = linalg.vector_norm(values, dtype=dtype)
     return norm.float().square()
 
 
@@ -125,9 +152,9 @@ def descend_(param: Tensor, direction: Tensor, keep: Tensor | None, size: Tensor
 
     Args:
         param: W.
-        direction: D.
+        direction: D, or D without a factor of its rows.
         keep: What weight decay leaves of W; None: all.
-        size: α over the clipping.
+        size: α over the clipping, times that factor.
         bits: What a bfloat16 parameter is rounded with; None: to the nearest.
     """
     exact = param.to(promote_types(param.dtype, torch.float32))
