@@ -6,6 +6,8 @@ READY = $(VENV)/.ready
 # The optimizers that ours is timed against live apart from what develops and tests it.
 BENCH_VENV ?= .venv-bench
 BENCH_READY = $(BENCH_VENV)/.ready
+# What either environment is made of: the kernels are compiled into it.
+SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
 
 .PHONY: demo compare bench bench-all test lint types clean
 
@@ -35,12 +37,12 @@ types: $(READY)
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs build src/*.egg-info
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
+$(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(BENCH_READY): pyproject.toml constraints.txt
+$(BENCH_READY): $(SOURCES)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@

@@ -6,7 +6,6 @@ Each row is one ``floragrad compare`` in a folder of its own, so a stopped row g
 does some of them, in several processes if you like, and writes their table.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality
 from floragrad._text import format_bytes
 
 MICRO_BATCHES = 8
@@ -110,10 +110,7 @@ def as_markdown(numbers: dict[str, dict[str, Any]], arguments: Sequence[str]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="do these rows only")
-    given = parser.parse_args(arguments)
+    given = quality.parser(__doc__, ROWS).parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     numbers = {row: run(row, given.out) for row in given.rows}
     command = sys.argv[1:] if arguments is None else arguments

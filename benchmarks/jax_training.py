@@ -6,7 +6,6 @@ Each run has a folder of its own, so a stopped one goes on where it was, and fin
 The table is written into the folder.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks import quality
 from floragrad.train.folder import RunFolder
 
 BACKENDS, SEEDS = ("torch", "jax"), (0, 1, 2)
@@ -67,9 +67,7 @@ def as_markdown(runs: dict[tuple[str, int], RunFolder]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    given = parser.parse_args(arguments)
+    given = quality.parser(__doc__).parse_args(arguments)
     runs = {(backend, seed): run(given.out, backend, seed) for seed, backend in product(SEEDS, BACKENDS)}
     (given.out / "table.md").write_text(as_markdown(runs), encoding="utf-8")
 

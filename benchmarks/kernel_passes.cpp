@@ -1,8 +1,9 @@
 // Nanoseconds for each number that the native kernels take in a step, without Python and torch, on one thread.
 //
-//     g++ -std=c++17 -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -march=x86-64-v4
-//         -mprefer-vector-width=512 benchmarks/kernel_passes.cpp -o runs/kernel_passes   (in one line)
-//     runs/kernel_passes 3072 768 128 8 int8
+//     folder=$(mktemp -d)
+//     flags="-std=c++17 -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math"
+//     g++ $flags -march=x86-64-v4 -mprefer-vector-width=512 benchmarks/kernel_passes.cpp -o $folder/kernel_passes
+//     $folder/kernel_passes 3072 768 128 8 float32
 //
 // Rows, columns, k (0: no momentum), how many such tensors take turns (1: they stay in a cache), and the storage. Least
 // of 12 rounds: for comparing two builds of the kernels, in turns, on one machine; no time is a claim.

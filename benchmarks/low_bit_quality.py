@@ -6,13 +6,11 @@ Needs torchao and bitsandbytes. Every run has a folder of its own and is done on
 finished ones are only read. ``--rows`` does some of the rows.
 """
 
-import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +19,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from benchmarks import quality
+from benchmarks.step.machine import commit
+from benchmarks.step.state import stored_bytes
 from floragrad._text import format_bytes
 from floragrad.train import environment
 from floragrad.train.config import RunConfig
@@ -81,22 +81,7 @@ class PeerEngine(TrainerEngine):
     @property
     def optimizer_state_bytes(self) -> int:
         """Measured from its tensors, as for the others."""
-        return stored_bytes(state_tensors(self._optimizer))
-
-
-def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of what tensors are made of, those inside of tensor subclasses; what several share counts once."""
-    storages = [part.untyped_storage() for tensor in tensors for part in _parts(tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor subclass wraps, or the tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
+        return stored_bytes(list(state_tensors(self._optimizer)))
 
 
 def starter(row: Row) -> Callable[..., Engine]:
@@ -127,7 +112,7 @@ def run(name: str, config: RunConfig, out: Path) -> dict[str, Any]:
         summary = train(folder, Display(Console(), label, brief=True), start=starter(ROWS[name]))
     except DivergenceError as error:
         summary = {"validation_loss": None, "diverged_at": error.step}
-    summary["commit"] = _commit()
+    summary["commit"] = commit()
     folder.write_summary(summary)
     print(f"{label}: validation loss {_number(summary['validation_loss'])}", flush=True)
     return summary
@@ -148,11 +133,6 @@ def _loss(summary: dict[str, Any]) -> float:
 
 def _number(loss: float | None) -> str:
     return "diverged" if loss is None else f"{loss:.4f}"
-
-
-def _commit() -> str:
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*"]
-    return subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout[:-1]
 
 
 def table(found: dict[str, Found]) -> list[str]:
@@ -213,10 +193,7 @@ def as_markdown(found: dict[str, Found], arguments: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="do these rows only")
-    given = parser.parse_args(arguments)
+    given = quality.parser(__doc__, ROWS).parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # of bitsandbytes' kernels, which do not ask torch
     environment.prepare("torch", hub=False)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -12,19 +12,29 @@ def state_bytes(optimizers: Iterable[Any], apart: Iterable[Tensor] = ()) -> int:
     """Bytes of the storages that the states of optimizers lead to, each storage once.
 
     Args:
-        optimizers: Whatever has a ``state``: inside it mappings, sequences, objects with attributes (a projector with
-            its matrix) and tensors that wrap others (codes with their scales) are gone through.
+        optimizers: Whatever has a ``state``.
         apart: Tensors that are not state, though a state may refer to them: parameters and gradients.
     """
+    # A parameter is the key of its state.
+    return stored_bytes([list(optimizer.state.values()) for optimizer in optimizers], apart)
+
+
+def stored_bytes(value: Any, apart: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages that a value leads to, each storage once.
+
+    Args:
+        value: Mappings, sequences, objects with attributes (a projector with its matrix) and tensors that wrap others
+            (codes with their scales) are gone through.
+        apart: Tensors whose storages do not count, and that are not gone through.
+    """
+    apart = list(apart)
     seen = {id(tensor) for tensor in apart}
     elsewhere = {tensor.untyped_storage().data_ptr() for tensor in apart}
     sizes: dict[int, int] = {}
-    for optimizer in optimizers:
-        # A parameter is the key of its state.
-        for tensor in _tensors(list(optimizer.state.values()), seen):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in elsewhere:
-                sizes[storage.data_ptr()] = storage.nbytes()
+    for tensor in _tensors(value, seen):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in elsewhere:
+            sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 
 

@@ -1,5 +1,6 @@
 """Sharded parameters are stepped as whole ones are."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,9 +24,15 @@ def stepped(shapes: dict[str, tuple[int, ...]], sharding: Sharding | None, optio
     return [(full(param), whole_state(optimizer, param)) for param in params]
 
 
+@cache
+def stepped_whole(shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) -> list[Any]:
+    """The same of whole tensors: once in each process, whatever they are compared with."""
+    return stepped(dict(shapes), None, options)
+
+
 def assert_equals_whole(shapes: dict[str, tuple[int, ...]], sharding: Sharding, options: dict[str, Any]) -> None:
     """Every parameter and statistic, relative to its tensor's largest number."""
-    whole, found = stepped(shapes, None, dict(options)), stepped(shapes, sharding, dict(options))
+    whole, found = stepped_whole(tuple(shapes.items()), **options), stepped(shapes, sharding, dict(options))
     for name, (param, state), (other, other_state) in zip(shapes, whole, found, strict=True):
         assert (param - other).abs().max() <= TOLERANCE * param.abs().max(), name
         assert state.keys() == other_state.keys()
@@ -92,7 +99,7 @@ def test_other_shardings_equal_whole_tensors(worlds: Worlds, name: str, options:
 
 def low_bit_equals_whole(_: int, options: dict[str, Any]) -> None:
     """Compare what is stored after the steps, number by number."""
-    whole, found = stepped(SHAPES, None, dict(options)), stepped(SHAPES, cases.fsdp, dict(options))
+    whole, found = stepped_whole(tuple(SHAPES.items()), **options), stepped(SHAPES, cases.fsdp, dict(options))
     numbers = equal = 0
     for (_, state), (_, other) in zip(whole, found, strict=True):
         if "exp_avg" in state and state["exp_avg"].dtype != torch.float32:

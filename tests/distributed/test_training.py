@@ -1,7 +1,7 @@
 """A small Llama, trained as its users train: FSDP2 and DDP, clipping, mixed precision, compilation."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -79,6 +79,12 @@ def train(
     return losses, [full(param).clone() for param in plain.parameters()]
 
 
+@cache
+def train_alone(**options: Any) -> tuple[list[float], list[Tensor]]:
+    """The same in one process: once, whatever it is compared with."""
+    return train(0, 1, lambda model: model, **options)
+
+
 WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {"fsdp": sharded, "ddp": DistributedDataParallel}
 OPTIONS: dict[str, dict[str, Any]] = {
     "float32": {"state_dtype": "float32"},
@@ -91,7 +97,7 @@ def equals_one_process(rank: int, name: str, options: dict[str, Any]) -> None:
     """In float64 the gradients are the same but for their last bits, whoever sums them."""
     size = torch.distributed.get_world_size()
     losses, params = train(rank, size, WRAPPED[name], **options)
-    whole_losses, whole = train(0, 1, lambda model: model, **options)
+    whole_losses, whole = train_alone(**options)
     for param, other in zip(whole, params, strict=True):
         assert (param - other).abs().max() <= TOLERANCE * param.abs().max()
     assert max(abs(a - b) for a, b in zip(losses, whole_losses, strict=True)) <= TOLERANCE
@@ -118,7 +124,7 @@ def assert_one_model(rank: int, name: str, options: dict[str, Any]) -> None:
     wrap = (lambda model: sharded(model, mp_policy=policy)) if name == "fsdp" else WRAPPED[name]
     size = torch.distributed.get_world_size()
     losses, params = train(rank, size, wrap, dtype=torch.float32, **options)
-    whole_losses, _ = train(0, 1, lambda model: model, dtype=torch.float32)
+    whole_losses, _ = train_alone(dtype=torch.float32)
     for param in params:
         least, most = param.clone(), param.clone()
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)

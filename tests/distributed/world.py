@@ -17,6 +17,12 @@ import torch.multiprocessing
 LIMIT = timedelta(seconds=120)
 """How long one call may take, and a collective wait for the others."""
 
+IMPORTED = [
+    *("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"),
+    *("floragrad.torch", "transformers.models.llama.modeling_llama", "accelerate", "lightning.pytorch"),
+]
+"""What takes seconds to import and starts no thread, which would not be there after a fork."""
+
 
 class World:
     """Processes of one group; :meth:`run` calls a function in all of them.
@@ -73,7 +79,9 @@ class World:
         return results
 
     def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        # Forked from one process that has imported what the tests need: that takes seconds, in each of them.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         folder = tempfile.mkdtemp(prefix="world")
         for rank in range(self.size):
             here, there = context.Pipe()

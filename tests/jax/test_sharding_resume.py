@@ -1,5 +1,6 @@
 """Sharded training is clipped by the norm of all shards, saved by orbax, and goes on with other numbers of devices."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,15 @@ def drawn(seed: int, mesh: Mesh) -> dict[str, Any]:
     return placed({name: numbers(shape, seed + at) for at, (name, shape) in enumerate(SHAPES.items())}, mesh)
 
 
+@cache
+def step() -> Any:
+    """One function, compiled for each placement of its arguments."""
+    return step_of(optimizer_of())
+
+
 def go_on(param: Any, state: Any, mesh: Mesh, steps: range) -> tuple[Any, Any]:
-    step = step_of(optimizer_of())
     for at in steps:
-        param, state = step(param, state, drawn(10 * (at + 1), mesh))
+        param, state = step()(param, state, drawn(10 * (at + 1), mesh))
     return param, state
 
 

@@ -275,7 +275,6 @@ param.grad = torch.ones(1000, 1000)
 optimizer = Flora([param], lr=1e-3)
 optimizer.step()
 assert optimizer.report().rows[0].path.startswith("native")
-threads = {line.split()[1] for line in open("/proc/self/status") if line.startswith("Threads")}
 print(len(before), runtimes() == before)
 """
 

@@ -8,7 +8,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from tests.train.support import write_texts
+from floragrad.train import compare
+from tests.train.support import Here, write_texts
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +33,11 @@ def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with twelve texts of random words."""
     return write_texts(tmp_path_factory.mktemp("texts") / "words")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    """The workers of a comparison, in this process."""
+    workers = Here()
+    monkeypatch.setattr(compare._Runner, "_train", lambda *arguments: workers.train(*arguments))
+    return workers

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config
 
 from floragrad.cli import main
+from floragrad.train import worker
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import train_tokenizer
 from floragrad.train.display import Display
@@ -116,6 +117,20 @@ class Meddler(Display):
                 signal.raise_signal(self._action)
             else:
                 raise self._action
+
+
+class Here:
+    """Runs the workers of a comparison in this process, where they need no second to start, and counts them."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.stop_before: int | None = None
+
+    def train(self, runner: object, path: Path, title: str) -> None:
+        if len(self.titles) == self.stop_before:
+            raise StoppedError(path, "compare")
+        self.titles.append(title)
+        assert worker.main(path, title) == 0
 
 
 def interrupt(config: RunConfig, out: Path, *steps: int) -> RunFolder:

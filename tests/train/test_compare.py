@@ -6,34 +6,12 @@ import pytest
 from rich.console import Console
 
 from floragrad.train import compare as comparison
-from floragrad.train import worker
 from floragrad.train.compare import Plan, begin, compare
 from floragrad.train.errors import StoppedError, UserError
 from floragrad.train.folder import RunFolder, new_folder
-from tests.train.support import FAST, command, fast_config, read_json, run, timeless, tree
+from tests.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
 
 QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
-
-
-class Here:
-    """Runs the workers in this process, where they need no second to start, and counts them."""
-
-    def __init__(self) -> None:
-        self.titles: list[str] = []
-        self.stop_before: int | None = None
-
-    def train(self, runner: Any, path: Path, title: str) -> None:
-        if len(self.titles) == self.stop_before:
-            raise StoppedError(path, "compare")
-        self.titles.append(title)
-        assert worker.main(path, title) == 0
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Here:
-    workers = Here()
-    monkeypatch.setattr(comparison._Runner, "_train", lambda *arguments: workers.train(*arguments))
-    return workers
 
 
 def plan(texts: Path, *optimizers: str, **changes: Any) -> Plan:

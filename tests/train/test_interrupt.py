@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from floragrad.train.folder import RunFolder
-from tests.train.support import FAST, command, fast_config, run, timeless
+from tests.train.support import FAST, Here, command, fast_config, run, timeless
 
 PATIENCE = 120.0
 """Seconds after which a test gives up; nothing is measured with it."""
@@ -72,7 +72,8 @@ def test_ctrl_c_before_the_run_has_begun_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path) -> None:
+def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here: Here) -> None:
+    """The workers that are stopped are processes of their own."""
     out = tmp_path / "comparison"
     optimizers = ("--optimizers", "adamw,adafactor")
     process = start("compare", *optimizers, "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS)

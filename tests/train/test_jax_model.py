@@ -56,8 +56,9 @@ def jax_answers(weights: Mapping[str, np.ndarray]) -> Answers:
     graph, like = drawn()
     params = from_transformers(weights, like)
     tokens = jnp.asarray(blocks())
-    loss, gradients = jax.value_and_grad(lambda params: next_token_loss(nnx.merge(graph, params), tokens))(params)
-    logits = nnx.merge(graph, params)(tokens)
+    loss_of = jax.jit(jax.value_and_grad(lambda params: next_token_loss(nnx.merge(graph, params), tokens)))
+    loss, gradients = loss_of(params)
+    logits = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)
     return {"logits": np.asarray(logits), "loss": np.asarray(loss), **to_transformers(gradients)}
 
 

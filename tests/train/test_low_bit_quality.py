@@ -7,7 +7,8 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.low_bit_quality import Row, starter, stored_bytes
+from benchmarks.low_bit_quality import Row, starter
+from benchmarks.step.state import stored_bytes
 from floragrad.planning.closed_form import closed_form
 from floragrad.planning.result import PlanSettings
 from floragrad.train.run import begin, train

@@ -29,7 +29,6 @@ def assert_same(folder: RunFolder, other: RunFolder) -> None:
 
 
 CASES = {
-    "flora": {},
     "flora redrawn": {"kappa": 3, "rank": 8, "lr": 1e-3},
     "flora adaptive": {"projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
     "flora gaussian": {"projection": "gaussian", "kappa": 3, "state_dtype": "float32"},

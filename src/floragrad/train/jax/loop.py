@@ -47,6 +47,8 @@ class JaxEngine:
             drawn = Llama(self._model_config, DTYPES[config.dtype], nnx.Rngs(config.seed))
             self._params = nnx.to_pure_dict(nnx.state(drawn))
             self._state = self._transformation.init(self._params)
+        # What was drawn is placed as what orbax restores: a run goes on with the very program that it began with.
+        self._params, self._state = jax.device_put((self._params, self._state), jax.devices()[0])
         self._micro_step = jax.jit(self._updated, donate_argnums=(0, 1))
         self._loss = jax.jit(self._loss_of)
 
