@@ -24,6 +24,10 @@ from floragrad.planning.tracker import MemoryTracker
 GRADIENT, PARAMETER = 1e-3, 0.02
 """Standard deviations."""
 
+ACTIVATION = 30 * 2**20
+"""Bytes that are taken and given back before anything else, as training does with every activation: glibc returns
+memory to the system until it has seen that much come and go, and each operation would pay for new pages."""
+
 
 class Job:
     """One optimizer at work.
@@ -37,6 +41,7 @@ class Job:
 
     def __init__(self, entry: str, tensors: list[tuple[str, list[int], str]], dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        torch.empty(ACTIVATION, dtype=torch.uint8)
         self._entry = ALL[entry]
         groups = _groups(tensors, getattr(torch, dtype))
         self._gradients = {param: param.detach() * (GRADIENT / PARAMETER) for param in tensors_of(groups)}

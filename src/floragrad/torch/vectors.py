@@ -10,7 +10,7 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.torch import update as pure
 from floragrad.torch.native.layout import is_plain
-from floragrad.torch.native.step import can_step
+from floragrad.torch.native.step import suits
 from floragrad.torch.tensor_step import BLOCK_ELEMENTS, WHOLE_ELEMENTS, State, TensorStep
 
 
@@ -31,13 +31,13 @@ class Vector(NamedTuple):
 
 def steps_with_others(vector: Vector) -> bool:
     """Whether a tensor is small, here, and of those that PyTorch's code would step one after the other."""
-    param, grad, state, at = vector
+    param, grad, _, at = vector
     return (
         at.plan.view is None
         and 0 < param.numel() <= WHOLE_ELEMENTS
         and is_plain(param)
         and is_plain(grad)
-        and not can_step(param, grad, state, at)
+        and not suits(param, grad, at)
     )
 
 

@@ -36,15 +36,15 @@ def is_plain(tensor: Tensor) -> bool:
 
 def obstacle_of(tensor: Tensor) -> str:
     """Why the kernels cannot take a tensor; empty where they can."""
+    if lies_plainly(tensor) and tensor.dtype in DTYPES:
+        return ""
     if not is_plain(tensor):
         return type(tensor).__name__
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"on {tensor.device.type}"
-    if tensor.dtype not in DTYPES:
-        return str(tensor.dtype).removeprefix("torch.")
-    return "" if tensor.is_contiguous() else "not contiguous"
+    return "not contiguous" if tensor.dtype in DTYPES else str(tensor.dtype).removeprefix("torch.")
 
 
 def lies_plainly(tensor: Tensor) -> bool:
     """Whether a buffer can be handed over by its address."""
-    return is_plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous()

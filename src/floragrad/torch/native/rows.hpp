@@ -111,7 +111,7 @@ struct Stored {
         uint8_t* __restrict to = static_cast<uint8_t*>(data) + row * half;
         for (int64_t j = 0; j < low; ++j) to[first + j] = (to[first + j] & 0xF0) | (integers[j] & 15);
         for (int64_t j = low; j < count; ++j)
-          to[first + j - half] = (to[first + j - half] & 15) | static_cast<uint8_t>(integers[j] << 4);
+          to[first + j - half] = (to[first + j - half] & 15) | static_cast<uint8_t>(static_cast<uint8_t>(integers[j]) << 4);
       }
     }
   }

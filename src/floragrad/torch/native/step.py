@@ -29,13 +29,17 @@ _KEYS: Final = {
 
 def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
     """Whether the native kernels can make this step: all that they read and write lies as they expect."""
+    return suits(param, grad, at) and all(map(lies_plainly, state.values()))
+
+
+def suits(param: Tensor, grad: Tensor, at: TensorStep) -> bool:
+    """Whether they can, as long as the state lies where the parameter does."""
     return (
         library() is not None
         and not unsuited(at.plan, at.group)
         and not obstacle_of(param)
         and not obstacle_of(grad)
         and grad.dtype == param.dtype
-        and all(map(lies_plainly, state.values()))
     )
 
 
