@@ -21,6 +21,8 @@ ADAPTIVE_INT4 = Case("adaptive-int4", (24, 37), {"ratio": 5, "projection": "adap
 FULL = Case("full-second-moment", (24, 37), {"ratio": 5, "factorize_second_moment": False})
 VECTOR = Case("vector", (40,))
 INT8 = Case("int8", (24, 37), {"ratio": 5, "state_dtype": "int8"})
+INT8_BLOCKS = Case("int8-blocks", (6, 400), {"ratio": 4, "state_dtype": "int8"})
+"""Rows of a whole block of 64 numbers and of part of one."""
 CASES = [SIGN, PAPER_INT8, ADAPTIVE_INT4, FULL, VECTOR]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
@@ -100,7 +102,7 @@ def test_compiled_equals_eager_with_bfloat16_parameters() -> None:
     ("case", "graphs"),
     # Sums of rows and columns; the sketch; its exchange, within an epoch and at the change of one; the update. The
     # paper's estimator also needs a norm of its own at the change.
-    [(SIGN, 5), (PAPER_INT8, 6), (ADAPTIVE_INT4, 5), (FULL, 4), (VECTOR, 0), (INT8, 5)],
+    [(SIGN, 5), (PAPER_INT8, 6), (ADAPTIVE_INT4, 5), (FULL, 4), (VECTOR, 0), (INT8_BLOCKS, 5)],
     ids=str,
 )
 def test_steps_epochs_and_learning_rates_do_not_recompile(case: Case, graphs: int, counter: CompileCounter) -> None:
