@@ -21,7 +21,7 @@ ADAPTIVE_INT4 = Case("adaptive-int4", (24, 37), {"ratio": 5, "projection": "adap
 FULL = Case("full-second-moment", (24, 37), {"ratio": 5, "factorize_second_moment": False})
 VECTOR = Case("vector", (40,))
 INT8 = Case("int8", (24, 37), {"ratio": 5, "state_dtype": "int8"})
-INT8_BLOCKS = Case("int8-blocks", (6, 400), {"ratio": 4, "state_dtype": "int8"})
+INT8_BLOCKS = Case("int8-blocks", (200, 400), {"ratio": 4, "state_dtype": "int8"})
 """Rows of a whole block of 64 numbers and of part of one."""
 CASES = [SIGN, PAPER_INT8, ADAPTIVE_INT4, FULL, VECTOR]
 
