@@ -6,6 +6,7 @@ from typing import Any, Final
 from benchmarks.step.goals import goal_cells
 from benchmarks.step.measure import WARM_UP
 from benchmarks.step.optimizers import ALL, FUSED
+from benchmarks.step.shapes import LAYERS
 from floragrad._text import format_bytes
 
 Cells = list[tuple[str, ...]]
@@ -92,8 +93,9 @@ def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
         picture: The file name of the picture of growth, where there is one.
     """
     lines = ["# What a step costs", "", ABOUT, ""]
-    lines += ["## Goals", "", "GPT-2 small's layers, float32 parameters, all threads, rank 128.", ""]
-    lines += [*_table(goal_cells(results)), ""]
+    if any(run["shapes"] == LAYERS for run in results["runs"]):
+        lines += ["## Goals", "", "GPT-2 small's layers, float32 parameters, all threads, rank 128.", ""]
+        lines += [*_table(goal_cells(results)), ""]
     for run in results["runs"]:
         lines += [f"## {heading(run)}", ""]
         counts = run["parameters"] / 1e6, run["largest_bytes"] / 4e6, run["busy_cores"]

@@ -27,6 +27,14 @@ def test_the_page_names_machine_versions_and_commit() -> None:
         assert f"## {heading}\n" in page
 
 
+def test_goals_are_shown_where_their_layers_were_measured() -> None:
+    results = made_up_results()
+    assert "## Goals\n" in markdown(results)
+    others = [run for run in results["runs"] if run["shapes"] != LAYERS]
+    assert others
+    assert "## Goals\n" not in markdown({**results, "runs": others})
+
+
 def test_every_line_of_a_table_has_as_many_cells() -> None:
     for run in wanted().runs():
         found = cells(made_up_run(run))
