@@ -109,17 +109,22 @@ class TensorStep:
         """Whether a row's sketch is a sum over parts."""
         return self.plan.momentum == "sketch" and "columns" in self.part.split
 
+    @property
+    def _is_gaussian(self) -> bool:
+        return self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
+
     def blocks(self) -> Iterator[Block]:
         """Batches and rows of the view, a block at a time; the whole of it when compiled or small."""
-        gaussian = self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
         total = self.view.numel
         elements = total if self.is_compiled else block_elements(total, self.device)
         if self.plan.view is None and elements < total:
             elements //= 2  # a word to round with for each number takes as much as half of the blocks
-        return row_blocks(self.view, elements, gaussian=gaussian)
+        return row_blocks(self.view, elements, gaussian=self._is_gaussian)
 
     def sketch_blocks(self) -> Iterator[Block]:
         """The same of the sketch, whose rows are shorter: more of them at a time."""
+        if self._is_gaussian:
+            return self.blocks()  # from one projection to the next a sketch is carried through all columns
         view = self.view._replace(columns=self.plan.width)
         # While a sketch moves there are up to five numbers for each of its own.
         elements = view.numel if self.is_compiled else block_elements(self.view.numel, self.device) // 2
