@@ -105,11 +105,14 @@ class DenseProjection:
     def __init__(self, dense: torch.Tensor) -> None:
         self.dense = dense
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def encode(self, rows: torch.Tensor, _room: torch.Tensor | None = None) -> torch.Tensor:
         return rows @ self.dense.T
 
     def decode(self, sketch: torch.Tensor) -> torch.Tensor:
         return sketch @ self.dense
+
+    def add_decoded_(self, rows: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
+        return rows.add_(self.decode(sketch))
 
     def transfer(self, sketch: torch.Tensor, previous: Any, *, orthogonal: bool) -> torch.Tensor:
         assert not orthogonal
