@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype
 from floragrad.torch import update as pure
 from floragrad.torch.part import ShardSum
@@ -72,18 +71,14 @@ class UpdatePasses:
     def move(self, param: Tensor, square: Tensor, alpha: float | Tensor) -> None:
         """Clip, scale and apply D to the parameter; the momentum's buffers move on to the next step."""
         at, decay = self._at, self._at.group["weight_decay"]
-        # Rounding may make ‖D‖² of next to nothing negative.
-        rms = square.clamp(min=0).div_(torch.Size(at.plan.shape).numel()).sqrt_()
-        size = alpha / rms.div_(at.group["clip_threshold"]).clamp_(min=1.0)
+        size = pure.clipped(alpha, square, torch.Size(at.plan.shape).numel(), at.group["clip_threshold"])
         rows = None if self._keeps_all else self._scales.rows
         sizes = size if rows is None else size * rows
         keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=at.device) if decay else None
         if self._by is not None and self._exchanges is None:
             self._exchanges, _ = self._encoded()
             self._exchange(self._exchanges, moves=True)
-        rounded = param.dtype == torch.bfloat16 and at.group["stochastic_rounding"]
-        width = at.plan.view.columns if at.plan.view else 1
-        rounding = at.rounding(Stream.PARAMETER_ROUNDING, width, at.part.columns) if rounded else None
+        rounding = at.parameter_rounding(param.dtype)
         run = maybe_compiled(_move, at, *self._specialised(), decay != 0)
         # A parameter that is not contiguous in its view is written through a copy.
         viewable = _viewable(param, at.view)

@@ -138,7 +138,7 @@ def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:
     if norm is None:
         return at.step_lr
     numel = torch.Size(at.plan.shape).numel()
-    return (norm / numel).sqrt_().clamp_(min=at.group["eps"][1]) * at.step_lr
+    return pure.relative(norm, numel, at.group["eps"][1]) * at.step_lr
 
 
 def _projections(

@@ -134,13 +134,20 @@ class TensorStep:
         """Room for a block in float32, one after the other; None where it is compiled, which finds its own."""
         if self.is_compiled:
             return None
-        rows = max(((w.stop - w.start) * (h.stop - h.start) for w, h in self.blocks()), default=0)
-        return torch.empty(rows * self.view.columns, device=self.device)
+        matrices, rows = next(self.blocks(), (slice(0, 0), slice(0, 0)))  # no later block is larger
+        return torch.empty(matrices.stop * rows.stop * self.view.columns, device=self.device)
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:
         """What to round the rows that are here with; nothing of it needs saving."""
         source = philox(self.group["seed"], self.index, self.step, stream)
         return self.part.rounding(source, width, columns, self.device)
+
+    def parameter_rounding(self, dtype: torch.dtype) -> RoundingBits | None:
+        """What to round a parameter of this dtype with; None where it is rounded to the nearest."""
+        if dtype != torch.bfloat16 or not self.group["stochastic_rounding"]:
+            return None
+        width = self.plan.view.columns if self.plan.view else 1
+        return self.rounding(Stream.PARAMETER_ROUNDING, width, self.part.columns)
 
     def projection(self, epoch: int) -> Projection:
         """The drawn projection of an epoch (signs or Gaussian)."""

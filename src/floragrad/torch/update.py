@@ -147,6 +147,18 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
     return norm.float().square()
 
 
+def relative(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
+    """max(RMS(W), ε₂) of ‖W‖²: what α is in units of."""
+    return (norm / numel).sqrt_().clamp_(min=least)
+
+
+def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
+    """α / max(1, RMS(D) / threshold), of ‖D‖²; of one tensor, or of several at once."""
+    # Rounding may make ‖D‖² of next to nothing negative.
+    rms = square.clamp(min=0).div_(numel).sqrt_()
+    return alpha / rms.div_(threshold).clamp_(min=1.0)
+
+
 def descend_(param: Tensor, direction: Tensor, keep: Tensor | None, size: Tensor, bits: Tensor | None) -> None:
     """W ← keep·W − size·D, in float32 (or the parameter's precision where that is higher).
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from floragrad._streams import Stream
 from floragrad.torch import update as pure
 from floragrad.torch.native.layout import is_plain
 from floragrad.torch.native.step import suits
@@ -82,9 +81,9 @@ def _step(vectors: list[Vector]) -> None:
     alphas: float | Tensor = at.step_lr
     if at.group["scale_parameter"]:
         norms = torch._foreach_norm(params, dtype=torch.promote_types(params[0].dtype, torch.float32))
-        alphas = torch.stack(norms).float().square_().div_(numels).sqrt_().clamp_(min=eps[1]) * alphas
-    rms = torch.stack(torch._foreach_norm(directions)).square_().div_(numels).sqrt_()
-    sizes = alphas / rms.div_(at.group["clip_threshold"]).clamp_(min=1.0)
+        alphas = pure.relative(torch.stack(norms).float().square_(), numels, eps[1]) * alphas
+    squares = torch.stack(torch._foreach_norm(directions)).square_()
+    sizes = pure.clipped(alphas, squares, numels, at.group["clip_threshold"])
     decay = at.group["weight_decay"]
     keeps = (1 - torch.as_tensor(alphas, device=at.device) * decay).expand_as(sizes) if decay else [None] * len(params)
     for vector, direction, size, keep in zip(vectors, directions, sizes, keeps, strict=True):
@@ -93,7 +92,5 @@ def _step(vectors: list[Vector]) -> None:
 
 def _bits(vector: Vector) -> Tensor | None:
     """What a bfloat16 parameter is rounded with."""
-    param, at = vector.param, vector.at
-    if param.dtype != torch.bfloat16 or not at.group["stochastic_rounding"]:
-        return None
-    return at.rounding(Stream.PARAMETER_ROUNDING, 1, at.part.columns).numbers().view(param.shape)
+    rounding = vector.at.parameter_rounding(vector.param.dtype)
+    return None if rounding is None else rounding.numbers().view(vector.param.shape)
