@@ -10,13 +10,14 @@ namespace floragrad {
 
 inline int64_t whole_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// The sums of ``rows`` rows, whole_lanes(k) apart in ``sketch``, of grad · factors(column, count) · weight; and the
-// squares of grad · factors. A bucket's sums stay in registers, and what belongs to columns is fetched once for all
-// rows; the rows that come next are asked for meanwhile.
-template <int ROWS, class Value, class Factors>
-inline void encode_rows(const Value* grad, int64_t n, int64_t k, const float* weight, const Factors& factors,
-                        float* sketch, Floats (&squares)[ROWS]) {
-  for (int64_t bucket = 0; bucket < k; bucket += LANES) {
+// Calls take(bucket, count, sums) for lanes of buckets from ``first`` to ``end``, with the sums in each of ``ROWS`` rows
+// of grad · factors(column, count) · weight; adds the squares of grad · factors. What belongs to columns is fetched once
+// for all rows; the rows that come next are asked for meanwhile.
+template <int ROWS, class Value, class Factors, class Take>
+inline __attribute__((always_inline)) void encode_rows(const Value* grad, int64_t n, int64_t k, int64_t first,
+                                                       int64_t end, const float* weight, const Factors& factors,
+                                                       Floats (&squares)[ROWS], const Take& take) {
+  for (int64_t bucket = first; bucket < end; bucket += LANES) {
     Floats sums[ROWS] = {};
     const auto add = [&](int64_t column, int64_t some) __attribute__((always_inline)) {
       const Floats factor = factors(column, some), sign = load(weight + column, some);
@@ -28,11 +29,11 @@ inline void encode_rows(const Value* grad, int64_t n, int64_t k, const float* we
         squares[r] += u * u;
       }
     };
-    const int64_t some = std::min(LANES, k - bucket);
+    const int64_t some = std::min(LANES, end - bucket);
     int64_t column = bucket;
     for (; some == LANES && column + LANES <= n; column += k) add(column, LANES);
     for (; column < n; column += k) add(column, std::min(some, n - column));
-    for (int r = 0; r < ROWS; ++r) store(sketch + r * whole_lanes(k) + bucket, sums[r], LANES);
+    take(bucket, some, sums);
   }
 }
 

@@ -77,48 +77,56 @@ class TensorStep : public StepTensor {
     });
   }
 
-  // encode(U) of each row, without the row's factor; the sum of the squares of U, with it.
-  template <class Value, int ROWS>
-  Floats encode(const Group<Value, ROWS>& group, const float* weight, float* sketch) const {
-    Floats squares[ROWS] = {}, square = {};
-    encode_rows<ROWS>(
-        group.grad, at.columns, at.width, weight, [&](int64_t j, int64_t count) { return group.factors(j, count); },
-        sketch, squares);
-    for (int r = 0; r < ROWS; ++r) square += squares[r] * (group.row_factors[r] * group.row_factors[r]);
-    return square;
+  // Calls take(bucket, count, sums) for lanes of encode(U) of each row, without the row's factor.
+  template <class Value, int ROWS, class Take>
+  __attribute__((always_inline)) void encode(const Group<Value, ROWS>& group, const float* weight, int64_t first,
+                                             int64_t end, Floats (&squares)[ROWS], const Take& take) const {
+    const auto factors = [&](int64_t j, int64_t count) { return group.factors(j, count); };
+    encode_rows<ROWS>(group.grad, at.columns, at.width, first, end, weight, factors, squares, take);
   }
 
-  // M of the rows on to the next step, stored if it is to be; leaves what is decoded of it in the room, ``size`` times.
-  // Returns the squares of D = a U + decode(exchange).
+  // The squares of D = a U + decode(exchange); or, storing, M of the rows on to the next step, with what is decoded of
+  // it left in the room, ``size`` times. A block of buckets passes from one to the next in the first cache.
   template <bool STORES, class Value, int ROWS>
   Floats move_on(const Group<Value, ROWS>& group, const Stored& rows, const Room& room, float size) const {
-    Floats square = encode(group, group.weight, room.sketch) * (own * own);
     const bool reads_again = group.reading != group.weight;
-    if (reads_again) encode(group, group.reading, room.read);
     const float beta1 = static_cast<float>(at.beta1), twice_own = 2 * own;
-    const float* factors = carries ? carry + group.matrix * at.width : nullptr;
+    const float* carried = carries ? carry + group.matrix * at.width : nullptr;
     const bool residual = at.residual;
-    for (int r = 0; r < ROWS; ++r) {
-      const float factor = group.row_factors[r];
-      const float *sketch = room.sketch + r * room.stride, *read = room.read + r * room.stride;
-      float* exchanges = room.exchange + r * room.stride;
-      for (int64_t first = 0; first < at.width; first += BLOCK) {
-        const int64_t count = std::min(BLOCK, at.width - first);
-        alignas(64) float momentum[BLOCK];
-        rows.load_block(group.first + r, first, count, momentum);
-        for (int64_t j = 0; j < count; j += LANES) {
-          const int64_t some = count - j, bucket = first + j;
-          const Floats encoded = load(sketch + bucket, LANES) * factor, kept = load(momentum + j, LANES);
-          const Floats change = beta1 * ((factors ? kept * load(factors + bucket, some) : kept) - encoded);
-          const Floats exchange = residual ? change * load(inverse + bucket, some) : beta1 * kept;
-          const Floats seen = reads_again ? load(read + bucket, LANES) * factor : encoded;
-          square += exchange * (twice_own * seen + exchange * load(gram + bucket, some));
-          store(exchanges + bucket, exchange * size, LANES);
-          store(momentum + j, encoded + change, LANES);
-        }
-        if (STORES) rows.save_block(group.first + r, first, count, momentum);
+    Floats squares[ROWS] = {}, square = {};
+    for (int64_t first = 0; first < at.width; first += BLOCK) {
+      const int64_t end = std::min(first + BLOCK, at.width);
+      alignas(64) float momentum[ROWS][BLOCK], seen[ROWS][BLOCK];
+      for (int r = 0; r < ROWS; ++r) rows.load_block(group.first + r, first, end - first, momentum[r]);
+      if (reads_again && !STORES) {
+        Floats again[ROWS] = {};
+        encode(group, group.reading, first, end, again, [&](int64_t bucket, int64_t, const Floats(&sums)[ROWS]) {
+          for (int r = 0; r < ROWS; ++r) store(seen[r] + bucket - first, sums[r], LANES);
+        });
       }
+      const auto move = [&](int64_t bucket, int64_t some, const Floats(&sums)[ROWS]) __attribute__((always_inline)) {
+        const int64_t j = bucket - first;
+        const Floats shares = load(inverse + bucket, some), lengths = load(gram + bucket, some);
+        const Floats carries_over = carried ? load(carried + bucket, some) : Floats{} + 1.f;
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          const Floats encoded = sums[r] * group.row_factors[r], kept = load(momentum[r] + j, LANES);
+          const Floats change = beta1 * (kept * carries_over - encoded);
+          const Floats exchange = residual ? change * shares : beta1 * kept;
+          if (STORES) {
+            store(room.exchange + r * room.stride + bucket, exchange * size, LANES);
+            store(momentum[r] + j, encoded + change, LANES);
+          } else {
+            const Floats own_share = reads_again ? load(seen[r] + j, LANES) * group.row_factors[r] : encoded;
+            square += exchange * (twice_own * own_share + exchange * lengths);
+          }
+        }
+      };
+      encode(group, group.weight, first, end, squares, move);
+      for (int r = 0; STORES && r < ROWS; ++r) rows.save_block(group.first + r, first, end - first, momentum[r]);
     }
+    for (int r = 0; r < ROWS; ++r)
+      square += squares[r] * (group.row_factors[r] * group.row_factors[r] * own * own);
     return square;
   }
 

@@ -83,7 +83,7 @@ class StepTensor {
     gram = scratch.take<float>(sketched ? k : 0);
     inverse = scratch.take<float>(sketched ? k : 0);
     carry = scratch.take<float>(carries ? at.batch * k : 0);
-    rooms = scratch.take<float>(sketched ? threads.count * 3 * together * whole_lanes(k) : 0);
+    rooms = scratch.take<float>(sketched ? threads.count * 2 * together * whole_lanes(k) : 0);
     state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + k : 0);
     value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (at.is_vector ? 1 : n) : 0);
   }
@@ -198,14 +198,14 @@ class StepTensor {
 
   // Room of one thread for the buckets of a group's rows, each in whole lanes.
   struct Room {
-    float *sketch, *read, *exchange;
+    float *sketch, *exchange;
     int64_t stride;
   };
 
   Room room(int64_t thread) const {
     const int64_t stride = whole_lanes(at.width);
-    float* first = rooms + thread * 3 * together * stride;
-    return {first, first + together * stride, first + 2 * together * stride, stride};
+    float* first = rooms + thread * 2 * together * stride;
+    return {first, first + together * stride, stride};
   }
 };
 
