@@ -1,20 +1,21 @@
 """The passes over a tensor that make and apply its update, a block of rows at a time, compiled or not."""
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from floragrad.policy import MatrixView, StateDtype
+from floragrad.policy import MatrixView
+from floragrad.torch import blocks
 from floragrad.torch import update as pure
 from floragrad.torch.part import ShardSum
-from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.quantize import RoundingBits
-from floragrad.torch.storage import Block, StoredRows, load, save
+from floragrad.torch.projection import BucketProjection
+from floragrad.torch.storage import Block, StoredRows
 from floragrad.torch.tensor_step import TensorStep
 
 
@@ -79,23 +80,19 @@ class UpdatePasses:
             self._exchanges, _ = self._encoded()
             self._exchange(self._exchanges, moves=True)
         rounding = at.parameter_rounding(param.dtype)
-        run = maybe_compiled(_move, at, *self._specialised(), decay != 0)
-        # A parameter that is not contiguous in its view is written through a copy.
-        viewable = _viewable(param, at.view)
-        params = param.view(at.view) if viewable else param.reshape(at.view)
+        run = maybe_compiled(blocks.move, at, *self._specialised(), decay != 0)
         room = at.room()
-        for where in at.blocks():
-            bits = None if rounding is None else rounding.of(where)
-            size = sizes if rows is None else sizes[where]
-            run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
-        if not viewable:
-            param.copy_(params.view(param.shape))
+        with seen_in(at.view, param) as params:
+            for where in at.blocks():
+                bits = None if rounding is None else rounding.of(where)
+                size = sizes if rows is None else sizes[where]
+                run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
 
     def _encoded(self) -> tuple[Tensor, Tensor]:
         """encode(U) of all rows, of the columns that are here, and ‖U‖²."""
         assert self._by is not None
         at = self._at
-        run = maybe_compiled(_encode, at, at.plan)
+        run = maybe_compiled(blocks.encode, at, at.plan)
         sketches = self._grads.new_empty((*at.view[:2], self._stored.width), dtype=torch.float32)
         total = torch.zeros((), device=at.device)
         room = at.room()
@@ -108,7 +105,7 @@ class UpdatePasses:
         """Replace encode(U) by X / R; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
         at, stored, by = self._at, self._stored, self._by
         assert by is not None
-        run = maybe_compiled(_exchange, at, *self._specialised(), moves)
+        run = maybe_compiled(blocks.exchange, at, *self._specialised(), moves)
         total = torch.zeros((), device=at.device)
         for where in at.sketch_blocks():
             here = by._replace(projection=of_batch(by.projection, where), previous=of_batch(by.previous, where))
@@ -118,7 +115,7 @@ class UpdatePasses:
 
     def _square_of_directions(self) -> Tensor:
         at = self._at
-        run = maybe_compiled(_direction_square, at, *self._specialised())
+        run = maybe_compiled(blocks.direction_square, at, *self._specialised())
         total = torch.zeros((), device=at.device)
         room = at.room()
         for where in at.blocks():
@@ -128,13 +125,13 @@ class UpdatePasses:
     def _specialised(self) -> tuple[Hashable, ...]:
         return self._at.plan, self._at.group["beta1"], self._at.group["residual"]
 
-    def _ingredients(self, where: Block, room: Tensor | None) -> "_Ingredients":
+    def _ingredients(self, where: Block, room: Tensor | None) -> blocks.Ingredients:
         grad, by = self._grads[where], self._by
         exchange = None
         if by is not None:
             assert self._exchanges is not None
             exchange = pure.Exchange(self._exchanges[where], of_batch(by.reading, where), by.own)
-        return _Ingredients(
+        return blocks.Ingredients(
             grad,
             scales_of(self._scales, where),
             exchange,
@@ -143,79 +140,6 @@ class UpdatePasses:
             self._stored.dtype,
             room_for(grad, room),
         )
-
-
-class _Ingredients(NamedTuple):
-    """What a block's direction is made of: a gradient, and what a sketch adds or the momentum of every column."""
-
-    grad: Tensor
-    scales: pure.Scales
-    exchange: pure.Exchange | None
-    kept: tuple[Tensor, ...]
-    beta1: float
-    dtype: StateDtype
-    room: Tensor | None
-
-    def direction(self) -> tuple[Tensor, Tensor | None]:
-        """D in two factors, all columns' and the rows'; all of it in the first where that is what is kept."""
-        direction, rows = pure.within_rows(self.grad, self.scales.rest, self.room), self.scales.rows
-        if not self.kept:
-            return direction if self.exchange is None else self.exchange.direction(direction), rows
-        if rows is not None:
-            direction.mul_(rows)
-        return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
-
-
-def _encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
-    """encode(U) of one block, written into ``sketch``; ‖U‖²."""
-    update = pure.within_rows(grad, scales.rest, room)
-    square = pure.square_norm(update, scales.rows)
-    encoded = projection.encode(update, room)
-    sketch.copy_(encoded if scales.rows is None else encoded.mul_(scales.rows))
-    return square
-
-
-def _exchange(
-    sketch: Tensor,
-    rows: Tensor | None,
-    kept: tuple[Tensor, ...],
-    bits: RoundingBits | None,
-    by: pure.Estimator,
-    moves: bool,
-    dtype: StateDtype,
-) -> Tensor:
-    """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
-    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
-    if moves:
-        _store(kept, save(following, dtype, bits))
-    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
-    sketch.copy_(exchange if rows is None else exchange.div_(rows))
-    return square
-
-
-def _direction_square(of: _Ingredients) -> Tensor:
-    """‖D‖² of one block."""
-    return pure.square_norm(*of.direction())
-
-
-def _move(
-    param: Tensor,
-    keep: Tensor | None,
-    size: Tensor,
-    bits: RoundingBits | None,
-    state_bits: RoundingBits | None,
-    of: _Ingredients,
-) -> None:
-    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
-    direction, _ = of.direction()
-    if of.kept:
-        _store(of.kept, save(direction, of.dtype, state_bits))
-    pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
-
-
-def _store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
-    for buffer, value in zip(kept, values, strict=True):
-        buffer.copy_(value)
 
 
 def room_for(grad: Tensor, room: Tensor | None) -> Tensor | None:
@@ -237,13 +161,17 @@ def of_batch(projection: Any, where: Block) -> Any:
     return projection
 
 
-def _viewable(tensor: Tensor, view: MatrixView) -> bool:
-    """Whether the tensor can be seen in its view without a copy."""
+@contextmanager
+def seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
+    """A parameter in its view, to be written to; where it does not lie so, through a copy."""
     try:
-        tensor.view(view)
+        params = param.view(view)
     except RuntimeError:
-        return False
-    return True
+        params = param.reshape(view)
+        yield params
+        param.copy_(params.view(param.shape))
+    else:
+        yield params
 
 
 def maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable) -> Callable[..., Any]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import Buffer, StateDtype, TensorPlan
+from floragrad.policy import Buffer, TensorPlan
 from floragrad.torch import update as pure
-from floragrad.torch.learnt import POWER_ITERATIONS, noisy
+from floragrad.torch.graph import step_compiled
+from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
 from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.part import EVERYWHERE, ShardSum
 from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, room_for, scales_of
@@ -24,10 +25,9 @@ from floragrad.torch.projection import (
     BucketProjection,
     Projection,
     normalise_buckets,
-    power_iteration,
     random_signs,
 )
-from floragrad.torch.storage import StoredRows, load
+from floragrad.torch.storage import StoredRows
 from floragrad.torch.tensor_step import Group, State, TensorStep
 
 
@@ -68,6 +68,9 @@ def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> No
     if can_step(param, grad, state, at):
         step_native(param, grad, state, at)
         return
+    if at.is_compiled:
+        step_compiled(param, grad, state, at)
+        return
     for _ in step_part(param, grad, state, at):
         pass
 
@@ -87,9 +90,13 @@ def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Gene
     grads = grad.reshape(at.view)
     norm = pure.square_norm(param) if at.group["scale_parameter"] else None
     scales = yield from _second_moment(grads, state, norm, at)
-    stored = _stored(state, at)
-    projection, previous = yield from _projections(grads, scales, stored, state, at)
+    stored = at.stored(state)
+    projection, previous = _projections(state, at)
     by = None
+    if at.learns:
+        assert previous is not None
+        weight = state["projection_weight"].view(grads.shape[0], 1, -1)  # the projection's
+        weight.copy_((yield from _learnt_weight(grads, scales, stored, previous, noisy(weight, at), at)))
     if projection is not None:
         by = pure.Estimator(projection, previous, at.group["beta1"], at.group["residual"])
     work = UpdatePasses(grads, scales, stored, by, at)
@@ -141,55 +148,27 @@ def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:
     return pure.relative(norm, numel, at.group["eps"][1]) * at.step_lr
 
 
-def _projections(
-    grads: Tensor, scales: pure.Scales, stored: StoredRows, state: State, at: TensorStep
-) -> Generator[list[ShardSum], None, tuple[Projection | None, Projection | None]]:
-    """P of this step, and P of the step before where it differs."""
+def _projections(state: State, at: TensorStep) -> tuple[Projection | None, Projection | None]:
+    """P of this step, with the old weights where new ones are to be learnt; P of the step before where it differs."""
     if at.plan.momentum != "sketch":
         return None, None
     if at.plan.projection != "adaptive":
-        previous = at.projection(at.epoch - 1) if at.opens_epoch else None
-        return at.projection(at.epoch), previous
-    batch, _, columns = at.view
-    weight = state["projection_weight"].view(batch, 1, columns)
-    current = BucketProjection.normalised(weight, at.plan.width)
-    if at.step > 1 and not at.opens_epoch:
-        return current, None
-    previous = BucketProjection.normalised(weight.clone(), at.plan.width)
-    learnt = yield from _learnt_weight(grads, scales, stored, previous, at)
-    weight.copy_(learnt)
-    return current, previous
+        return at.projection(at.epoch), at.projection(at.epoch - 1) if at.opens_epoch else None
+    weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)
+    previous = BucketProjection.normalised(weight.clone(), at.plan.width) if at.learns else None
+    return BucketProjection.normalised(weight, at.plan.width), previous
 
 
 def _learnt_weight(
-    grads: Tensor, scales: pure.Scales, stored: StoredRows, previous: BucketProjection, at: TensorStep
+    grads: Tensor, scales: pure.Scales, stored: StoredRows, previous: Projection, weight: Tensor, at: TensorStep
 ) -> Generator[list[ShardSum], None, Tensor]:
-    """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
-    weight, width, beta1 = previous.weight, at.plan.width, at.group["beta1"]
-    weight = noisy(weight, at)
+    """Power iterations on β₁ decode(M) + (1 − β₁) U, from ``weight`` on."""
+    width, beta1 = at.plan.width, at.group["beta1"]
     for _ in range(POWER_ITERATIONS):
-        learner, grown = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
+        learner, growth = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
         for where in at.blocks():
-            update = pure.normalise(grads[where], scales_of(scales, where))
-            old = of_batch(previous, where).decode(load(stored.read(where), stored.dtype, width))
-            blended = old * beta1 + update * (1 - beta1)
-            grown[where[0]] += power_iteration(blended, of_batch(learner, where))
-        yield [ShardSum(grown, ("rows",))]
-        weight = normalise_buckets(grown, width, weight)
+            kept, here = stored.read(where), (of_batch(previous, where), of_batch(learner, where))
+            growth[where[0]] += grown(grads[where], scales_of(scales, where), kept, stored.dtype, *here, beta1)
+        yield [ShardSum(growth, ("rows",))]
+        weight = normalise_buckets(growth, width, weight)
     return weight
-
-
-def _stored(state: State, at: TensorStep) -> StoredRows:
-    """The momentum's buffers; a tensor without a view keeps its own in float32."""
-    batch, rows, columns = at.view
-    keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
-    dtype: StateDtype = at.plan.state_dtype if at.plan.view else "float32"
-    # Sketches have all their columns wherever their rows are; whole momentum is where the parameter is.
-    is_sketch = at.plan.momentum == "sketch"
-    width = at.plan.width if is_sketch else columns
-    rounding = None
-    if keys and dtype != "float32":
-        here = slice(None) if is_sketch else at.part.columns
-        rounding = at.rounding(Stream.STATE_ROUNDING, at.plan.width, here)
-    buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
-    return StoredRows(buffers, width, dtype, rounding)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import MatrixView, TensorPlan
+from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch.part import Part
 from floragrad.torch.projection import (
     Projection,
@@ -17,7 +17,7 @@ from floragrad.torch.projection import (
     philox,
 )
 from floragrad.torch.quantize import RoundingBits
-from floragrad.torch.storage import Block, row_blocks
+from floragrad.torch.storage import Block, StoredRows, row_blocks
 
 BLOCK_ELEMENTS: Final = 2**19
 """Elements of a block of rows on the CPU: 2 MiB of float32; less would be launches, more would leave the cache."""
@@ -73,6 +73,12 @@ class TensorStep:
     def opens_epoch(self) -> bool:
         """Whether the projection of this step differs from that of the step before."""
         return self.step % int(self.group["kappa"]) == 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether the projection's weights are learnt in this step: when an epoch opens, and in the first step."""
+        is_learnt = self.plan.momentum == "sketch" and self.plan.projection == "adaptive"
+        return is_learnt and (self.opens_epoch or self.step == 1)
 
     @property
     def lr(self) -> float | Tensor:
@@ -141,6 +147,20 @@ class TensorStep:
         """What to round the rows that are here with; nothing of it needs saving."""
         source = philox(self.group["seed"], self.index, self.step, stream)
         return self.part.rounding(source, width, columns, self.device)
+
+    def stored(self, state: State) -> StoredRows:
+        """The momentum's buffers and what they are rounded with; a tensor without a view keeps its own in float32."""
+        batch, rows, columns = self.view
+        keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
+        dtype: StateDtype = self.plan.state_dtype if self.plan.view else "float32"
+        # Sketches have all their columns wherever their rows are; whole momentum is where the parameter is.
+        is_sketch = self.plan.momentum == "sketch"
+        rounding = None
+        if keys and dtype != "float32":
+            here = slice(None) if is_sketch else self.part.columns
+            rounding = self.rounding(Stream.STATE_ROUNDING, self.plan.width, here)
+        buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
+        return StoredRows(buffers, self.plan.width if is_sketch else columns, dtype, rounding)
 
     def parameter_rounding(self, dtype: torch.dtype) -> RoundingBits | None:
         """What to round a parameter of this dtype with; None where it is rounded to the nearest."""

@@ -147,12 +147,12 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
     return norm.float().square()
 
 
-def relative(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
+def relative(norm: Tensor, numel: int | Tensor, least: float | Tensor) -> Tensor:
     """max(RMS(W), ε₂) of ‖W‖²: what α is in units of."""
     return (norm / numel).sqrt_().clamp_(min=least)
 
 
-def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
+def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float | Tensor) -> Tensor:
     """α / max(1, RMS(D) / threshold), of ‖D‖²; of one tensor, or of several at once."""
     # Rounding may make ‖D‖² of next to nothing negative.
     rms = square.clamp(min=0).div_(numel).sqrt_()

@@ -82,7 +82,7 @@ def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
         learnt=learnt,
         stochastic=group["stochastic_rounding"],
         residual=group["residual"] or plan.momentum != "sketch",
-        opens_epoch=at.opens_epoch or (learnt and at.step == 1),  # weights are learnt from the first step on
+        opens_epoch=at.opens_epoch or at.learns,
         seed=group["seed"],
         index=at.index,
         step=at.step,

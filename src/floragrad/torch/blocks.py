@@ -1,0 +1,85 @@
+"""What is done to one block of rows, as functions of tensors: so each may be compiled, or be part of a graph."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import StateDtype
+from floragrad.torch import update as pure
+from floragrad.torch.projection import Projection
+from floragrad.torch.quantize import RoundingBits
+from floragrad.torch.storage import load, save
+
+
+class Ingredients(NamedTuple):
+    """What a block's direction is made of: a gradient, and what a sketch adds or the momentum of every column."""
+
+    grad: Tensor
+    scales: pure.Scales
+    exchange: pure.Exchange | None
+    kept: tuple[Tensor, ...]
+    beta1: float
+    dtype: StateDtype
+    room: Tensor | None
+
+    def direction(self) -> tuple[Tensor, Tensor | None]:
+        """D in two factors, all columns' and the rows'; all of it in the first where that is what is kept."""
+        direction, rows = pure.within_rows(self.grad, self.scales.rest, self.room), self.scales.rows
+        if not self.kept:
+            return direction if self.exchange is None else self.exchange.direction(direction), rows
+        if rows is not None:
+            direction.mul_(rows)
+        return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
+
+
+def encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
+    """Write what one block is encoded to into ``sketch``; ‖U‖²."""
+    update = pure.within_rows(grad, scales.rest, room)
+    square = pure.square_norm(update, scales.rows)
+    encoded = projection.encode(update, room)
+    sketch.copy_(encoded if scales.rows is None else encoded.mul_(scales.rows))
+    return square
+
+
+def exchange(
+    sketch: Tensor,
+    rows: Tensor | None,
+    kept: tuple[Tensor, ...],
+    bits: RoundingBits | None,
+    by: pure.Estimator,
+    moves: bool,
+    dtype: StateDtype,
+) -> Tensor:
+    """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
+    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
+    if moves:
+        _store(kept, save(following, dtype, bits))
+    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
+    sketch.copy_(exchange if rows is None else exchange.div_(rows))
+    return square
+
+
+def direction_square(of: Ingredients) -> Tensor:
+    """‖D‖² of one block."""
+    return pure.square_norm(*of.direction())
+
+
+def move(
+    param: Tensor,
+    keep: Tensor | None,
+    size: Tensor,
+    bits: RoundingBits | None,
+    state_bits: RoundingBits | None,
+    of: Ingredients,
+) -> None:
+    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
+    direction, _ = of.direction()
+    if of.kept:
+        _store(of.kept, save(direction, of.dtype, state_bits))
+    pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
+
+
+def _store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    for buffer, value in zip(kept, values, strict=True):
+        buffer.copy_(value)

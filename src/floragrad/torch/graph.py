@@ -1,0 +1,205 @@
+"""One tensor's step as one graph under ``torch.compile``, where all of the tensor is here."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from floragrad._streams import Stream
+from floragrad.policy import StateDtype
+from floragrad.torch import blocks
+from floragrad.torch import update as pure
+from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
+from floragrad.torch.passes import maybe_compiled, seen_in
+from floragrad.torch.projection import BucketProjection, normalise_buckets, random_signs
+from floragrad.torch.quantize import RoundingBits
+from floragrad.torch.tensor_step import State, TensorStep
+
+ROWS_TOGETHER = 16
+"""Rows whose squares are summed in one go on a CPU: so many are still in its cache when their columns are."""
+
+
+def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
+    """Update one parameter and its state in place, as ``step.step_tensor`` does; ``at.is_compiled`` holds."""
+    batch, rows, columns = at.view
+    group, stored = at.group, at.stored(state)
+    current, previous = _weights(state, at)
+    kept = _Kept(
+        state["row_var"].view(batch, rows, 1) if at.plan.factored else None,
+        state["col_var"].view(batch, 1, columns) if at.plan.factored else None,
+        None if at.plan.factored else state["variance"].view(at.view),
+        stored.buffers,
+        current,
+    )
+    drawn = _Drawn(
+        previous,
+        noisy(current, at) if current is not None and at.learns else None,
+        stored.rounding,
+        at.parameter_rounding(param.dtype),
+    )
+    beta2, decay, lr = at.beta2, group["weight_decay"], at.step_lr
+    numbers = _Numbers(*map(_scalar, (beta2, 1 - beta2, *group["eps"], group["clip_threshold"], decay, lr)))
+    how = _How(
+        stored.dtype,
+        stored.width,
+        at.plan.projection == "adaptive",
+        group["beta1"] or 0.0,
+        group["residual"],
+        decay != 0,
+        group["scale_parameter"],
+        previous is not None,
+    )
+    run = maybe_compiled(_step, at, at.plan, how)
+    with seen_in(at.view, param) as params:
+        run(params, grad.reshape(at.view), kept, drawn, numbers, how)
+
+
+def _weights(state: State, at: TensorStep) -> tuple[Tensor | None, Tensor | None]:
+    """Of this step's P, old ones where new ones are to be learnt; of the P of the step before where it differs."""
+    if at.plan.momentum != "sketch":
+        return None, None
+    if at.plan.projection == "adaptive":
+        weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)
+        return weight, weight.clone() if at.learns else None
+
+    def drawn(epoch: int) -> Tensor:
+        signs = random_signs(at.view.columns, at.group["seed"], at.index, epoch, Stream.MOMENTUM)
+        return signs.to(at.device)
+
+    return drawn(at.epoch), drawn(at.epoch - 1) if at.opens_epoch else None
+
+
+class _Kept(NamedTuple):
+    """State, in the view, which the graph writes to; and what P is made of, state as well where it is learnt."""
+
+    row_var: Tensor | None
+    col_var: Tensor | None
+    variance: Tensor | None
+    momentum: tuple[Tensor, ...]
+    weight: Tensor | None
+
+
+class _Drawn(NamedTuple):
+    """Weights of the step before's P where it differs, where new ones start if they are learnt, what to round with."""
+
+    previous: Tensor | None
+    start: Tensor | None
+    state_bits: RoundingBits | None
+    param_bits: RoundingBits | None
+
+
+class _Numbers(NamedTuple):
+    """What may change from step to step, in tensors of no dimension: as numbers they would be compiled in."""
+
+    beta2: Tensor
+    fresh: Tensor
+    eps1: Tensor
+    eps2: Tensor
+    clip_threshold: Tensor
+    weight_decay: Tensor
+    lr: Tensor
+
+
+class _How(NamedTuple):
+    """What a graph is compiled for."""
+
+    dtype: StateDtype
+    width: int
+    is_learnt: bool
+    beta1: float
+    residual: bool
+    decays: bool
+    scales_parameter: bool
+    changes_projection: bool
+
+    def projection(self, weight: Tensor) -> BucketProjection:
+        """P of weights that are learnt, or drawn."""
+        if self.is_learnt:
+            return BucketProjection.normalised(weight, self.width)
+        return BucketProjection.signs(len(weight), self.width, weight)
+
+
+def _scalar(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Numbers, how: _How) -> None:
+    alpha = numbers.lr
+    if how.scales_parameter:
+        alpha = alpha * pure.relative(pure.square_norm(param), param.numel(), numbers.eps2)
+    scales = _second_moment(grad, kept, numbers)
+    by = None
+    if kept.weight is not None:
+        previous = None if drawn.previous is None else how.projection(drawn.previous)
+        if drawn.start is not None:
+            assert previous is not None
+            kept.weight.copy_(_learnt_weight(grad, scales, kept.momentum, previous, drawn.start, how))
+        by = pure.Estimator(how.projection(kept.weight), previous, how.beta1, how.residual)
+    exchange, square = None, None
+    if by is not None:
+        sketch = grad.new_empty((*grad.shape[:2], how.width), dtype=torch.float32)
+        own_square = blocks.encode(sketch, grad, scales, by.projection, None)
+        sketch = _in_memory(sketch)
+        rest = blocks.exchange(sketch, scales.rows, kept.momentum, drawn.state_bits, by, True, how.dtype)
+        exchange = pure.Exchange(_in_memory(sketch), by.reading, by.own)
+        square = own_square * by.own**2 + rest if by.knows_square else None
+    of = blocks.Ingredients(grad, scales, exchange, kept.momentum if by is None else (), how.beta1, how.dtype, None)
+    if square is None:
+        square = blocks.direction_square(of)
+    size = pure.clipped(alpha, _in_memory(square), param.numel(), numbers.clip_threshold)
+    if scales.rows is not None and not of.kept:
+        size = _in_memory(size * scales.rows)
+    keep = 1 - alpha * numbers.weight_decay if how.decays else None
+    blocks.move(param, keep, size, drawn.param_bits, drawn.state_bits, of)
+
+
+def _second_moment(grad: Tensor, kept: _Kept, numbers: _Numbers) -> pure.Scales:
+    """Update the second moment; what every gradient is to be multiplied by."""
+    beta2, fresh, eps = numbers.beta2, numbers.fresh, numbers.eps1
+    squares = grad.float().square()
+    if kept.variance is not None:
+        kept.variance.copy_(kept.variance * beta2 + (squares + eps) * fresh)
+        return pure.Scales(None, kept.variance.rsqrt())
+    assert kept.row_var is not None
+    assert kept.col_var is not None
+    for average, sums, count in (
+        (kept.row_var, squares.sum(-1, keepdim=True), grad.shape[-1]),
+        (kept.col_var, _column_sums(squares), grad.shape[-2]),
+    ):
+        average.copy_(average * beta2 + (_in_memory(sums) / count + eps) * fresh)
+    rows = (kept.row_var / kept.row_var.mean(-2, keepdim=True)).rsqrt()
+    return pure.Scales(_in_memory(rows), _in_memory(kept.col_var.rsqrt()))
+
+
+def _column_sums(squares: Tensor) -> Tensor:
+    """Of (batch, rows, n), in two steps on a CPU, where one would go down every few columns through all rows."""
+    whole = squares.shape[-2] // ROWS_TOGETHER * ROWS_TOGETHER
+    if squares.device.type != "cpu" or not whole:
+        return squares.sum(-2, keepdim=True)
+    few = squares[..., :whole, :].reshape(len(squares), -1, ROWS_TOGETHER, squares.shape[-1])
+    sums = few.sum(-2).sum(-2, keepdim=True)
+    return sums if whole == squares.shape[-2] else sums + squares[..., whole:, :].sum(-2, keepdim=True)
+
+
+def _learnt_weight(
+    grad: Tensor,
+    scales: pure.Scales,
+    momentum: tuple[Tensor, ...],
+    previous: BucketProjection,
+    weight: Tensor,
+    how: _How,
+) -> Tensor:
+    """Power iterations on β₁ decode(M) + (1 − β₁) U, from ``weight`` on."""
+    for _ in range(POWER_ITERATIONS):
+        growth = grown(grad, scales, momentum, how.dtype, previous, how.projection(weight), how.beta1)
+        weight = _in_memory(normalise_buckets(growth, how.width, weight))
+    return weight
+
+
+def _in_memory(values: Tensor) -> Tensor:
+    """The same, written to memory: a compiler may else compute it anew for every number that it goes into.
+
+    Rows' and columns' factors, roots of quotients, then cost more than all the rest (``docs/performance.md``). A view by
+    strides is of memory, so there has to be some.
+    """
+    return values.as_strided(values.shape, values.stride())
