@@ -95,7 +95,7 @@ def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Gene
     by = None
     if at.learns:
         assert previous is not None
-        weight = state["projection_weight"].view(grads.shape[0], 1, -1)  # the projection's
+        weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)  # the projection's
         weight.copy_((yield from _learnt_weight(grads, scales, stored, previous, noisy(weight, at), at)))
     if projection is not None:
         by = pure.Estimator(projection, previous, at.group["beta1"], at.group["residual"])
