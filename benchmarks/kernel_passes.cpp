@@ -55,7 +55,7 @@ int main(int count, char** given) {
       step.beta1 = 0.9, step.beta2 = 0.5, step.eps = 1e-30, step.keep = 1, step.size = 1e-4, step.clip_threshold = 1;
       step.grad = each.grad, step.param = each.param, step.data = each.momentum, step.scale = each.scale;
       step.row_var = each.row_var, step.col_var = each.col_var;
-      step.scratch = room<char>(floragrad_step_bytes(&step));
+      step.scratch = room<char>(floragrad_most_step_bytes(&step, 1));
       const double start = now();
       floragrad_statistics(&step);
       const double between = now();

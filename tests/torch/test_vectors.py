@@ -7,6 +7,7 @@ import torch
 
 from floragrad import Flora
 from floragrad.torch import vectors
+from floragrad.torch.tensor_step import TensorUpdate
 from tests.torch.test_traffic import Traffic
 
 pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Flora compresses no momentum")]
@@ -72,7 +73,7 @@ def test_large_ones_are_stepped_alone() -> None:
     param = torch.nn.Parameter(torch.zeros(vectors.WHOLE_ELEMENTS + 1))
     param.grad = torch.ones_like(param)
     optimizer = Flora([param], lr=1e-2)
-    vector = vectors.Vector(param, param.grad, *optimizer._begin_step(param))
+    vector = TensorUpdate(param, param.grad, *optimizer._begin_step(param))
     assert not vectors.steps_with_others(vector)
     sizes = [100, 100, 2**19, 100]
     few = [vector._replace(param=torch.empty(size, device="meta")) for size in sizes]

@@ -6,7 +6,7 @@ bytes for every block, since a block stays as high. So the code runs on a tensor
 block more, and what the whole tensor needs follows without an error.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -23,7 +23,7 @@ from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
 from floragrad.torch.step import step_tensor as step
 from floragrad.torch.storage import row_blocks
-from floragrad.torch.tensor_step import State, TensorStep, block_elements
+from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate, block_elements
 
 FEWEST_BLOCKS: Final = 5
 """Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
@@ -52,6 +52,10 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         key = ("update", param.dtype, grad.dtype, options, at.step == 1, at.opens_epoch)
         # What the native kernels hold is one buffer, whatever the rows.
         count(key, at.plan, work, by_rows=not can_step(param, grad, state, at))
+
+    def step_native(updates: Iterable[TensorUpdate]) -> None:
+        for update in updates:  # in one room, as large as the largest takes alone
+            step_tensor(*update)
 
     def add_gradient(sketch: GradientSketch, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         def work(plan: AccumulatorPlan) -> Callable[[], None]:
@@ -96,6 +100,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
     add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
         stack.enter_context(replaced(flora, "step_tensor", step_tensor))
+        stack.enter_context(replaced(flora, "step_native", step_native))
         stack.enter_context(replaced(GradientSketch, "add", add_gradient))
         stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))
         stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))

@@ -199,7 +199,7 @@ def _learnt_weight(
 def _in_memory(values: Tensor) -> Tensor:
     """The same, written to memory: a compiler may else compute it anew for every number that it goes into.
 
-    Rows' and columns' factors, roots of quotients, then cost more than all the rest (``docs/performance.md``). A view by
-    strides is of memory, so there has to be some.
+    Rows' and columns' factors, roots of quotients, then cost more than all the rest (``docs/performance.md``). A view
+    by strides is of memory, so there has to be some.
     """
     return values.as_strided(values.shape, values.stride())

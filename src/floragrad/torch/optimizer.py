@@ -12,12 +12,13 @@ from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.distributed.lockstep import ShardStep, here, is_sharded, step_together
+from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import resolve_group
 from floragrad.torch.report import report_row
 from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
 from floragrad.torch.step import step_part, step_tensor
-from floragrad.torch.tensor_step import TensorStep
-from floragrad.torch.vectors import Vector, step_vectors, steps_with_others
+from floragrad.torch.tensor_step import TensorStep, TensorUpdate
+from floragrad.torch.vectors import step_vectors, steps_with_others
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -195,16 +196,21 @@ class Flora(torch.optim.Optimizer):
                     f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
                     "give sparse=False to its embedding"
                 )
-        sharded, vectors = [], []
+        sharded, native, vectors = [], [], []
         for param, grad in given:
             if is_sharded(param):
                 sharded.append(self._shard_step(param))
                 continue
-            vector = Vector(param, grad, *self._begin_step(param))
-            if steps_with_others(vector):
-                vectors.append(vector)
-            elif param.numel() > 0:
-                step_tensor(*vector)
+            update = TensorUpdate(param, grad, *self._begin_step(param))
+            if param.numel() == 0:
+                continue
+            if can_step(*update):
+                native.append(update)
+            elif steps_with_others(update):
+                vectors.append(update)
+            else:
+                step_tensor(*update)
+        step_native(native)
         step_vectors(vectors)
         step_together(sharded)
         return loss

@@ -28,7 +28,7 @@ from floragrad.torch.projection import (
     random_signs,
 )
 from floragrad.torch.storage import StoredRows
-from floragrad.torch.tensor_step import Group, State, TensorStep
+from floragrad.torch.tensor_step import Group, State, TensorStep, TensorUpdate
 
 
 def initial_state(
@@ -66,7 +66,7 @@ def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> No
         at: The tensor, its options and the step.
     """
     if can_step(param, grad, state, at):
-        step_native(param, grad, state, at)
+        step_native([TensorUpdate(param, grad, state, at)])
         return
     if at.is_compiled:
         step_compiled(param, grad, state, at)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,3 +175,12 @@ class TensorStep:
         assert self.plan.view is not None
         here = self.part.columns if self.splits_sketch else None
         return draw_projection(self.plan.projection, self.plan.view, self.plan.width, source, self.device, here)
+
+
+class TensorUpdate(NamedTuple):
+    """A parameter that is to be updated, its gradient and state, and what its step goes by."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    at: TensorStep

@@ -2,57 +2,40 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from floragrad.torch import update as pure
 from floragrad.torch.native.layout import is_plain
-from floragrad.torch.native.step import suits
-from floragrad.torch.tensor_step import BLOCK_ELEMENTS, WHOLE_ELEMENTS, State, TensorStep
+from floragrad.torch.tensor_step import BLOCK_ELEMENTS, WHOLE_ELEMENTS, TensorUpdate
 
 
-class Vector(NamedTuple):
-    """A parameter, its gradient and state, and what its step goes by."""
-
-    param: Tensor
-    grad: Tensor
-    state: State
-    at: TensorStep
-
-    @property
-    def kind(self) -> Hashable:
-        """What those that are stepped together have in common."""
-        at = self.at
-        return id(at.group), at.plan.momentum, at.step, at.device, self.param.dtype, self.grad.dtype
-
-
-def steps_with_others(vector: Vector) -> bool:
+def steps_with_others(update: TensorUpdate) -> bool:
     """Whether a tensor is small, here, and of those that PyTorch's code would step one after the other."""
-    param, grad, _, at = vector
-    return (
-        at.plan.view is None
-        and 0 < param.numel() <= WHOLE_ELEMENTS
-        and is_plain(param)
-        and is_plain(grad)
-        and not suits(param, grad, at)
-    )
+    is_small = update.at.plan.view is None and update.param.numel() <= WHOLE_ELEMENTS
+    return is_small and is_plain(update.param) and is_plain(update.grad)
 
 
-def step_vectors(vectors: Iterable[Vector]) -> None:
+def _kind(update: TensorUpdate) -> Hashable:
+    """What those that are stepped together have in common."""
+    at = update.at
+    return id(at.group), at.plan.momentum, at.step, at.device, update.param.dtype, update.grad.dtype
+
+
+def step_vectors(vectors: Iterable[TensorUpdate]) -> None:
     """Update them and their states in place, to the numbers that ``step.step_tensor`` would give."""
     alike = defaultdict(list)
     for vector in vectors:
-        alike[vector.kind].append(vector)
+        alike[_kind(vector)].append(vector)
     for group in alike.values():
         for few in _batches(group):
             _step(few)
 
 
-def _batches(vectors: list[Vector]) -> Iterator[list[Vector]]:
+def _batches(vectors: list[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
     """No more of them at a time than a block of a large tensor holds."""
-    batch: list[Vector] = []
+    batch: list[TensorUpdate] = []
     total = 0
     for vector in vectors:
         total += vector.param.numel()
@@ -63,7 +46,7 @@ def _batches(vectors: list[Vector]) -> Iterator[list[Vector]]:
     yield batch
 
 
-def _step(vectors: list[Vector]) -> None:
+def _step(vectors: list[TensorUpdate]) -> None:
     at, params = vectors[0].at, [vector.param for vector in vectors]
     eps, beta1, beta2 = at.group["eps"], at.group["beta1"], at.beta2
     numels = torch.tensor([param.numel() for param in params], dtype=torch.float32, device=at.device)
@@ -90,7 +73,7 @@ def _step(vectors: list[Vector]) -> None:
         pure.descend_(vector.param, direction, keep, size, _bits(vector))
 
 
-def _bits(vector: Vector) -> Tensor | None:
+def _bits(vector: TensorUpdate) -> Tensor | None:
     """What a bfloat16 parameter is rounded with."""
     rounding = vector.at.parameter_rounding(vector.param.dtype)
     return None if rounding is None else rounding.numbers().view(vector.param.shape)

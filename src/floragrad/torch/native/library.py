@@ -53,7 +53,8 @@ class Library(NamedTuple):
         name: Their instruction set.
         parallel: The address of the entry point of torch's OpenMP runtime.
         thread_number: The address of its ``omp_get_thread_num``.
-        step_bytes: Scratch of a step.
+        most_step_bytes: Scratch of one of some steps.
+        steps: All of some steps, one after the other in one room.
         statistics: Of a step: its second moment.
         grow: One power iteration for learnt projections.
         update: Of a step: its momentum and its parameter.
@@ -64,7 +65,8 @@ class Library(NamedTuple):
     name: str
     parallel: int
     thread_number: int
-    step_bytes: Callable[[Step], int]
+    most_step_bytes: Callable[[Any, int], int]
+    steps: Callable[[Any, int, int], None]
     statistics: Callable[[Step], None]
     grow: Callable[[Step, int, int], None]
     update: Callable[[Step], None]
@@ -131,7 +133,8 @@ def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | 
         name,
         parallel,
         number,
-        step_bytes=function("step_bytes", ctypes.c_int64, step),
+        most_step_bytes=function("most_step_bytes", ctypes.c_int64, step, ctypes.c_int64),
+        steps=function("steps", None, step, ctypes.c_int64, address),
         statistics=function("statistics", None, step),
         grow=function("grow", None, step, address, address),
         update=function("update", None, step),

@@ -14,9 +14,23 @@ EXPORT int64_t floragrad_step_size() { return sizeof(Step); }
 EXPORT int64_t floragrad_fold_size() { return sizeof(Fold); }
 
 // Bytes of scratch that they need; no pointer is followed.
-EXPORT int64_t floragrad_step_bytes(const Step* step) { return TensorStep(*step).scratch_bytes(); }
+EXPORT int64_t floragrad_most_step_bytes(const Step* steps, int64_t count) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, TensorStep(steps[i]).scratch_bytes());
+  return most;
+}
 EXPORT int64_t floragrad_fold_bytes(const Fold* fold) { return TensorFold(*fold).scratch_bytes(); }
 
+EXPORT void floragrad_steps(Step* steps, int64_t count, void* scratch) {
+  for (int64_t i = 0; i < count; ++i) {
+    steps[i].scratch = scratch;
+    const TensorStep step(steps[i]);
+    step.statistics();
+    step.update();
+  }
+}
+
+// A step in parts, for what is learnt in between.
 EXPORT void floragrad_statistics(const Step* step) { TensorStep(*step).statistics(); }
 
 EXPORT void floragrad_grow(const Step* step, const float* learner, float* grown) {

@@ -1,5 +1,6 @@
 """Which tensors the native kernels step, and how they are handed over."""
 
+from collections.abc import Sequence
 from math import sqrt
 from typing import Final
 
@@ -12,7 +13,7 @@ from floragrad.torch.learnt import POWER_ITERATIONS, noisy
 from floragrad.torch.native.layout import lies_plainly, obstacle_of, unsuited
 from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Library, Step, library
 from floragrad.torch.projection import normalise_buckets
-from floragrad.torch.tensor_step import State, TensorStep
+from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
 
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
@@ -29,46 +30,47 @@ _KEYS: Final = {
 
 def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
     """Whether the native kernels can make this step: all that they read and write lies as they expect."""
-    return suits(param, grad, at) and all(map(lies_plainly, state.values()))
-
-
-def suits(param: Tensor, grad: Tensor, at: TensorStep) -> bool:
-    """Whether they can, as long as the state lies where the parameter does."""
     return (
         library() is not None
         and not unsuited(at.plan, at.group)
         and not obstacle_of(param)
         and not obstacle_of(grad)
         and grad.dtype == param.dtype
+        and all(map(lies_plainly, state.values()))
     )
 
 
-def step_native(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
-    """Update one parameter and its state in place, as ``step.step_tensor`` does; :func:`can_step` holds."""
+def step_native(updates: Sequence[TensorUpdate]) -> None:
+    """Update parameters and their states in place, as ``step.step_tensor`` does; :func:`can_step` holds for each."""
     kernels = library()
-    assert kernels is not None
-    given = _described(param, at, kernels)
-    scratch = torch.empty(kernels.step_bytes(given), dtype=torch.uint8)
-    previous = state["projection_weight"].clone() if given.learnt and given.opens_epoch else None
-    if isinstance(param, FakeTensor):
+    if kernels is None:
+        return  # and there are none
+    at_once = [update for update in updates if not update.at.learns]
+    if at_once:
+        _step_at_once(at_once, kernels)
+    for update in updates:
+        if update.at.learns:
+            _step_learning(update, kernels)
+
+
+def _step_at_once(updates: Sequence[TensorUpdate], kernels: Library) -> None:
+    """One after the other in the same room, in one call."""
+    steps = (Step * len(updates))(*(_described(update, kernels) for update in updates))
+    scratch = torch.empty(kernels.most_step_bytes(steps, len(steps)), dtype=torch.uint8)
+    if any(isinstance(update.param, FakeTensor) for update in updates):
         return  # what there would be to hold has been held
-    _point(given, param, grad, state, scratch, previous)
-    given.size = _step_size(param, at)
-    given.keep = 1 - given.size * at.group["weight_decay"]
-    kernels.statistics(given)
-    if previous is not None:
-        _learn(given, kernels, state["projection_weight"], previous, at)
-    kernels.update(given)
-    torch.autograd.graph.increment_version(param)
+    kernels.steps(steps, len(steps), scratch.data_ptr())
+    torch.autograd.graph.increment_version([update.param for update in updates])
 
 
-def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
-    """What the kernels need to know, but for where the tensors are."""
+def _described(update: TensorUpdate, kernels: Library) -> Step:
+    """What the kernels need to know, but for the room that they work in, and where fake tensors would be."""
+    param, at = update.param, update.at
     plan, group = at.plan, at.group
     # A tensor without a matrix view is one row.
     shape = (plan.view.batch, plan.view.rows, plan.view.columns) if plan.view else (1, 1, param.numel())
     batch, rows, columns = shape
-    learnt = plan.momentum == "sketch" and plan.projection == "adaptive"
+    size = _step_size(param, at)
     return Step(
         batch=batch,
         rows=rows,
@@ -79,7 +81,7 @@ def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
         momentum=_MOMENTA[plan.momentum],
         is_vector=plan.view is None,
         factored=plan.factored,
-        learnt=learnt,
+        learnt=plan.momentum == "sketch" and plan.projection == "adaptive",
         stochastic=group["stochastic_rounding"],
         residual=group["residual"] or plan.momentum != "sketch",
         opens_epoch=at.opens_epoch or at.learns,
@@ -90,21 +92,19 @@ def _described(param: Tensor, at: TensorStep, kernels: Library) -> Step:
         beta1=group["beta1"] or 0.0,
         beta2=at.beta2,
         eps=group["eps"][0],
+        keep=1 - size * group["weight_decay"],
+        size=size,
         clip_threshold=group["clip_threshold"],
         parallel=kernels.parallel,
         thread_number=kernels.thread_number,
         threads=torch.get_num_threads(),
+        **({} if isinstance(param, FakeTensor) else _addresses(update)),
     )
 
 
-def _point(given: Step, param: Tensor, grad: Tensor, state: State, scratch: Tensor, previous: Tensor | None) -> None:
-    """Where the tensors are."""
-    given.param, given.grad, given.scratch = param.data_ptr(), grad.data_ptr(), scratch.data_ptr()
-    for field, key in _KEYS.items():
-        if key in state:
-            setattr(given, field, state[key].data_ptr())
-    if previous is not None:
-        given.previous = previous.data_ptr()
+def _addresses(update: TensorUpdate) -> dict[str, int]:
+    found = {field: update.state[key].data_ptr() for field, key in _KEYS.items() if key in update.state}
+    return {"param": update.param.data_ptr(), "grad": update.grad.data_ptr(), **found}
 
 
 def _step_size(param: Tensor, at: TensorStep) -> float:
@@ -115,11 +115,22 @@ def _step_size(param: Tensor, at: TensorStep) -> float:
     return float(at.lr) * max(float(at.group["eps"][1]), norm / sqrt(param.numel()))
 
 
-def _learn(given: Step, kernels: Library, weight: Tensor, previous: Tensor, at: TensorStep) -> None:
-    """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
+def _step_learning(update: TensorUpdate, kernels: Library) -> None:
+    """A step that learns the projection's weights on its way."""
+    weight, at = update.state["projection_weight"], update.at
+    given = _described(update, kernels)
+    scratch = torch.empty(kernels.most_step_bytes(given, 1), dtype=torch.uint8)
+    previous = weight.clone()
+    if isinstance(update.param, FakeTensor):
+        return  # what there would be to hold has been held
+    given.scratch, given.previous = scratch.data_ptr(), previous.data_ptr()
+    kernels.statistics(given)
+    # Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise.
     learnt = noisy(previous, at)
     for _ in range(POWER_ITERATIONS):
         grown = torch.empty_like(learnt)
         kernels.grow(given, learnt.data_ptr(), grown.data_ptr())
         learnt = normalise_buckets(grown, at.plan.width, learnt)
     weight.copy_(learnt)
+    kernels.update(given)
+    torch.autograd.graph.increment_version(update.param)
