@@ -81,8 +81,11 @@ def troubles(run: Mapping[str, Any]) -> list[str]:
 
 def heading(run: Mapping[str, Any]) -> str:
     """What a run is about."""
-    threads = f"{run['threads']} thread{'s' if run['threads'] != 1 else ''}"
-    return f"{TITLES[run['part']]}: {run['shapes']}, {run['dtype']}, {threads}"
+    return f"{TITLES[run['part']]}: {run['shapes']}, {run['dtype']}, {_threads(run['threads'])}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
 
 
 def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
@@ -93,8 +96,10 @@ def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
         picture: The file name of the picture of growth, where there is one.
     """
     lines = ["# What a step costs", "", ABOUT, ""]
-    if any(run["shapes"] == LAYERS for run in results["runs"]):
-        lines += ["## Goals", "", "GPT-2 small's layers, float32 parameters, all threads, rank 128.", ""]
+    of_layers = [run for run in results["runs"] if run["shapes"] == LAYERS]
+    if of_layers:
+        threads = _threads(max(run["threads"] for run in of_layers))
+        lines += ["## Goals", "", f"GPT-2 small's layers, float32 parameters, {threads}, rank 128.", ""]
         lines += [*_table(goal_cells(results)), ""]
     for run in results["runs"]:
         lines += [f"## {heading(run)}", ""]

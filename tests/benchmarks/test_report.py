@@ -30,6 +30,9 @@ def test_the_page_names_machine_versions_and_commit() -> None:
 def test_goals_are_shown_where_their_layers_were_measured() -> None:
     results = made_up_results()
     assert "## Goals\n" in markdown(results)
+    assert "float32 parameters, 2 threads, rank 128." in markdown(results)
+    alone = [{**run, "threads": 1} for run in results["runs"]]
+    assert "float32 parameters, 1 thread, rank 128." in markdown({**results, "runs": alone})
     others = [run for run in results["runs"] if run["shapes"] != LAYERS]
     assert others
     assert "## Goals\n" not in markdown({**results, "runs": others})
