@@ -70,3 +70,8 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def threads_in_words(count: int) -> str:
+    """As in "2 threads"."""
+    return f"{count} thread{'s' if count != 1 else ''}"

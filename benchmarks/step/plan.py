@@ -6,6 +6,7 @@ from itertools import product
 from typing import Final, Literal
 
 from benchmarks.step.batches import Subject
+from benchmarks.step.machine import threads_in_words
 from benchmarks.step.measure import Settings
 from benchmarks.step.optimizers import (
     COPY,
@@ -51,9 +52,7 @@ class Run:
     @property
     def title(self) -> str:
         """What it is, in a line."""
-        settings = self.settings
-        threads = f"{settings.threads} thread{'s' if settings.threads != 1 else ''}"
-        return f"{self.part}: {self.shapes}, {threads}, {settings.dtype}"
+        return f"{self.part}: {self.shapes}, {threads_in_words(self.settings.threads)}, {self.settings.dtype}"
 
 
 @dataclass(frozen=True)

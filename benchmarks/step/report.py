@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from benchmarks.step.goals import goal_cells
+from benchmarks.step.machine import threads_in_words
 from benchmarks.step.measure import WARM_UP
 from benchmarks.step.optimizers import ALL, FUSED
 from benchmarks.step.shapes import LAYERS
@@ -81,11 +82,7 @@ def troubles(run: Mapping[str, Any]) -> list[str]:
 
 def heading(run: Mapping[str, Any]) -> str:
     """What a run is about."""
-    return f"{TITLES[run['part']]}: {run['shapes']}, {run['dtype']}, {_threads(run['threads'])}"
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count != 1 else ''}"
+    return f"{TITLES[run['part']]}: {run['shapes']}, {run['dtype']}, {threads_in_words(run['threads'])}"
 
 
 def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
@@ -98,7 +95,7 @@ def markdown(results: Mapping[str, Any], picture: str | None = None) -> str:
     lines = ["# What a step costs", "", ABOUT, ""]
     of_layers = [run for run in results["runs"] if run["shapes"] == LAYERS]
     if of_layers:
-        threads = _threads(max(run["threads"] for run in of_layers))
+        threads = threads_in_words(max(run["threads"] for run in of_layers))
         lines += ["## Goals", "", f"GPT-2 small's layers, float32 parameters, {threads}, rank 128.", ""]
         lines += [*_table(goal_cells(results)), ""]
     for run in results["runs"]:

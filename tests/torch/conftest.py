@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from floragrad.torch import passes
 from floragrad.torch.native import library
 
 BUILDS = ("avx512", "avx2", "baseline")
@@ -45,3 +47,9 @@ def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = library.library()
     assert found is not None, library.absence()
     assert found.name == code
+
+
+def forget_graphs() -> None:
+    """What is compiled from here on is compiled anew."""
+    passes._compiled.cache_clear()
+    torch._dynamo.reset()

@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from floragrad import Flora
-from floragrad.torch import passes, step
+from floragrad.torch import step
 from tests.torch.cases import STEPS, Case
+from tests.torch.conftest import forget_graphs
 
 TOLERANCE = 1e-5
 MANY = 9  # one more than dynamo's recompile_limit, beyond which fullgraph=True raises
@@ -35,14 +36,9 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     """Counts graphs and runs them without a compiler, from an empty cache."""
     counting = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
-    _forget()
+    forget_graphs()
     yield counting
-    _forget()
-
-
-def _forget() -> None:
-    passes._compiled.cache_clear()
-    torch._dynamo.reset()
+    forget_graphs()
 
 
 def train(case: Case, *, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[torch.Tensor, float]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from floragrad import Flora
-from floragrad.torch.passes import _compiled
+from tests.torch.conftest import forget_graphs
 
 SHAPE = (2048, 768)
 
@@ -88,7 +88,7 @@ def test_a_compiled_step(state_dtype: str) -> None:
     torch._logging.set_logs(inductor_metrics=True)  # else nothing is counted
     try:
         with fresh_cache():
-            _forget()
+            forget_graphs()
             metrics.reset()
             param = torch.nn.Parameter(torch.randn(SHAPE))
             optimizer = Flora([param], lr=1e-3, state_dtype=state_dtype, compile=True)
@@ -98,11 +98,6 @@ def test_a_compiled_step(state_dtype: str) -> None:
         torch._logging.set_logs()
     assert 0 < metrics.generated_kernel_count <= kernels
     assert 0 < metrics.num_bytes_accessed <= passes * 4 * SHAPE[0] * SHAPE[1]
-
-
-def _forget() -> None:
-    _compiled.cache_clear()
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("state_dtype", EAGER)

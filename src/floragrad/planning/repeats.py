@@ -18,7 +18,7 @@ from floragrad.planning.tracker import MemoryTracker, Moment, Profiles, joined
 from floragrad.policy import AccumulatorPlan, MatrixView, TensorPlan
 from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.native.step import can_step
+from floragrad.torch.native.step import step_native as native
 from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
 from floragrad.torch.step import step_tensor as step
@@ -40,22 +40,25 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         profiles: What is known of them already.
     """
 
-    def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
+    def step_tensor(param: Tensor, grad: Tensor, _state: State, at: TensorStep) -> None:
+        count_step(param, grad, at, is_native=False)
+
+    def step_native(updates: Iterable[TensorUpdate]) -> None:
+        for param, grad, _, at in updates:  # in one room, as large as the largest takes alone
+            count_step(param, grad, at, is_native=True)
+
+    def count_step(param: Tensor, grad: Tensor, at: TensorStep, *, is_native: bool) -> None:
         def work(plan: TensorPlan) -> Callable[[], None]:
             small = replace(at, plan=plan, part=Part.whole(plan.shape, plan.view))
-            tensors = _empty(plan, param), _empty(plan, grad)
             fresh = initial_state(plan, at.group, at.index, at.device)
-            return lambda: step(*tensors, fresh, small)
+            update = TensorUpdate(_empty(plan, param), _empty(plan, grad), fresh, small)
+            return lambda: native([update]) if is_native else step(*update)
 
         tracker.touch(param)
         options = tuple(sorted((key, value) for key, value in at.group.items() if key not in _NOT_OPTIONS))
-        key = ("update", param.dtype, grad.dtype, options, at.step == 1, at.opens_epoch)
+        key = ("update", is_native, param.dtype, grad.dtype, options, at.step == 1, at.opens_epoch)
         # What the native kernels hold is one buffer, whatever the rows.
-        count(key, at.plan, work, by_rows=not can_step(param, grad, state, at))
-
-    def step_native(updates: Iterable[TensorUpdate]) -> None:
-        for update in updates:  # in one room, as large as the largest takes alone
-            step_tensor(*update)
+        count(key, at.plan, work, by_rows=not is_native)
 
     def add_gradient(sketch: GradientSketch, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         def work(plan: AccumulatorPlan) -> Callable[[], None]:

@@ -42,7 +42,7 @@ def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> 
     how = _How(
         stored.dtype,
         stored.width,
-        at.plan.projection == "adaptive",
+        at.is_learnt,
         group["beta1"] or 0.0,
         group["residual"],
         decay != 0,
@@ -58,8 +58,8 @@ def _weights(state: State, at: TensorStep) -> tuple[Tensor | None, Tensor | None
     """Of this step's P, old ones where new ones are to be learnt; of the P of the step before where it differs."""
     if at.plan.momentum != "sketch":
         return None, None
-    if at.plan.projection == "adaptive":
-        weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)
+    if at.is_learnt:
+        weight = at.learnt_weight(state)
         return weight, weight.clone() if at.learns else None
 
     def drawn(epoch: int) -> Tensor:

@@ -210,7 +210,8 @@ class Flora(torch.optim.Optimizer):
                 vectors.append(update)
             else:
                 step_tensor(*update)
-        step_native(native)
+        if native:
+            step_native(native)
         step_vectors(vectors)
         step_together(sharded)
         return loss
@@ -236,9 +237,13 @@ class Flora(torch.optim.Optimizer):
         if is_sharded(param):
             step_together([self._shard_step(param)])
         else:
-            state, at = self._begin_step(param)
-            if param.numel() > 0:
-                step_tensor(param, grad, state, at)
+            update = TensorUpdate(param, grad, *self._begin_step(param))
+            if param.numel() == 0:
+                return
+            if can_step(*update):
+                step_native([update])
+            else:
+                step_tensor(*update)
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.

@@ -165,13 +165,12 @@ def of_batch(projection: Any, where: Block) -> Any:
 def seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
     """A parameter in its view, to be written to; where it does not lie so, through a copy."""
     try:
-        params = param.view(view)
+        params, is_copy = param.view(view), False
     except RuntimeError:
-        params = param.reshape(view)
-        yield params
+        params, is_copy = param.reshape(view), True
+    yield params
+    if is_copy:
         param.copy_(params.view(param.shape))
-    else:
-        yield params
 
 
 def maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable) -> Callable[..., Any]:

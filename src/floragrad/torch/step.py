@@ -1,8 +1,8 @@
 """One step of one tensor: the pure update run over blocks of rows, between the state's buffers.
 
 The second moment needs all rows before any can be normalised, and the clipping threshold the size of the whole
-update before any of it can be applied, so a step is three passes over blocks: statistics, the update's norm, the
-update. The last two compute the same numbers, so that nothing larger than a block is held between them.
+update before any of it can be applied, so a step is several passes over blocks: statistics; sketches and what they
+add, from which the update's norm follows; the update. Whole tensors under ``torch.compile`` are one graph instead.
 
 Where a tensor is sharded, sums are all that its parts need of each other. The step is a generator that hands them
 out between its passes: whoever runs it has them added up, for all tensors together.
@@ -18,7 +18,6 @@ from floragrad.policy import Buffer, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.graph import step_compiled
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
-from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.part import EVERYWHERE, ShardSum
 from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, room_for, scales_of
 from floragrad.torch.projection import (
@@ -28,7 +27,7 @@ from floragrad.torch.projection import (
     random_signs,
 )
 from floragrad.torch.storage import StoredRows
-from floragrad.torch.tensor_step import Group, State, TensorStep, TensorUpdate
+from floragrad.torch.tensor_step import Group, State, TensorStep
 
 
 def initial_state(
@@ -57,7 +56,7 @@ def initial_state(
 
 
 def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
-    """Update one parameter and its state in place; all of the tensor is here.
+    """Update one parameter and its state in place by PyTorch's code; all of the tensor is here.
 
     Args:
         param: W, of the plan's shape.
@@ -65,9 +64,6 @@ def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> No
         state: The buffers of ``at.plan``.
         at: The tensor, its options and the step.
     """
-    if can_step(param, grad, state, at):
-        step_native([TensorUpdate(param, grad, state, at)])
-        return
     if at.is_compiled:
         step_compiled(param, grad, state, at)
         return
@@ -95,7 +91,7 @@ def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Gene
     by = None
     if at.learns:
         assert previous is not None
-        weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)  # the projection's
+        weight = at.learnt_weight(state)  # the projection's
         weight.copy_((yield from _learnt_weight(grads, scales, stored, previous, noisy(weight, at), at)))
     if projection is not None:
         by = pure.Estimator(projection, previous, at.group["beta1"], at.group["residual"])
@@ -152,9 +148,9 @@ def _projections(state: State, at: TensorStep) -> tuple[Projection | None, Proje
     """P of this step, with the old weights where new ones are to be learnt; P of the step before where it differs."""
     if at.plan.momentum != "sketch":
         return None, None
-    if at.plan.projection != "adaptive":
+    if not at.is_learnt:
         return at.projection(at.epoch), at.projection(at.epoch - 1) if at.opens_epoch else None
-    weight = state["projection_weight"].view(at.view.batch, 1, at.view.columns)
+    weight = at.learnt_weight(state)
     previous = BucketProjection.normalised(weight.clone(), at.plan.width) if at.learns else None
     return BucketProjection.normalised(weight, at.plan.width), previous
 

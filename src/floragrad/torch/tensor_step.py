@@ -75,10 +75,14 @@ class TensorStep:
         return self.step % int(self.group["kappa"]) == 0
 
     @property
+    def is_learnt(self) -> bool:
+        """Whether the projection's weights are learnt, not drawn."""
+        return self.plan.momentum == "sketch" and self.plan.projection == "adaptive"
+
+    @property
     def learns(self) -> bool:
-        """Whether the projection's weights are learnt in this step: when an epoch opens, and in the first step."""
-        is_learnt = self.plan.momentum == "sketch" and self.plan.projection == "adaptive"
-        return is_learnt and (self.opens_epoch or self.step == 1)
+        """Whether they are learnt in this step: when an epoch opens, and in the first step."""
+        return self.is_learnt and (self.opens_epoch or self.step == 1)
 
     @property
     def lr(self) -> float | Tensor:
@@ -161,6 +165,10 @@ class TensorStep:
             rounding = self.rounding(Stream.STATE_ROUNDING, self.plan.width, here)
         buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
         return StoredRows(buffers, self.plan.width if is_sketch else columns, dtype, rounding)
+
+    def learnt_weight(self, state: State) -> Tensor:
+        """The weights of a learnt projection, (batch, 1, n)."""
+        return state["projection_weight"].view(self.view.batch, 1, self.view.columns)
 
     def parameter_rounding(self, dtype: torch.dtype) -> RoundingBits | None:
         """What to round a parameter of this dtype with; None where it is rounded to the nearest."""

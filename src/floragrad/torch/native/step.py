@@ -43,8 +43,7 @@ def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
 def step_native(updates: Sequence[TensorUpdate]) -> None:
     """Update parameters and their states in place, as ``step.step_tensor`` does; :func:`can_step` holds for each."""
     kernels = library()
-    if kernels is None:
-        return  # and there are none
+    assert kernels is not None
     at_once = [update for update in updates if not update.at.learns]
     if at_once:
         _step_at_once(at_once, kernels)
@@ -81,7 +80,7 @@ def _described(update: TensorUpdate, kernels: Library) -> Step:
         momentum=_MOMENTA[plan.momentum],
         is_vector=plan.view is None,
         factored=plan.factored,
-        learnt=plan.momentum == "sketch" and plan.projection == "adaptive",
+        learnt=at.is_learnt,
         stochastic=group["stochastic_rounding"],
         residual=group["residual"] or plan.momentum != "sketch",
         opens_epoch=at.opens_epoch or at.learns,
