@@ -10,22 +10,32 @@ namespace floragrad {
 
 inline int64_t whole_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// Calls take(bucket, count, sums) for lanes of buckets from ``first`` to ``end``, with the sums in each of ``ROWS`` rows
-// of grad · factors(column, count) · weight; adds the squares of grad · factors. What belongs to columns is fetched once
-// for all rows; the rows that come next are asked for meanwhile.
-template <int ROWS, class Value, class Factors, class Take>
+// What makes u of a column's gradients, and of u what falls into the bucket: nothing more where the factor has a sign.
+struct SignedFactor {
+  Floats factor;
+  Floats share(Floats u) const { return u; }
+};
+struct FactorAndWeight {
+  Floats factor, weight;
+  Floats share(Floats u) const { return u * weight; }
+};
+
+// Calls take(bucket, count, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them
+// in each of ``ROWS`` rows; adds the squares of u. What belongs to columns, columns(column, count), is fetched once for
+// all rows; the rows that come next are asked for meanwhile.
+template <int ROWS, class Value, class Columns, class Take>
 inline __attribute__((always_inline)) void encode_rows(const Value* grad, int64_t n, int64_t k, int64_t first,
-                                                       int64_t end, const float* weight, const Factors& factors,
-                                                       Floats (&squares)[ROWS], const Take& take) {
+                                                       int64_t end, const Columns& columns, Floats (&squares)[ROWS],
+                                                       const Take& take) {
   for (int64_t bucket = first; bucket < end; bucket += LANES) {
     Floats sums[ROWS] = {};
     const auto add = [&](int64_t column, int64_t some) __attribute__((always_inline)) {
-      const Floats factor = factors(column, some), sign = load(weight + column, some);
+      const auto each = columns(column, some);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         __builtin_prefetch(grad + (ROWS + r) * n + column, 0, 2);
-        const Floats u = load(grad + r * n + column, some) * factor;
-        sums[r] += u * sign;
+        const Floats u = load(grad + r * n + column, some) * each.factor;
+        sums[r] += each.share(u);
         squares[r] += u * u;
       }
     };

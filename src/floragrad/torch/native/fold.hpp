@@ -97,11 +97,12 @@ class TensorFold {
   void encode(int64_t row, float* sketch) const {
     const int64_t stride = whole_lanes(at.width);
     Floats squares[COUNT] = {};
-    const auto ones = [](int64_t, int64_t) { return Floats{} + 1.f; };
-    encode_rows<COUNT>(static_cast<const Value*>(at.grad) + row * at.columns, at.columns, at.width, 0, at.width, signs,
-                       ones, squares, [&](int64_t bucket, int64_t, const Floats(&sums)[COUNT]) {
-                         for (int r = 0; r < COUNT; ++r) store(sketch + r * stride + bucket, sums[r], LANES);
-                       });
+    const auto columns = [&](int64_t j, int64_t count) { return SignedFactor{load(signs + j, count)}; };
+    const Value* grad = static_cast<const Value*>(at.grad) + row * at.columns;
+    const auto take = [&](int64_t bucket, int64_t, const Floats(&sums)[COUNT]) {
+      for (int r = 0; r < COUNT; ++r) store(sketch + r * stride + bucket, sums[r], LANES);
+    };
+    encode_rows<COUNT>(grad, at.columns, at.width, 0, at.width, columns, squares, take);
   }
 
   // Adds a row of what is new, divided by the columns' sizes if they have any; the squared error of its rounding.

@@ -93,10 +93,36 @@ inline Floats inverse_root(Floats values) {
   return values;
 }
 
+// Lanes moved ``by`` places to the front, the first ones behind the last.
+template <int64_t by, class Vector>
+inline Vector moved(Vector values) {
+  Ints from;
+  for (int64_t i = 0; i < LANES; ++i) from[i] = static_cast<int32_t>((i + by) % LANES);
+  return __builtin_shuffle(values, from);
+}
+
+template <int64_t half = LANES / 2>
 inline float sum(Floats values) {
-  for (int64_t half = LANES / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) values[i] += values[half + i];
+  values += moved<half>(values);
+  if constexpr (half > 1) return sum<half / 2>(values);
   return values[0];
 }
+
+template <int64_t half = LANES / 2>
+inline int32_t largest(Ints values) {
+  const Ints others = moved<half>(values);
+  values = values > others ? values : others;
+  if constexpr (half > 1) return largest<half / 2>(values);
+  return values[0];
+}
+
+// values · signs
+inline Floats with_signs(Floats values, Floats signs) {
+  const Bits flipped = reinterpret_cast<Bits>(signs) & 0x80000000u;
+  return reinterpret_cast<Floats>(reinterpret_cast<Bits>(values) ^ flipped);
+}
+
+// Of positive numbers their bits are in the same order, infinity and what is not a number above all.
+inline Ints magnitude(Floats values) { return reinterpret_cast<Ints>(values) & 0x7FFFFFFF; }
 
 }  // namespace floragrad

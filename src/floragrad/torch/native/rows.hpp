@@ -127,15 +127,15 @@ struct Stored {
 
   // ``values`` has room for whole lanes, zero beyond ``count``.
   void quantize(int64_t row, int64_t first, int64_t count, const float* values, float largest, int8_t* integers) const {
-    Floats sizes = {}, poison = {};
+    Ints sizes = {};
     for (int64_t j = 0; j < count; j += LANES) {
-      const Floats each = load(values + j, LANES), size = each < 0 ? -each : each;
+      const Ints size = magnitude(load(values + j, LANES));
       sizes = size > sizes ? size : sizes;
-      poison += each * 0.f;  // of what is not finite, not a number: so is the scale then
     }
-    float most = 0;
-    for (int64_t i = 0; i < LANES; ++i) most = sizes[i] > most ? sizes[i] : most;
-    const float step = (most + sum(poison)) / largest;
+    const int32_t bits_of_most = floragrad::largest(sizes);
+    float most;
+    std::memcpy(&most, &bits_of_most, sizeof most);
+    const float step = most / largest;
     const float divisor = step == 0 ? 1.f : step;
     scale[row * blocks() + first / BLOCK] = step;
     for (int64_t j = 0; j < count; j += LANES) {

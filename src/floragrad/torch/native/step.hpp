@@ -77,30 +77,42 @@ class TensorStep : public StepTensor {
     });
   }
 
-  // Calls take(bucket, count, sums) for lanes of encode(U) of each row, without the row's factor.
-  template <class Value, int ROWS, class Take>
-  __attribute__((always_inline)) void encode(const Group<Value, ROWS>& group, const float* weight, int64_t first,
+  // Calls take(bucket, count, sums) for lanes of encode(U) of each row, without the row's factor. Where W is about to
+  // move, its rows are asked for meanwhile.
+  template <bool MOVES, class Value, int ROWS, bool SIGNS, class Take>
+  __attribute__((always_inline)) void encode(const Group<Value, ROWS, SIGNS>& group, const float* weight, int64_t first,
                                              int64_t end, Floats (&squares)[ROWS], const Take& take) const {
-    const auto factors = [&](int64_t j, int64_t count) { return group.factors(j, count); };
-    encode_rows<ROWS>(group.grad, at.columns, at.width, first, end, weight, factors, squares, take);
+    const Value* param = param_of<Value>(group.first);
+    const auto columns = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; MOVES && r < ROWS; ++r) __builtin_prefetch(param + r * at.columns + j, 1, 2);
+      if constexpr (SIGNS)
+        return SignedFactor{load(weight + j, count)};
+      else
+        return FactorAndWeight{group.factors(j, count), load(weight + j, count)};
+    };
+    encode_rows<ROWS>(group.grad, at.columns, at.width, first, end, columns, squares, take);
   }
 
-  // The squares of D = a U + decode(exchange); or, storing, M of the rows on to the next step, with what is decoded of
-  // it left in the room, ``size`` times. A block of buckets passes from one to the next in the first cache.
-  template <bool STORES, class Value, int ROWS>
-  Floats move_on(const Group<Value, ROWS>& group, const Stored& rows, const Room& room, float size) const {
+  // The squares of D = a U + decode(exchange); or, storing, M of the rows on to the next step, with the exchange left in
+  // the room: over a R, as D is a R times all the rest, and the lanes of all rows together, those of one bucket after
+  // another. A block of buckets passes from one to the next in the first cache.
+  template <bool STORES, class Value, int ROWS, bool SIGNS>
+  Floats move_on(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room) const {
     const bool reads_again = group.reading != group.weight;
     const float beta1 = static_cast<float>(at.beta1), twice_own = 2 * own;
     const float* carried = carries ? carry + group.matrix * at.width : nullptr;
     const bool residual = at.residual;
     Floats squares[ROWS] = {}, square = {};
+    float over[ROWS];
+    for (int r = 0; r < ROWS; ++r) over[r] = 1 / (group.row_factors[r] * own);
     for (int64_t first = 0; first < at.width; first += BLOCK) {
       const int64_t end = std::min(first + BLOCK, at.width);
       alignas(64) float momentum[ROWS][BLOCK], seen[ROWS][BLOCK];
       for (int r = 0; r < ROWS; ++r) rows.load_block(group.first + r, first, end - first, momentum[r]);
       if (reads_again && !STORES) {
         Floats again[ROWS] = {};
-        encode(group, group.reading, first, end, again, [&](int64_t bucket, int64_t, const Floats(&sums)[ROWS]) {
+        encode<false>(group, group.reading, first, end, again, [&](int64_t bucket, int64_t, const Floats(&sums)[ROWS]) {
           for (int r = 0; r < ROWS; ++r) store(seen[r] + bucket - first, sums[r], LANES);
         });
       }
@@ -114,7 +126,7 @@ class TensorStep : public StepTensor {
           const Floats change = beta1 * (kept * carries_over - encoded);
           const Floats exchange = residual ? change * shares : beta1 * kept;
           if (STORES) {
-            store(room.exchange + r * room.stride + bucket, exchange * size, LANES);
+            store(room.exchange + bucket * ROWS + r * LANES, exchange * over[r], LANES);
             store(momentum[r] + j, encoded + change, LANES);
           } else {
             const Floats own_share = reads_again ? load(seen[r] + j, LANES) * group.row_factors[r] : encoded;
@@ -122,7 +134,7 @@ class TensorStep : public StepTensor {
           }
         }
       };
-      encode(group, group.weight, first, end, squares, move);
+      encode<STORES>(group, group.weight, first, end, squares, move);
       for (int r = 0; STORES && r < ROWS; ++r) rows.save_block(group.first + r, first, end - first, momentum[r]);
     }
     for (int r = 0; r < ROWS; ++r)
@@ -153,17 +165,17 @@ class TensorStep : public StepTensor {
   }
 
   // The squares of D.
-  template <class Value, int ROWS>
-  Floats squares(const Group<Value, ROWS>& group, const Stored& rows, const Room& room) const {
-    if (at.momentum == SKETCH) return move_on<false>(group, rows, room, 1);
+  template <class Value, int ROWS, bool SIGNS>
+  Floats squares(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room) const {
+    if (at.momentum == SKETCH) return move_on<false>(group, rows, room);
     return at.momentum == WHOLE ? walk<true, false>(group, rows, 0) : walk<false, false>(group, rows, 0);
   }
 
   // M on to the next step, and W by D.
-  template <class Value, int ROWS>
-  void move(const Group<Value, ROWS>& group, const Stored& rows, const Room& room, float size) const {
+  template <class Value, int ROWS, bool SIGNS>
+  void move(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room, float size) const {
     if (at.momentum == SKETCH) {
-      move_on<true>(group, rows, room, size);
+      move_on<true>(group, rows, room);
       descend(group, room, size);
     } else if (at.momentum == WHOLE) {
       walk<true, true>(group, rows, size);
@@ -173,8 +185,8 @@ class TensorStep : public StepTensor {
   }
 
   // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
-  template <bool KEPT, bool MOVES, class Value, int ROWS>
-  Floats walk(const Group<Value, ROWS>& group, const Stored& rows, float size) const {
+  template <bool KEPT, bool MOVES, class Value, int ROWS, bool SIGNS>
+  Floats walk(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, float size) const {
     const int64_t n = at.columns, span = KEPT ? BLOCK : n;
     const float beta1 = static_cast<float>(at.beta1);
     const Floats kept = Floats{} + keep;
@@ -205,28 +217,35 @@ class TensorStep : public StepTensor {
     return square;
   }
 
-  // W ← keep W − size (a U + decode(exchange)); the exchange in the room has been multiplied by size.
-  template <class Value, int ROWS>
-  void descend(const Group<Value, ROWS>& group, const Room& room, float size) const {
+  // W ← keep W − size D, with D = a R (G · C + decode(what is in the room)); a row after the other, as rows that lie a
+  // multiple of 4096 bytes apart would wait for each other.
+  template <class Value, int ROWS, bool SIGNS>
+  void descend(const Group<Value, ROWS, SIGNS>& group, const Room& room, float size) const {
+    constexpr int64_t AHEAD = 6144 / sizeof(Value);
     const int64_t n = at.columns, k = at.width;
-    const Value* grad = group.grad;
     const Floats kept = Floats{} + keep;
-    Value* param = param_of<Value>(group.first);
-    float sizes[ROWS];
-    for (int r = 0; r < ROWS; ++r) sizes[r] = group.row_factors[r] * size * own;
-    for (int64_t column = 0; column < n; column += k) {
-      const int64_t count = std::min(k, n - column);
-      for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t j = column + i, some = count - i;
-        const Floats factors = group.factors(j, some), reading = load(group.reading + j, some);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const Floats change = load(grad + r * n + j, some) * factors * sizes[r] +
-                                reading * load(room.exchange + r * room.stride + i, LANES);
-          Value* to = param + r * n + j;
-          __builtin_prefetch(to + ROWS * n, 1, 2);
-          write(to, load(to, some) * kept - change, group.first + r, j, some);
-        }
+    for (int r = 0; r < ROWS; ++r) {
+      const Value* grad = group.grad + r * n;
+      const float* exchange = room.exchange + r * LANES;
+      const Floats sizes = Floats{} + group.row_factors[r] * size * own;
+      Value* param = param_of<Value>(group.first + r);
+      for (int64_t column = 0; column < n; column += k) {
+        const auto move = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+          const int64_t j = column + i;
+          const Floats g = load(grad + j, some), share = load(exchange + i * ROWS, LANES);
+          const Floats reading = load(group.reading + j, some);
+          Floats direction;
+          // Factors with signs give g one too many, and its share none: their sum is given one.
+          if constexpr (SIGNS)
+            direction = with_signs(g * reading + share, reading);
+          else
+            direction = g * group.factors(j, some) + reading * share;
+          __builtin_prefetch(param + j + AHEAD, 1, 2);
+          write(param + j, load(param + j, some) * kept - direction * sizes, group.first + r, j, some);
+        };
+        const int64_t count = std::min(k, n - column), whole = count / LANES * LANES;
+        for (int64_t i = 0; i < whole; i += LANES) move(i, LANES);
+        if (whole < count) move(whole, count - whole);
       }
     }
   }
@@ -266,7 +285,7 @@ class TensorStep : public StepTensor {
       const float* weight = learner + matrix * n;
       std::fill(columns, columns + n, 0.f);
       for (int64_t number = top; number < end; ++number) {
-        const Group<Value, 1> row = group_of<Value, 1>(matrix, number);
+        const Group<Value, 1, false> row = group_of<Value, 1, false>(matrix, number);
         const float factor = (1 - beta1) * row.row_factors[0];
         const Room mine = room(thread);
         for (int64_t first = 0; first < at.width; first += BLOCK)

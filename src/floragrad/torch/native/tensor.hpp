@@ -64,19 +64,22 @@ class StepTensor {
   const Threads threads;
   Scratch scratch;
   double *row_means, *chunk_sums;
-  float *col_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
+  float *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
   uint32_t *state_words, *value_words;
 
   int64_t row_words() const { return at.is_vector ? at.columns : at.batch * at.rows; }
   bool rounds_state() const { return at.momentum != NONE && at.state_dtype != FLOAT32; }
+  bool has_signed_factors() const { return at.factored && at.momentum == SKETCH && !at.learnt; }
   bool rounds_values() const { return at.value_dtype == BFLOAT16 && at.stochastic; }
 
   void lay_out() {
     const int64_t n = at.columns, k = at.width;
     const bool sketched = at.momentum == SKETCH, drawn = sketched && !at.learnt;
+    const bool reads_otherwise = has_signed_factors() && at.opens_epoch && !at.residual;
     row_means = scratch.take<double>(at.batch);
     chunk_sums = scratch.take<double>(chunks.count);
     col_factors = scratch.take<float>(at.factored ? at.batch * n : 0);
+    reading_factors = reads_otherwise ? scratch.take<float>(at.batch * n) : col_factors;
     partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
     signs = scratch.take<float>(drawn ? n : 0);
     old_signs = scratch.take<float>(drawn && carries ? n : 0);
@@ -134,6 +137,13 @@ class StepTensor {
       philox(at.epoch, MOMENTUM).signs(signs, n);
       if (at.opens_epoch) philox(at.epoch - 1, MOMENTUM).signs(old_signs, n);
     }
+    if (has_signed_factors()) {
+      for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
+        float *factors = col_factors + matrix * n, *reading = reading_factors + matrix * n;
+        for (int64_t j = 0; j < n && reading != factors; ++j) reading[j] = factors[j] * reading_of(matrix)[j];
+        for (int64_t j = 0; j < n; ++j) factors[j] *= signs[j];
+      }
+    }
     if (!carries) return;
     // Old and new projection deal the columns into the same buckets: one factor for each carries M over.
     for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
@@ -154,8 +164,9 @@ class StepTensor {
     return {at.data, at.scale, at.width, at.state_dtype, rounds_state() ? words_in(state_words) : Words{}};
   }
 
-  // Neighbouring rows that are worked on together, so that what belongs to columns is fetched once for all.
-  template <class Value, int ROWS>
+  // Neighbouring rows that are worked on together, so that what belongs to columns is fetched once for all. ``SIGNS``:
+  // what is drawn for the columns is in their factors, which are where weights would be.
+  template <class Value, int ROWS, bool SIGNS>
   struct Group {
     const Value* grad;
     const float *col_factors, *variance;  // one of them
@@ -172,17 +183,17 @@ class StepTensor {
     }
   };
 
-  template <class Value, int ROWS>
-  Group<Value, ROWS> group_of(int64_t matrix, int64_t first) const {
+  template <class Value, int ROWS, bool SIGNS>
+  Group<Value, ROWS, SIGNS> group_of(int64_t matrix, int64_t first) const {
     const int64_t n = at.columns;
-    Group<Value, ROWS> group{static_cast<const Value*>(at.grad) + first * n,
-                             at.factored ? col_factors + matrix * n : nullptr,
-                             at.factored ? nullptr : at.variance + first * n,
-                             weight_of(matrix),
-                             reading_of(matrix),
-                             {1},
-                             matrix,
-                             first};
+    Group<Value, ROWS, SIGNS> group{static_cast<const Value*>(at.grad) + first * n,
+                                    at.factored ? col_factors + matrix * n : nullptr,
+                                    at.factored ? nullptr : at.variance + first * n,
+                                    SIGNS ? col_factors + matrix * n : weight_of(matrix),
+                                    SIGNS ? reading_factors + matrix * n : reading_of(matrix),
+                                    {1},
+                                    matrix,
+                                    first};
     for (int r = 0; at.factored && r < ROWS; ++r)
       group.row_factors[r] = 1 / std::sqrt(at.row_var[first + r] / static_cast<float>(row_means[matrix]));
     return group;
@@ -191,21 +202,29 @@ class StepTensor {
   // Calls work(group) for the groups of some rows of a matrix.
   template <class Value, class Work>
   void for_each_group(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
-    int64_t row = top;
-    for (; together == TOGETHER && row + TOGETHER <= end; row += TOGETHER) work(group_of<Value, TOGETHER>(matrix, row));
-    for (; row < end; ++row) work(group_of<Value, 1>(matrix, row));
+    if (has_signed_factors())
+      groups_of<Value, true>(matrix, top, end, work);
+    else
+      groups_of<Value, false>(matrix, top, end, work);
   }
 
-  // Room of one thread for the buckets of a group's rows, each in whole lanes.
+  template <class Value, bool SIGNS, class Work>
+  void groups_of(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
+    int64_t row = top;
+    for (; together == TOGETHER && row + TOGETHER <= end; row += TOGETHER)
+      work(group_of<Value, TOGETHER, SIGNS>(matrix, row));
+    for (; row < end; ++row) work(group_of<Value, 1, SIGNS>(matrix, row));
+  }
+
+  // Room of one thread for the buckets of a group's rows, in whole lanes.
   struct Room {
     float *sketch, *exchange;
-    int64_t stride;
   };
 
   Room room(int64_t thread) const {
-    const int64_t stride = whole_lanes(at.width);
-    float* first = rooms + thread * 2 * together * stride;
-    return {first, first + together * stride, stride};
+    const int64_t numbers = together * whole_lanes(at.width);
+    float* first = rooms + thread * 2 * numbers;
+    return {first, first + numbers};
   }
 };
 
