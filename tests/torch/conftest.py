@@ -51,5 +51,5 @@ def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_graphs() -> None:
     """What is compiled from here on is compiled anew."""
-    passes._compiled.cache_clear()
+    passes.compiled.cache_clear()
     torch._dynamo.reset()

@@ -33,12 +33,27 @@ class Ingredients(NamedTuple):
         return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
 
 
-def encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
-    """Write what one block is encoded to into ``sketch``; ‖U‖²."""
+def encoded(grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> tuple[Tensor, Tensor]:
+    """encode(U) of one block, and ‖U‖²."""
     update = pure.within_rows(grad, scales.rest, room)
     square = pure.square_norm(update, scales.rows)
-    encoded = projection.encode(update, room)
-    sketch.copy_(encoded if scales.rows is None else encoded.mul_(scales.rows))
+    sketch = projection.encode(update, room)
+    return sketch if scales.rows is None else sketch.mul_(scales.rows), square
+
+
+def exchanged(
+    sketch: Tensor, rows: Tensor | None, kept: tuple[Tensor, ...], by: pure.Estimator, dtype: StateDtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X / R of one block, of encode(U) and M; the next M; what X adds to ‖D‖², where that is known."""
+    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
+    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
+    return exchange if rows is None else exchange.div_(rows), following, square
+
+
+def encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
+    """Write what one block is encoded to into ``sketch``; ‖U‖²."""
+    values, square = encoded(grad, scales, projection, room)
+    sketch.copy_(values)
     return square
 
 
@@ -52,11 +67,10 @@ def exchange(
     dtype: StateDtype,
 ) -> Tensor:
     """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
-    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
+    values, following, square = exchanged(sketch, rows, kept, by, dtype)
     if moves:
-        _store(kept, save(following, dtype, bits))
-    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
-    sketch.copy_(exchange if rows is None else exchange.div_(rows))
+        store(kept, save(following, dtype, bits))
+    sketch.copy_(values)
     return square
 
 
@@ -76,10 +90,11 @@ def move(
     """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
     direction, _ = of.direction()
     if of.kept:
-        _store(of.kept, save(direction, of.dtype, state_bits))
+        store(of.kept, save(direction, of.dtype, state_bits))
     pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
 
 
-def _store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+def store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    """Write what a block's numbers are stored as."""
     for buffer, value in zip(kept, values, strict=True):
         buffer.copy_(value)

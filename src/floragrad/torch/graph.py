@@ -1,6 +1,9 @@
 """One tensor's step as one graph under ``torch.compile``, where all of the tensor is here."""
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +13,14 @@ from floragrad.policy import StateDtype
 from floragrad.torch import blocks
 from floragrad.torch import update as pure
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
-from floragrad.torch.passes import maybe_compiled, seen_in
+from floragrad.torch.passes import compiled, seen_in
 from floragrad.torch.projection import BucketProjection, normalise_buckets, random_signs
 from floragrad.torch.quantize import RoundingBits
+from floragrad.torch.storage import save
 from floragrad.torch.tensor_step import State, TensorStep
 
-ROWS_TOGETHER = 16
-"""Rows whose squares are summed in one go on a CPU: so many are still in its cache when their columns are."""
+PARTS = 8
+"""Parts of a matrix that are read at once on a CPU for the squares of their rows: it foresees so many lines."""
 
 
 def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
@@ -37,8 +41,8 @@ def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> 
         stored.rounding,
         at.parameter_rounding(param.dtype),
     )
-    beta2, decay, lr = at.beta2, group["weight_decay"], at.step_lr
-    numbers = _Numbers(*map(_scalar, (beta2, 1 - beta2, *group["eps"], group["clip_threshold"], decay, lr)))
+    decay = group["weight_decay"]
+    numbers = _numbers(at.beta2, *group["eps"], group["clip_threshold"], decay)
     how = _How(
         stored.dtype,
         stored.width,
@@ -49,9 +53,12 @@ def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> 
         group["scale_parameter"],
         previous is not None,
     )
-    run = maybe_compiled(_step, at, at.plan, how)
+    grads, lr = grad.reshape(at.view), _scalar(at.step_lr)
     with seen_in(at.view, param) as params:
-        run(params, grad.reshape(at.view), kept, drawn, numbers, how)
+        layout = _layout((params, grads, kept, drawn, lr))
+        # A CPU's graph is of a number of threads.
+        run = compiled(_step, False, at.plan, how, layout, torch.get_num_threads())
+        run(params, grads, kept, drawn, numbers, lr, how)
 
 
 def _weights(state: State, at: TensorStep) -> tuple[Tensor | None, Tensor | None]:
@@ -97,7 +104,6 @@ class _Numbers(NamedTuple):
     eps2: Tensor
     clip_threshold: Tensor
     weight_decay: Tensor
-    lr: Tensor
 
 
 class _How(NamedTuple):
@@ -116,15 +122,30 @@ class _How(NamedTuple):
         """P of weights that are learnt, or drawn."""
         if self.is_learnt:
             return BucketProjection.normalised(weight, self.width)
-        return BucketProjection.signs(len(weight), self.width, weight)
+        drawn = BucketProjection.signs(len(weight), self.width, weight)
+        return replace(drawn, gram=_in_memory(drawn.gram))
+
+
+def _layout(values: tuple[Any, ...]) -> tuple[Hashable, ...]:
+    """What a graph may depend on of tensors and of those that are not there."""
+    return tuple(
+        _layout(each) if isinstance(each, tuple) else each if each is None else (each.dtype, each.device, each.stride())
+        for each in values
+    )
+
+
+@lru_cache(maxsize=16)
+def _numbers(beta2: float, eps1: float, eps2: float, clip_threshold: float, weight_decay: float) -> _Numbers:
+    """One for all tensors of a group in a step."""
+    return _Numbers(*map(_scalar, (beta2, 1 - beta2, eps1, eps2, clip_threshold, weight_decay)))
 
 
 def _scalar(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Numbers, how: _How) -> None:
-    alpha = numbers.lr
+def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Numbers, lr: Tensor, how: _How) -> None:
+    alpha = lr
     if how.scales_parameter:
         alpha = alpha * pure.relative(pure.square_norm(param), param.numel(), numbers.eps2)
     scales = _second_moment(grad, kept, numbers)
@@ -137,11 +158,10 @@ def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Num
         by = pure.Estimator(how.projection(kept.weight), previous, how.beta1, how.residual)
     exchange, square = None, None
     if by is not None:
-        sketch = grad.new_empty((*grad.shape[:2], how.width), dtype=torch.float32)
-        own_square = blocks.encode(sketch, grad, scales, by.projection, None)
-        sketch = _in_memory(sketch)
-        rest = blocks.exchange(sketch, scales.rows, kept.momentum, drawn.state_bits, by, True, how.dtype)
-        exchange = pure.Exchange(_in_memory(sketch), by.reading, by.own)
+        sketch, own_square = blocks.encoded(grad, scales, by.projection, None)
+        value, following, rest = blocks.exchanged(_in_memory(sketch), scales.rows, kept.momentum, by, how.dtype)
+        blocks.store(kept.momentum, save(following, how.dtype, drawn.state_bits))
+        exchange = pure.Exchange(_in_memory(value), by.reading, by.own)
         square = own_square * by.own**2 + rest if by.knows_square else None
     of = blocks.Ingredients(grad, scales, exchange, kept.momentum if by is None else (), how.beta1, how.dtype, None)
     if square is None:
@@ -173,11 +193,11 @@ def _second_moment(grad: Tensor, kept: _Kept, numbers: _Numbers) -> pure.Scales:
 
 def _column_sums(squares: Tensor) -> Tensor:
     """Of (batch, rows, n), in two steps on a CPU, where one would go down every few columns through all rows."""
-    whole = squares.shape[-2] // ROWS_TOGETHER * ROWS_TOGETHER
+    whole = squares.shape[-2] // PARTS * PARTS
     if squares.device.type != "cpu" or not whole:
         return squares.sum(-2, keepdim=True)
-    few = squares[..., :whole, :].reshape(len(squares), -1, ROWS_TOGETHER, squares.shape[-1])
-    sums = few.sum(-2).sum(-2, keepdim=True)
+    parts = squares[..., :whole, :].reshape(len(squares), PARTS, -1, squares.shape[-1])
+    sums = parts.sum(-3).sum(-2, keepdim=True)
     return sums if whole == squares.shape[-2] else sums + squares[..., whole:, :].sum(-2, keepdim=True)
 
 

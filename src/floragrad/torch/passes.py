@@ -177,15 +177,23 @@ def maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable
     """The function, under ``torch.compile`` where the group asks for it and the tensor is worth a graph's launch."""
     if not at.is_compiled:
         return function
-    return _compiled(function, at.view, at.device, *also)
+    return compiled(function, True, at.view, at.device, *also)
 
 
 @cache
-def _compiled(function: Callable[..., Any], *_specialised: Hashable) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], guarded: bool, *_specialised: Hashable) -> Callable[..., Any]:
     """The function under ``torch.compile``, once for each view, device and what else it is specialised to.
 
     Dynamo compiles one code object at most 8 times, and this many tensors' shapes, ratios and decays would
     be more: each combination gets a code object of its own. A new step or learning rate compiles nothing.
+
+    Args:
+        function: What is compiled.
+        guarded: Whether dynamo looks at every call whether the graph is of such arguments, which takes a third of a
+            launch. What is compiled without has to be specialised to all that a graph may depend on.
     """
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(copy, fullgraph=True, dynamic=False)
+    # Before torch 2.8 there is no way to leave guards out.
+    skip = None if guarded else getattr(torch.compiler, "skip_all_guards_unsafe", None)
+    options = None if skip is None else {"guard_filter_fn": skip}
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
