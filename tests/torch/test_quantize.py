@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from floragrad._streams import Stream
 from floragrad.policy import StateDtype, storage
-from floragrad.torch.projection import philox
+from floragrad.torch.philox import Philox
 from floragrad.torch.quantize import (
     LARGEST,
     RoundingBits,
@@ -37,7 +37,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def bits_for(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    source = philox(seed, 0, 0, Stream.STATE_ROUNDING)
+    source = Philox(seed, 0, 0, Stream.STATE_ROUNDING)
     bits = draw_rounding_bits(source, (*values.shape[:-1], 1), values.shape[-1])
     return bits.numbers().view(values.shape)
 
@@ -210,7 +210,7 @@ def test_random_bits_repeat_from_their_source() -> None:
 @given(top=st.integers(0, 10), height=st.integers(1, 10), left=st.integers(0, 30), width=st.integers(1, 30))
 def test_a_part_has_the_random_bits_that_it_has_in_the_whole(top: int, height: int, left: int, width: int) -> None:
     """So it does not matter how a tensor is cut into blocks, or sharded."""
-    whole = draw_rounding_bits(philox(3, 1, 4, Stream.STATE_ROUNDING), (2, 20, 1), 60)
+    whole = draw_rounding_bits(Philox(3, 1, 4, Stream.STATE_ROUNDING), (2, 20, 1), 60)
     rows, columns = slice(top, top + height), slice(left, left + width)
     part = RoundingBits(whole.rows[:, rows], whole.columns[columns])
     assert torch.equal(part.numbers(), whole.numbers()[:, rows, columns])
@@ -224,7 +224,7 @@ def test_random_bits_are_fair_and_pairwise_independent() -> None:
     one follows from the words of the other three. Without the bijection that sum is 0, and this test fails.
     """
     draws = 2**15
-    words = torch.from_numpy(philox(0, 0, 0, Stream.STATE_ROUNDING).random_raw(draws * 5).astype("int64"))
+    words = torch.from_numpy(Philox(0, 0, 0, Stream.STATE_ROUNDING).words(draws * 5).astype("int64"))
     words = words.to(torch.int32).view(draws, 5)
     bits = (RoundingBits(words[:, :2, None], words[:, None, 2:]).numbers() & 0xFFFF).long()
     assert bits.shape == (draws, 2, 3)

@@ -8,7 +8,8 @@ from torch import Tensor
 from floragrad._streams import ADAPTIVE_NOISE, Stream
 from floragrad.policy import StateDtype
 from floragrad.torch import update as pure
-from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets, philox, power_iteration
+from floragrad.torch.philox import Philox
+from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets, power_iteration
 from floragrad.torch.storage import load
 from floragrad.torch.tensor_step import TensorStep
 
@@ -48,6 +49,6 @@ def grown(
 
 def adaptive_noise(n: int, k: int, seed: int, index: int, epoch: int) -> Tensor:
     """Seeded noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,) on the CPU."""
-    words = philox(seed, index, epoch, Stream.ADAPTIVE_NOISE).random_raw(n)
+    words = Philox(seed, index, epoch, Stream.ADAPTIVE_NOISE).words(n)
     uniform = torch.from_numpy((words >> 11).astype("float64") * 2.0**-53).mul_(2).sub_(1)
     return uniform.mul_(ADAPTIVE_NOISE * (3 * k / n) ** 0.5).float()

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from floragrad.policy import MatrixView, leading_shape
+from floragrad.torch.philox import Philox
 from floragrad.torch.quantize import RoundingBits, draw_rounding_bits
 
 Axis = Literal["batch", "rows", "columns"]
@@ -60,7 +60,7 @@ class Part:
         view = view or MatrixView(1, prod(shape), 1)
         return cls(view, leading, tuple(slice(0, size) for size in leading), slice(0, view.columns))
 
-    def rounding(self, source: np.random.Philox, width: int, columns: slice, device: torch.device) -> RoundingBits:
+    def rounding(self, source: Philox, width: int, columns: slice, device: torch.device) -> RoundingBits:
         """What to round the rows that are here with: the same whatever is elsewhere.
 
         Args:

@@ -16,6 +16,7 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import MatrixView
 from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.philox import Philox
 
 
 class Projection(Protocol):
@@ -52,29 +53,14 @@ class Projection(Protocol):
 _SIGNS = np.array([-1, 1], dtype=np.float32)
 
 
-def philox(seed: int, index: int, counter: int, stream: Stream) -> np.random.Philox:
-    """The counter-based generator of one tensor's stream at one epoch or step.
-
-    The numbers depend on the four arguments alone: not on the device, the order of calls, or how many
-    devices share the tensor.
-
-    Args:
-        seed: The optimizer's seed, 0 to 2**63 - 1.
-        index: The tensor's position in the optimizer.
-        counter: The epoch for projections, the step for rounding.
-        stream: Which of the tensor's streams.
-    """
-    return np.random.Philox(key=[seed, index], counter=[0, counter, int(stream), 0])
-
-
 def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> Tensor:
     """N independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
-    return signs_from(philox(seed, index, epoch, stream), n)
+    return signs_from(Philox(seed, index, epoch, stream), n)
 
 
-def signs_from(source: np.random.Philox, n: int) -> Tensor:
-    """N signs from a generator of :func:`philox`."""
-    words = source.random_raw(ceil(n / 64))
+def signs_from(source: Philox, n: int) -> Tensor:
+    """N signs."""
+    words = source.words(ceil(n / 64))
     bits = np.unpackbits(words.astype("<u8", copy=False).view(np.uint8), count=n)
     return torch.from_numpy(_SIGNS[bits])
 
@@ -273,7 +259,7 @@ def draw_projection(
     kind: ProjectionKind,
     view: MatrixView,
     width: int,
-    source: np.random.Philox,
+    source: Philox,
     device: torch.device,
     part: slice | None = None,
 ) -> Projection:
@@ -283,13 +269,13 @@ def draw_projection(
         kind: ``"sign"`` or ``"gaussian"``.
         view: The tensor as (batch, rows, columns).
         width: k.
-        source: From :func:`philox`, for one tensor at one epoch; of ``"gaussian"`` it is only the seed.
+        source: Of one tensor at one epoch; of ``"gaussian"`` it is only the seed.
         device: Where the projection is used.
         part: The columns that are here, where the matrix is split along them.
     """
     if kind == "gaussian":
         piece = max(1, view.batch * view.rows // 8)
-        return GaussianProjection(view.columns, width, int(source.random_raw()) >> 1, device, piece, part)
+        return GaussianProjection(view.columns, width, int(source.words(1)[0]) >> 1, device, piece, part)
     return BucketProjection.signs(view.columns, width, signs_from(source, view.columns).to(device), part)
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from math import ceil, prod
 from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from floragrad.policy import QUANTIZATION_BLOCK, StateDtype
+from floragrad.torch.philox import Philox
 
 LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
@@ -57,10 +57,10 @@ class RoundingBits(NamedTuple):
         return words.mul_(_MULTIPLIER).bitwise_right_shift_(16)
 
 
-def draw_rounding_bits(source: np.random.Philox, leading: tuple[int, ...], columns: int) -> RoundingBits:
+def draw_rounding_bits(source: Philox, leading: tuple[int, ...], columns: int) -> RoundingBits:
     """The words of a whole tensor, on the CPU: rows in the shape of ``leading``, and columns."""
     count = prod(leading) + columns
-    words = torch.from_numpy(source.random_raw(ceil(count / 2)).astype("<u8").view("<i4")[:count])
+    words = torch.from_numpy(source.words(ceil(count / 2)).astype("<u8").view("<i4")[:count])
     return RoundingBits(words[: count - columns].view(leading), words[count - columns :])
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch.part import Part
+from floragrad.torch.philox import Philox
 from floragrad.torch.projection import (
     Projection,
     draw_projection,
-    philox,
 )
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, StoredRows, row_blocks
@@ -149,7 +149,7 @@ class TensorStep:
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:
         """What to round the rows that are here with; nothing of it needs saving."""
-        source = philox(self.group["seed"], self.index, self.step, stream)
+        source = Philox(self.group["seed"], self.index, self.step, stream)
         return self.part.rounding(source, width, columns, self.device)
 
     def stored(self, state: State) -> StoredRows:
@@ -179,7 +179,7 @@ class TensorStep:
 
     def projection(self, epoch: int) -> Projection:
         """The drawn projection of an epoch (signs or Gaussian)."""
-        source = philox(self.group["seed"], self.index, epoch, Stream.MOMENTUM)
+        source = Philox(self.group["seed"], self.index, epoch, Stream.MOMENTUM)
         assert self.plan.view is not None
         here = self.part.columns if self.splits_sketch else None
         return draw_projection(self.plan.projection, self.plan.view, self.plan.width, source, self.device, here)

@@ -11,7 +11,8 @@ from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch.native.fold import can_fold, fold_native
 from floragrad.torch.part import Part
-from floragrad.torch.projection import Projection, draw_projection, philox
+from floragrad.torch.philox import Philox
+from floragrad.torch.projection import Projection, draw_projection
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save
 from floragrad.torch.tensor_step import block_elements
@@ -292,7 +293,7 @@ class GradientSketch:
         """What to round with: for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
-        source = philox(self._seed, self._index, self._counter(window, folds), stream)
+        source = Philox(self._seed, self._index, self._counter(window, folds), stream)
         return self._part.rounding(source, self.plan.width, slice(None), device)
 
     def _counter(self, window: int, folds: int) -> int:
@@ -302,7 +303,7 @@ class GradientSketch:
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:
             return None
-        source = philox(self._seed, self._index, window, Stream.ACCUMULATOR)
+        source = Philox(self._seed, self._index, window, Stream.ACCUMULATOR)
         device = self._buffers["data"].device
         return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
 
