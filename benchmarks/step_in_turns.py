@@ -17,6 +17,7 @@ from statistics import quantiles
 import torch
 
 from benchmarks.step.shapes import LAYERS, specs
+from benchmarks.step.worker import ACTIVATION
 from floragrad import Flora
 
 WARM, ROUNDS = 3, 25
@@ -56,11 +57,18 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     chosen = optimizers(compiled=given.compile)
     made = {name: make(parameters(getattr(torch, given.dtype))) for name, make in chosen.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+    print_in_turns({name: optimizer.step for name, optimizer in made.items()})
+
+
+def print_in_turns(steps: dict[str, Callable[[], object]]) -> None:
+    """Time them in turns, and print each one's ratios to the first."""
+    # What comes and goes once, as activations do, keeps glibc from returning every buffer to the system.
+    torch.ones(ACTIVATION, dtype=torch.uint8)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(WARM + ROUNDS):
-        for name, optimizer in made.items():
+        for name, step in steps.items():
             start = time.perf_counter()
-            optimizer.step()
+            step()
             seconds[name].append(time.perf_counter() - start)
             time.sleep(0.02)
     base, *_ = seconds.values()

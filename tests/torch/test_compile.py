@@ -130,6 +130,43 @@ def test_steps_epochs_and_learning_rates_do_not_recompile(case: Case, graphs: in
     assert counter.frame_count == graphs
 
 
+def test_other_strides_and_threads_have_graphs_of_their_own(counter: CompileCounter) -> None:
+    """Graphs are launched without guards: what they depend on is what they are kept by."""
+    case, graphs = SIGN, []
+    param = case.parameter()
+    optimizer = Flora([param], **case.all_options(compile=True))
+    threads = torch.get_num_threads()
+    (grad,) = case.gradients(1)
+    try:
+        for given, number in ((grad, threads), (transposed(grad), threads), (grad, threads + 1), (grad, threads)):
+            torch.set_num_threads(number)
+            param.grad = given
+            optimizer.step()
+            graphs.append(counter.frame_count)
+    finally:
+        torch.set_num_threads(threads)
+    assert graphs == [1, 2, 3, 3]
+
+
+def test_gradients_of_other_strides_equal_eager() -> None:
+    """In turns with contiguous ones: the compiler's code of one would refuse the other, or misread it."""
+    results = []
+    for compiled in (False, True):
+        param = SIGN.parameter()
+        optimizer = Flora([param], **SIGN.all_options(compile=compiled))
+        for count, grad in enumerate(SIGN.gradients(4)):
+            param.grad = transposed(grad) if count % 2 else grad.clone()
+            optimizer.step()
+        results.append(param.detach())
+    eager, compiled_one = results
+    assert (eager - compiled_one).abs().max() <= TOLERANCE * eager.abs().max()
+
+
+def transposed(grad: torch.Tensor) -> torch.Tensor:
+    """The same numbers, a column after the other."""
+    return grad.t().contiguous().t()
+
+
 def test_a_second_optimizer_compiles_nothing_new(counter: CompileCounter) -> None:
     train(SIGN, compile=True)
     before = counter.frame_count

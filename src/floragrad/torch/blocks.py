@@ -7,7 +7,7 @@ from torch import Tensor
 
 from floragrad.policy import StateDtype
 from floragrad.torch import update as pure
-from floragrad.torch.projection import Projection
+from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import load, save
 
@@ -34,26 +34,23 @@ class Ingredients(NamedTuple):
 
 
 def encoded(grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """encode(U) of one block, and ‖U‖²."""
+    """encode(U) of one block, but for the rows' factors, and ‖U‖²."""
+    if scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs:
+        # Signs go with the columns' factors, as ‖U‖² does not see them.
+        signed = pure.within_rows(grad, scales.rest * projection.columns, room)
+        return projection.add_up(signed), pure.square_norm(signed, scales.rows)
     update = pure.within_rows(grad, scales.rest, room)
     square = pure.square_norm(update, scales.rows)
-    sketch = projection.encode(update, room)
-    return sketch if scales.rows is None else sketch.mul_(scales.rows), square
-
-
-def exchanged(
-    sketch: Tensor, rows: Tensor | None, kept: tuple[Tensor, ...], by: pure.Estimator, dtype: StateDtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """X / R of one block, of encode(U) and M; the next M; what X adds to ‖D‖², where that is known."""
-    exchange, following = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
-    square = by.exchanged_square(sketch, exchange) if by.knows_square else torch.zeros_like(sketch[0, 0, 0])
-    return exchange if rows is None else exchange.div_(rows), following, square
+    return projection.encode(update, room), square
 
 
 def encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
     """Write what one block is encoded to into ``sketch``; ‖U‖²."""
     values, square = encoded(grad, scales, projection, room)
-    sketch.copy_(values)
+    if scales.rows is None:
+        sketch.copy_(values)
+    else:
+        torch.mul(values, scales.rows, out=sketch)
     return square
 
 
@@ -67,10 +64,13 @@ def exchange(
     dtype: StateDtype,
 ) -> Tensor:
     """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
-    values, following, square = exchanged(sketch, rows, kept, by, dtype)
+    values, following, square = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
     if moves:
         store(kept, save(following, dtype, bits))
-    sketch.copy_(values)
+    if rows is None:
+        sketch.copy_(values)
+    else:
+        torch.div(values, rows, out=sketch)
     return square
 
 

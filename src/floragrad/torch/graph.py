@@ -16,7 +16,7 @@ from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
 from floragrad.torch.passes import compiled, seen_in
 from floragrad.torch.projection import BucketProjection, normalise_buckets, random_signs
 from floragrad.torch.quantize import RoundingBits
-from floragrad.torch.storage import save
+from floragrad.torch.storage import load, save
 from floragrad.torch.tensor_step import State, TensorStep
 
 PARTS = 8
@@ -159,8 +159,10 @@ def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Num
     exchange, square = None, None
     if by is not None:
         sketch, own_square = blocks.encoded(grad, scales, by.projection, None)
-        value, following, rest = blocks.exchanged(_in_memory(sketch), scales.rows, kept.momentum, by, how.dtype)
+        sketch = _in_memory(sketch if scales.rows is None else sketch * scales.rows)
+        value, following, rest = by.exchange(sketch, load(kept.momentum, how.dtype, how.width))
         blocks.store(kept.momentum, save(following, how.dtype, drawn.state_bits))
+        value = value if scales.rows is None else value / scales.rows
         exchange = pure.Exchange(_in_memory(value), by.reading, by.own)
         square = own_square * by.own**2 + rest if by.knows_square else None
     of = blocks.Ingredients(grad, scales, exchange, kept.momentum if by is None else (), how.beta1, how.dtype, None)

@@ -111,16 +111,18 @@ class BucketProjection:
         gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
         part: The columns that :meth:`encode`, :meth:`decode` and :meth:`add_decoded_` are given, where a
             matrix is split along them: then ``encode`` gives this part's share of a sum. None: all.
+        has_signs: Whether weights are signs, which leave squares as they are.
     """
 
     weight: Tensor
     gram: Tensor
     part: slice | None = None
+    has_signs: bool = False
 
     @classmethod
     def signs(cls, n: int, k: int, signs: Tensor, part: slice | None = None) -> "BucketProjection":
         """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
-        return cls(signs, bucket_sizes(n, k).to(signs.device), part)
+        return cls(signs, bucket_sizes(n, k).to(signs.device), part, has_signs=True)
 
     @classmethod
     def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
@@ -141,12 +143,21 @@ class BucketProjection:
             yield _Run(column - first, slices, slice(bucket, bucket + width), sliced)
             column += slices * width
 
+    @property
+    def columns(self) -> Tensor:
+        """The weights of the columns that are here."""
+        return self.weight[..., self.part or slice(None)]
+
     def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
         """X Pᵀ."""
+        return self.add_up(torch.mul(rows, self.columns, out=room))
+
+    def add_up(self, rows: Tensor) -> Tensor:
+        """X Pᵀ of rows whose columns have been multiplied by their weights."""
         sketch: Tensor | None = None
         k = self.gram.shape[-1]
         for run in self._runs():
-            share = torch.mul(run.of(rows), run.weight, out=None if room is None else run.of(room)).sum(-2)
+            share = run.of(rows).sum(-2)
             if sketch is None and run.buckets == slice(0, k):
                 sketch = share
                 continue

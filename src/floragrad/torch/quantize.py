@@ -106,10 +106,10 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
     scale = torch.cat(norms, dim=-1).div_(largest)
     # A block of zeros has scale 0: divide it by 1 instead.
     divisors = torch.where(scale == 0, 1.0, scale)
-    grids = [(block / divisor).flatten(-2) for block, divisor in _per_block(values, divisors)]
-    grid = grids[0] if len(grids) == 1 else torch.cat(grids, dim=-1)
-    uniform = grid.add_(bits, alpha=2.0**-16).add_(32768.5 * 2.0**-16)
-    integers = uniform.floor_().clamp_(-largest, largest).to(torch.int8)
+    grid = bits.float().add_(32768.5).mul_(2.0**-16)
+    for block, (onto, divisor) in zip(_blocks(values), _per_block(grid, divisors), strict=True):
+        onto.addcdiv_(block, divisor)
+    integers = grid.floor_().clamp_(-largest, largest).to(torch.int8)
     return (integers if state_dtype == "int8" else _pack(integers)), scale
 
 

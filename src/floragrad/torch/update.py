@@ -92,26 +92,31 @@ class Estimator(NamedTuple):
         """What X is decoded with."""
         return self.projection if self.residual or self.previous is None else self.previous
 
-    def exchange(self, sketch: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-        """X and the next M, of encode(U) and M; each (..., rows, k)."""
+    def exchange(self, sketch: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """X and the next M, of encode(U) and M, each (..., rows, k); ‖D‖² − a²‖U‖², or 0 where it is not known.
+
+        It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` Σ X (encode(U) + M).
+        """
         carried = momentum
         if self.previous is not None:
             carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
-        following = sketch.lerp(carried, self.beta1)
+        change = carried - sketch
+        following = torch.add(sketch, change, alpha=self.beta1)
         if not self.residual:
-            return momentum * self.beta1, following
+            exchange = momentum * self.beta1
+            if not self.knows_square:
+                return exchange, following, torch.zeros_like(sketch[0, 0, 0])
+            assert isinstance(self.projection, BucketProjection)
+            weighed = (exchange * self.projection.gram).add_(sketch, alpha=2 * self.own)
+            return exchange, following, weighed.mul_(exchange).sum()
         assert isinstance(self.projection, BucketProjection)
-        return (following - sketch).div_(self.projection.gram), following
+        exchange = change.mul_(self.beta1 / self.projection.gram)
+        return exchange, following, (sketch + following).mul_(exchange).sum()
 
     @property
     def knows_square(self) -> bool:
         """Whether ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ diagonal."""
         return self.reading is self.projection and isinstance(self.projection, BucketProjection)
-
-    def exchanged_square(self, sketch: Tensor, exchange: Tensor) -> Tensor:
-        """‖D‖² − a²‖U‖² = Σ X (2a encode(U) + X diag(P Pᵀ)), where :attr:`knows_square`."""
-        assert isinstance(self.projection, BucketProjection)
-        return (exchange * self.projection.gram).add_(sketch, alpha=2 * self.own).mul_(exchange).sum()
 
 
 class Exchange(NamedTuple):
