@@ -6,6 +6,7 @@ from itertools import product
 from typing import Final, Literal
 
 from benchmarks.step.batches import Subject
+from benchmarks.step.goals import COMPARED
 from benchmarks.step.machine import threads_in_words
 from benchmarks.step.measure import Settings
 from benchmarks.step.optimizers import (
@@ -100,6 +101,8 @@ class Wanted:
             if goals != ((shapes, dtype, threads) == (LAYERS, "float32", max(self.threads))):
                 continue
             names = [name for name, entry in ENTRIES.items() if goals or not entry.is_variant]
+            # Batches are filled in order: those that goals compare are in the first, in the same rounds.
+            names.sort(key=lambda name: name not in COMPARED)
             rounds = self.rounds if shapes == LAYERS else self.model_rounds
             settings = Settings(threads, dtype, rounds, None if goals else self.limit)
             found.append(Run("tables", shapes, self._chosen(Subject(name, shapes) for name in names), settings))

@@ -2,6 +2,8 @@
 
 import pytest
 
+from benchmarks.step.batches import batches, needed_bytes
+from benchmarks.step.goals import COMPARED
 from benchmarks.step.optimizers import ENTRIES, FUSED, INT8
 from benchmarks.step.plan import PARTS
 from benchmarks.step.shapes import LAYERS, MODELS, WIDTHS, layers_of_width, parameters, specs
@@ -17,6 +19,14 @@ def test_the_goals_come_first() -> None:
     assert all(run.settings.limit == 60 for run in tables)
     assert len(tables) == 2 * 2 * 2 - 1
     assert {run.part for run in others} == set(PARTS)
+
+
+def test_what_the_goals_compare_is_of_the_same_rounds() -> None:
+    """In a machine with as much memory as two cores usually have."""
+    first = next(iter(wanted().runs()))
+    needed = {subject: needed_bytes(subject, "float32") for subject in (first.reference, *first.subjects)}
+    (batch, *_), _ = batches(needed, first.reference, 16_000_000_000)
+    assert set(COMPARED) <= {subject.entry for subject in batch}
 
 
 def test_nothing_is_measured_twice() -> None:
