@@ -95,7 +95,7 @@ class Estimator(NamedTuple):
     def exchange(self, sketch: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X and the next M, of encode(U) and M, each (..., rows, k); ‖D‖² − a²‖U‖², or 0 where it is not known.
 
-        It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` Σ X (encode(U) + M).
+        It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` that is Σ X (encode(U) + the next M).
         """
         carried = momentum
         if self.previous is not None:
