@@ -167,14 +167,14 @@ class TensorStep : public StepTensor {
   // The squares of D.
   template <class Value, int ROWS, bool SIGNS>
   Floats squares(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room) const {
-    if (at.momentum == SKETCH) return move_on<false>(group, rows, room);
+    if (SIGNS || at.momentum == SKETCH) return move_on<false>(group, rows, room);
     return at.momentum == WHOLE ? walk<true, false>(group, rows, 0) : walk<false, false>(group, rows, 0);
   }
 
   // M on to the next step, and W by D.
   template <class Value, int ROWS, bool SIGNS>
   void move(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room, float size) const {
-    if (at.momentum == SKETCH) {
+    if (SIGNS || at.momentum == SKETCH) {
       move_on<true>(group, rows, room);
       descend(group, room, size);
     } else if (at.momentum == WHOLE) {
