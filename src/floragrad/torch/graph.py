@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +40,8 @@ def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> 
         stored.rounding,
         at.parameter_rounding(param.dtype),
     )
-    decay = group["weight_decay"]
-    numbers = _numbers(at.beta2, *group["eps"], group["clip_threshold"], decay)
+    beta2, decay = at.beta2, group["weight_decay"]
+    together = _numbers((beta2, 1 - beta2, *group["eps"], group["clip_threshold"], decay))
     how = _How(
         stored.dtype,
         stored.width,
@@ -53,12 +52,12 @@ def step_compiled(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> 
         group["scale_parameter"],
         previous is not None,
     )
-    grads, lr = grad.reshape(at.view), _scalar(at.step_lr)
+    grads, lr = grad.reshape(at.view), _numbers(at.step_lr)
     with seen_in(at.view, param) as params:
         layout = _layout((params, grads, kept, drawn, lr))
         # A CPU's graph is of a number of threads.
         run = compiled(_step, False, at.plan, how, layout, torch.get_num_threads())
-        run(params, grads, kept, drawn, numbers, lr, how)
+        run(params, grads, kept, drawn, _Numbers(*together.unbind()), lr, how)
 
 
 def _weights(state: State, at: TensorStep) -> tuple[Tensor | None, Tensor | None]:
@@ -134,14 +133,8 @@ def _layout(values: tuple[Any, ...]) -> tuple[Hashable, ...]:
     )
 
 
-@lru_cache(maxsize=16)
-def _numbers(beta2: float, eps1: float, eps2: float, clip_threshold: float, weight_decay: float) -> _Numbers:
-    """One for all tensors of a group in a step."""
-    return _Numbers(*map(_scalar, (beta2, 1 - beta2, eps1, eps2, clip_threshold, weight_decay)))
-
-
-def _scalar(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+def _numbers(values: float | tuple[float, ...] | Tensor) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Numbers, lr: Tensor, how: _How) -> None:
