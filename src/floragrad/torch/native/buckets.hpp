@@ -20,30 +20,51 @@ struct FactorAndWeight {
   Floats share(Floats u) const { return u * weight; }
 };
 
-// Calls take(bucket, count, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them
-// in each of ``ROWS`` rows; adds the squares of u. What belongs to columns, columns(column, count), is fetched once for
-// all rows; the rows that come next are asked for meanwhile.
-template <int ROWS, class Value, class Columns, class Take>
-inline __attribute__((always_inline)) void encode_rows(const Value* grad, int64_t n, int64_t k, int64_t first,
-                                                       int64_t end, const Columns& columns, Floats (&squares)[ROWS],
-                                                       const Take& take) {
-  for (int64_t bucket = first; bucket < end; bucket += LANES) {
-    Floats sums[ROWS] = {};
-    const auto add = [&](int64_t column, int64_t some) __attribute__((always_inline)) {
-      const auto each = columns(column, some);
+// Lanes of buckets that are summed at a time, so that none of the sums waits for another.
+constexpr int AT_ONCE = 4;
+
+// Adds what falls into ``WIDE`` lanes of buckets to their sums, and the squares of u to ``squares``.
+template <int WIDE, class Value, class Columns>
+inline __attribute__((always_inline)) void add_to_buckets(const Value* grad, int64_t n, int64_t k, int64_t ahead,
+                                                          int64_t bucket, int64_t count, const Columns& columns,
+                                                          Floats (&squares)[AT_ONCE], Floats (&sums)[WIDE]) {
+  const auto add = [&](int lane, int64_t column, int64_t some) __attribute__((always_inline)) {
+    const auto each = columns(column, some);
+    __builtin_prefetch(grad + ahead + column, 0, 2);
+    const Floats u = load(grad + column, some) * each.factor;
+    sums[lane] += each.share(u);
+    squares[lane] += u * u;
+  };
+  int64_t column = bucket;
+  for (; count >= WIDE * LANES && column + WIDE * LANES <= n; column += k) {
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        __builtin_prefetch(grad + (ROWS + r) * n + column, 0, 2);
-        const Floats u = load(grad + r * n + column, some) * each.factor;
-        sums[r] += each.share(u);
-        squares[r] += u * u;
-      }
-    };
+    for (int lane = 0; lane < WIDE; ++lane) add(lane, column + lane * LANES, LANES);
+  }
+#pragma GCC unroll 4
+  for (int lane = 0; lane < WIDE; ++lane)
+    for (int64_t from = column + lane * LANES; from < n; from += k)
+      add(lane, from, std::min({LANES, n - from, count - lane * LANES}));
+}
+
+// Calls take(bucket, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them
+// in a row; adds the squares of u to ``squares``. What belongs to columns is columns(column, count). The row that comes
+// next is asked for meanwhile.
+template <class Value, class Columns, class Take>
+inline __attribute__((always_inline)) void encode_row(const Value* grad, int64_t n, int64_t k, int64_t ahead, int64_t first,
+                                                      int64_t end, const Columns& columns, Floats (&squares)[AT_ONCE],
+                                                      const Take& take) {
+  int64_t bucket = first;
+  for (; bucket + AT_ONCE * LANES <= end; bucket += AT_ONCE * LANES) {
+    Floats sums[AT_ONCE] = {};
+    add_to_buckets(grad, n, k, ahead, bucket, AT_ONCE * LANES, columns, squares, sums);
+#pragma GCC unroll 4
+    for (int lane = 0; lane < AT_ONCE; ++lane) take(bucket + lane * LANES, sums[lane]);
+  }
+  for (; bucket < end; bucket += LANES) {
     const int64_t some = std::min(LANES, end - bucket);
-    int64_t column = bucket;
-    for (; some == LANES && column + LANES <= n; column += k) add(column, LANES);
-    for (; column < n; column += k) add(column, std::min(some, n - column));
-    take(bucket, some, sums);
+    Floats sum[1] = {};
+    add_to_buckets(grad, n, k, ahead, bucket, some, columns, squares, sum);
+    take(bucket, sum[0]);
   }
 }
 

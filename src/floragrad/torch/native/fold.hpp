@@ -41,8 +41,8 @@ class TensorFold {
     const int64_t rows = at.batch * at.rows;
     errors = scratch.take<double>(chunks.count);
     signs = scratch.take<float>(projects() ? at.columns : 0);
-    sketches = scratch.take<float>(projects() ? threads.count * TOGETHER * whole_lanes(at.width) : 0);
-    words = scratch.take<uint32_t>(at.state_dtype == FLOAT32 ? 0 : rows + at.width);
+    sketches = scratch.take<float>(projects() ? threads.count * whole_lanes(at.width) : 0);
+    words = scratch.take<uint32_t>(at.state_dtype == FLOAT32 ? 0 : rows + whole_lanes(at.width));
   }
 
   int64_t scratch_bytes() const { return scratch.size(); }
@@ -64,25 +64,21 @@ class TensorFold {
 
   template <class Value>
   void add_of() const {
-    const int64_t rows = at.batch * at.rows, n = at.columns, stride = whole_lanes(at.width);
+    const int64_t rows = at.batch * at.rows, n = at.columns;
     if (projects()) philox(at.window, ACCUMULATOR).signs(signs, n);
     if (at.state_dtype != FLOAT32) philox(at.counter, ACCUMULATOR_ROUNDING).words(words, rows + at.width);
-    const Stored stored{at.data, at.scale, at.width, at.state_dtype, {words, words + rows}};
+    const Words drawn = at.state_dtype == FLOAT32 ? Words{} : Words{words, words + rows};
+    const StoredRows stored{at.data, at.scale, at.width, at.state_dtype, drawn, rows_ahead(n)};
     for_each_chunk(threads, chunks.count, [&](int64_t chunk, int64_t thread) {
-      float* sketch = sketches + thread * TOGETHER * stride;
+      float* sketch = sketches + thread * whole_lanes(at.width);
       const float* sizes = at.column_sizes ? at.column_sizes + chunks.matrix(chunk) * n : nullptr;
       double error = 0;
-      int64_t row = chunks.top(chunk);
-      for (; projects() && row + TOGETHER <= chunks.end(chunk); row += TOGETHER) {
-        encode<Value, TOGETHER>(row, sketch);
-        for (int r = 0; r < TOGETHER; ++r) error += keep(stored, row + r, sketch + r * stride, nullptr);
-      }
-      for (; row < chunks.end(chunk); ++row) {
+      for (int64_t row = chunks.top(chunk); row < chunks.end(chunk); ++row) {
         if (projects()) {
-          encode<Value, 1>(row, sketch);
-          error += keep(stored, row, sketch, nullptr);
+          encode<Value>(row, sketch);
+          error += keep(stored[row], sketch, nullptr);
         } else {
-          error += keep(stored, row, static_cast<const Value*>(at.grad) + row * n, sizes);
+          error += keep(stored[row], static_cast<const Value*>(at.grad) + row * n, sizes);
         }
       }
       errors[chunk] = error;
@@ -93,36 +89,33 @@ class TensorFold {
     *at.noise = total;
   }
 
-  template <class Value, int COUNT>
+  template <class Value>
   void encode(int64_t row, float* sketch) const {
-    const int64_t stride = whole_lanes(at.width);
-    Floats squares[COUNT] = {};
+    Floats squares[AT_ONCE] = {};
     const auto columns = [&](int64_t j, int64_t count) { return SignedFactor{load(signs + j, count)}; };
     const Value* grad = static_cast<const Value*>(at.grad) + row * at.columns;
-    const auto take = [&](int64_t bucket, int64_t, const Floats(&sums)[COUNT]) {
-      for (int r = 0; r < COUNT; ++r) store(sketch + r * stride + bucket, sums[r], LANES);
-    };
-    encode_rows<COUNT>(grad, at.columns, at.width, 0, at.width, columns, squares, take);
+    const auto take = [&](int64_t bucket, Floats sum) { store(sketch + bucket, sum, LANES); };
+    encode_row(grad, at.columns, at.width, at.columns, 0, at.width, columns, squares, take);
   }
 
   // Adds a row of what is new, divided by the columns' sizes if they have any; the squared error of its rounding.
   template <class Value>
-  float keep(const Stored& stored, int64_t row, const Value* fresh, const float* sizes) const {
+  float keep(const StoredRow& stored, const Value* fresh, const float* sizes) const {
     const float weight = static_cast<float>(at.weight);
     Floats square = {};
     for (int64_t first = 0; first < at.width; first += BLOCK) {
       const int64_t count = std::min(BLOCK, at.width - first);
       alignas(64) float total[BLOCK], kept[BLOCK];
-      if (!at.is_first) stored.load_block(row, first, count, total);
+      if (!at.is_first) stored.load_block(first, count, total);
       for (int64_t j = 0; j < count; j += LANES) {
         const int64_t some = count - j;
         Floats added = load(fresh + first + j, some);
         if (sizes) added /= load_or_one(sizes + first + j, some);
         store(total + j, at.is_first ? added * weight : load(total + j, LANES) + added * weight, LANES);
       }
-      stored.save_block(row, first, count, total);
+      stored.save_block(first, count, total);
       if (!at.measures) continue;
-      stored.load_block(row, first, count, kept);
+      stored.load_block(first, count, kept);
       for (int64_t j = 0; j < count; j += LANES) {
         Floats error = load(kept + j, LANES) - load(total + j, LANES);
         if (sizes) error *= load(sizes + first + j, count - j);

@@ -19,8 +19,8 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 
-// Rows that are worked on together, and so how far ahead the next ones are asked for.
-constexpr int TOGETHER = 4;
+// How many rows before a row of some numbers is worked on it is asked for.
+inline int64_t rows_ahead(int64_t numbers) { return (3072 + numbers - 1) / numbers; }
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -42,6 +42,7 @@ inline Vector load_some(const Item* from, int64_t count) {
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   if constexpr (sizeof(Item) == 4) return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32(mask, from));
   if constexpr (sizeof(Item) == 2) return reinterpret_cast<Vector>(_mm256_maskz_loadu_epi16(mask, from));
+  if constexpr (sizeof(Item) == 1) return reinterpret_cast<Vector>(_mm_maskz_loadu_epi8(mask, from));
 #elif defined(__AVX2__)
   if constexpr (sizeof(Item) == 4)
     return reinterpret_cast<Vector>(_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first_lanes(count)));
@@ -57,6 +58,7 @@ inline void store_some(Item* to, Vector values, int64_t count) {
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   if constexpr (sizeof(Item) == 4) return _mm512_mask_storeu_epi32(to, mask, reinterpret_cast<__m512i>(values));
   if constexpr (sizeof(Item) == 2) return _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(values));
+  if constexpr (sizeof(Item) == 1) return _mm_mask_storeu_epi8(to, mask, reinterpret_cast<__m128i>(values));
 #elif defined(__AVX2__)
   if constexpr (sizeof(Item) == 4)
     return _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_lanes(count), reinterpret_cast<__m256i>(values));
@@ -79,6 +81,14 @@ inline void store_items(Item* to, Vector values, int64_t count) {
   std::memcpy(to, &values, sizeof values);
 }
 
+// Calls work(first, count) for lanes of ``count`` numbers: those that are whole know it.
+template <class Work>
+inline __attribute__((always_inline)) void for_each_lanes(int64_t count, const Work& work) {
+  const int64_t whole = count / LANES * LANES;
+  for (int64_t j = 0; j < whole; j += LANES) work(j, LANES);
+  if (whole < count) work(whole, count - whole);
+}
+
 inline Floats load(const float* from, int64_t count) { return load_items<Floats>(from, count); }
 inline Bits load(const uint32_t* from, int64_t count) { return load_items<Bits>(from, count); }
 inline Floats load(const uint16_t* from, int64_t count) {
@@ -86,11 +96,34 @@ inline Floats load(const uint16_t* from, int64_t count) {
   return reinterpret_cast<Floats>(wide << 16);
 }
 
+inline Floats load(const int8_t* from, int64_t count) {
+  const Bytes bytes = load_items<Bytes>(from, count);
+#if defined(__AVX512F__)
+  // What the compiler makes of it goes by way of 16 bits.
+  const Ints wide = reinterpret_cast<Ints>(_mm512_maskz_cvtepi8_epi32(0xFFFF, reinterpret_cast<__m128i>(bytes)));
+  return __builtin_convertvector(wide, Floats);
+#else
+  return __builtin_convertvector(bytes, Floats);
+#endif
+}
+
 inline void store(float* to, Floats values, int64_t count) { store_items(to, values, count); }
 
 inline Floats inverse_root(Floats values) {
   for (int64_t i = 0; i < LANES; ++i) values[i] = 1 / std::sqrt(values[i]);
   return values;
+}
+
+// The integers not above them; of what is beyond all integers, the least of these.
+inline Ints floored(Floats values) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_maskz_cvt_roundps_epi32(0xFFFF, values, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#elif defined(__AVX__)
+  return reinterpret_cast<Ints>(_mm256_cvttps_epi32(_mm256_floor_ps(values)));
+#else
+  const Ints whole = __builtin_convertvector(values, Ints);
+  return whole + (__builtin_convertvector(whole, Floats) > values);  // truncated to floored
+#endif
 }
 
 // Lanes moved ``by`` places to the front, the first ones behind the last.

@@ -3,6 +3,7 @@
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace floragrad {
@@ -36,19 +37,21 @@ struct Philox {
   // Words of 32 bits, the low half of each 64 first.
   void words(uint32_t* out, int64_t count) const {
     uint64_t four[4];
-    for (int64_t i = 0; i < count; ++i) {
-      if (i % 8 == 0) block(i / 8, four);
-      out[i] = static_cast<uint32_t>(four[i / 2 % 4] >> (i % 2 * 32));
+    for (int64_t first = 0; first < count; first += 8) {
+      block(first / 8, four);
+      const int64_t some = std::min<int64_t>(8, count - first);
+      for (int64_t i = 0; i < some; ++i) out[first + i] = static_cast<uint32_t>(four[i / 2] >> (i % 2 * 32));
     }
   }
 
   // +1 and -1, eight to a byte, the highest bit first, bytes in little-endian words.
   void signs(float* out, int64_t count) const {
     uint64_t four[4];
-    for (int64_t i = 0; i < count; ++i) {
-      if (i % 256 == 0) block(i / 256, four);
-      const uint64_t bit = four[i / 64 % 4] >> (i / 8 % 8 * 8 + 7 - i % 8) & 1;
-      out[i] = bit ? 1.f : -1.f;
+    for (int64_t first = 0; first < count; first += 64) {
+      if (first % 256 == 0) block(first / 256, four);
+      const uint64_t bits = four[first / 64 % 4];
+      const int64_t some = std::min<int64_t>(64, count - first);
+      for (int64_t i = 0; i < some; ++i) out[first + i] = bits >> (i ^ 7) & 1 ? 1.f : -1.f;
     }
   }
 };

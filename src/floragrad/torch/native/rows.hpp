@@ -40,75 +40,64 @@ inline Halves nearest_bfloat16(Floats values) {
   return upper(bits + 0x7FFF + (bits >> 16 & 1), values);
 }
 
-// Rows of a sketch as they are stored, a block of 64 at a time: storage.StoredRows.
-struct Stored {
+// Calls work(first, count) for lanes of a block of ``count`` numbers; most blocks are whole.
+template <class Work>
+inline __attribute__((always_inline)) void for_each_lanes_of_block(int64_t count, const Work& work) {
+  if (count != BLOCK) return for_each_lanes(count, work);
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < BLOCK; j += LANES) work(j, LANES);
+}
+
+// A row of a sketch as it is stored, a block of 64 at a time.
+struct StoredRow {
   void* data;
   float* scale;
   int64_t width;
   int64_t dtype;
-  Words words;
+  uint32_t word;
+  const uint32_t* columns;  // words, readable in whole lanes
+  int64_t ahead;            // numbers until those of the row that is asked for
 
   // Whole lanes are written to ``out``: zeros beyond ``count``.
-  void load_block(int64_t row, int64_t first, int64_t count, float* __restrict out) const {
+  void load_block(int64_t first, int64_t count, float* __restrict out) const {
     switch (dtype) {
-      case FLOAT32: {
-        const float* from = static_cast<const float*>(data) + row * width + first;
-        for (int64_t j = 0; j < count; j += LANES) {
-          __builtin_prefetch(from + TOGETHER * width + j, 1, 2);
-          store(out + j, load(from + j, count - j), LANES);
-        }
-        return;
-      }
-      case BFLOAT16: {
-        const uint16_t* from = static_cast<const uint16_t*>(data) + row * width + first;
-        for (int64_t j = 0; j < count; j += LANES) store(out + j, load(from + j, count - j), LANES);
-        return;
-      }
-      case INT8: {
-        const int8_t* __restrict from = static_cast<const int8_t*>(data) + row * width + first;
-        const float step = scale[row * blocks() + first / BLOCK];
-        for (int64_t j = 0; j < count; ++j) out[j] = from[j] * step;
-        break;
-      }
+      case FLOAT32:
+        return load_lanes(static_cast<const float*>(data) + first, count, 1, out);
+      case BFLOAT16:
+        return load_lanes(static_cast<const uint16_t*>(data) + first, count, 1, out);
+      case INT8:
+        return load_lanes(static_cast<const int8_t*>(data) + first, count, *scale_of(first), out);
       default: {
         const int64_t half = (width + 1) / 2, low = low_count(first, count);
-        const uint8_t* __restrict from = static_cast<const uint8_t*>(data) + row * half;
-        const float step = scale[row * blocks() + first / BLOCK];
+        const uint8_t* __restrict from = static_cast<const uint8_t*>(data);
+        const float step = *scale_of(first);
         for (int64_t j = 0; j < low; ++j) out[j] = (static_cast<int8_t>(from[first + j] << 4) >> 4) * step;
         for (int64_t j = low; j < count; ++j) out[j] = (static_cast<int8_t>(from[first + j - half]) >> 4) * step;
+        for (int64_t j = count; j % LANES; ++j) out[j] = 0;
       }
     }
-    for (int64_t j = count; j % LANES; ++j) out[j] = 0;
   }
 
-  void save_block(int64_t row, int64_t first, int64_t count, const float* __restrict values) const {
+  // ``values`` has whole lanes, zeros beyond ``count``.
+  void save_block(int64_t first, int64_t count, const float* __restrict values) const {
     switch (dtype) {
-      case FLOAT32: {
-        float* to = static_cast<float*>(data) + row * width + first;
-        for (int64_t j = 0; j < count; j += LANES) store(to + j, load(values + j, LANES), count - j);
-        return;
-      }
-      case BFLOAT16: {
-        uint16_t* to = static_cast<uint16_t*>(data) + row * width + first;
-        const uint32_t* columns = words.columns + first;
-        for (int64_t j = 0; j < count; j += LANES) {
-          const Bits drawn = load(columns + j, count - j);
-          store_items(to + j, random_bfloat16(load(values + j, LANES), words.rows[row], drawn), count - j);
-        }
-        return;
-      }
-      case INT8: {
-        int8_t integers[BLOCK];
-        quantize(row, first, count, values, 127.f, integers);
-        std::memcpy(static_cast<int8_t*>(data) + row * width + first, integers, count);
-        return;
-      }
+      case FLOAT32:
+        return for_each_lanes(count, [&](int64_t j, int64_t some) {
+          store(static_cast<float*>(data) + first + j, load(values + j, LANES), some);
+        });
+      case BFLOAT16:
+        return for_each_lanes(count, [&](int64_t j, int64_t some) {
+          const Halves rounded = random_bfloat16(load(values + j, LANES), word, load(columns + first + j, LANES));
+          store_items(static_cast<uint16_t*>(data) + first + j, rounded, some);
+        });
+      case INT8:
+        return quantize(first, count, values, 127, static_cast<int8_t*>(data) + first);
       default: {
         // The other halves of the bytes belong to another block, which may not have been read yet.
         int8_t integers[BLOCK];
-        quantize(row, first, count, values, 7.f, integers);
+        quantize(first, count, values, 7, integers);
         const int64_t half = (width + 1) / 2, low = low_count(first, count);
-        uint8_t* __restrict to = static_cast<uint8_t*>(data) + row * half;
+        uint8_t* __restrict to = static_cast<uint8_t*>(data);
         for (int64_t j = 0; j < low; ++j) to[first + j] = (to[first + j] & 0xF0) | (integers[j] & 15);
         for (int64_t j = low; j < count; ++j)
           to[first + j - half] = (to[first + j - half] & 15) | static_cast<uint8_t>(static_cast<uint8_t>(integers[j]) << 4);
@@ -117,7 +106,16 @@ struct Stored {
   }
 
  private:
-  int64_t blocks() const { return (width + BLOCK - 1) / BLOCK; }
+  float* scale_of(int64_t first) const { return scale + static_cast<uint64_t>(first) / BLOCK; }
+
+  template <class Item>
+  void load_lanes(const Item* from, int64_t count, float step, float* __restrict out) const {
+    constexpr int NEAR = sizeof(Item) == 4 ? 3 : 2;  // the first cache where there is most of it
+    for_each_lanes_of_block(count, [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+      if (j * sizeof(Item) % 64 == 0) __builtin_prefetch(from + ahead + j, 1, NEAR);
+      store(out + j, load(from + j, some) * step, LANES);
+    });
+  }
 
   // How many numbers of a block are in the lower halves of their bytes.
   int64_t low_count(int64_t first, int64_t count) const {
@@ -125,31 +123,49 @@ struct Stored {
     return low < 0 ? 0 : low < count ? low : count;
   }
 
-  // ``values`` has room for whole lanes, zero beyond ``count``.
-  void quantize(int64_t row, int64_t first, int64_t count, const float* values, float largest, int8_t* integers) const {
+  void quantize(int64_t first, int64_t count, const float* values, int32_t largest, int8_t* integers) const {
     Ints sizes = {};
-    for (int64_t j = 0; j < count; j += LANES) {
+    for_each_lanes_of_block(count, [&](int64_t j, int64_t) __attribute__((always_inline)) {
       const Ints size = magnitude(load(values + j, LANES));
       sizes = size > sizes ? size : sizes;
-    }
+    });
     const int32_t bits_of_most = floragrad::largest(sizes);
     float most;
     std::memcpy(&most, &bits_of_most, sizeof most);
-    const float step = most / largest;
-    const float divisor = step == 0 ? 1.f : step;
-    scale[row * blocks() + first / BLOCK] = step;
-    for (int64_t j = 0; j < count; j += LANES) {
-      const Ints bits = random_bits(words.rows[row], load(words.columns + first + j, count - j));
+    const float step = most / static_cast<float>(largest);
+    const Floats divisor = Floats{} + (step == 0 ? 1.f : step), least = Floats{} - static_cast<float>(largest);
+    const Ints greatest = Ints{} + largest;
+    *scale_of(first) = step;
+    for_each_lanes_of_block(count, [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+      const Ints bits = random_bits(word, load(columns + first + j, LANES));
       const Floats uniform = __builtin_convertvector(bits, Floats) * 0x1p-16f + 32768.5f * 0x1p-16f;
-      Floats grid = load(values + j, LANES) / divisor + uniform;
-      grid = grid > -largest ? grid : -largest - Floats{};  // and so is what is not a number
-      grid = grid < largest + 1 ? grid : largest + 1 - Floats{};
-      Ints whole = __builtin_convertvector(grid, Ints);
-      whole += __builtin_convertvector(whole, Floats) > grid;  // truncated to floored
-      whole = whole > static_cast<int32_t>(largest) ? static_cast<int32_t>(largest) - Ints{} : whole;
-      const Bytes bytes = __builtin_convertvector(whole, Bytes);
-      std::memcpy(integers + j, &bytes, sizeof bytes);
-    }
+      const Floats grid = load(values + j, LANES) / divisor + uniform;
+      const Ints whole = floored(grid > least ? grid : least);  // and so is what is not a number
+      store_items(integers + j, __builtin_convertvector(whole < greatest ? whole : greatest, Bytes), some);
+    });
+  }
+};
+
+// All of them.
+struct StoredRows {
+  void* data;
+  float* scale;
+  int64_t width;
+  int64_t dtype;
+  Words words;
+  int64_t ahead;  // rows until the one that is asked for
+
+  StoredRow operator[](int64_t row) const {
+    const int64_t halves[] = {8, 4, 2, 1};  // of a byte, in each number
+    const int64_t bytes = (width * halves[dtype] + 1) / 2;
+    const bool rounds = words.columns != nullptr;
+    return {static_cast<char*>(data) + row * bytes,
+            scale + row * ((width + BLOCK - 1) / BLOCK),
+            width,
+            dtype,
+            rounds ? words.rows[row] : 0,
+            words.columns,
+            ahead * width};
   }
 };
 

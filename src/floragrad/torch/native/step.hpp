@@ -77,79 +77,70 @@ class TensorStep : public StepTensor {
     });
   }
 
-  // Calls take(bucket, count, sums) for lanes of encode(U) of each row, without the row's factor. Where W is about to
-  // move, its rows are asked for meanwhile.
-  template <bool MOVES, class Value, int ROWS, bool SIGNS, class Take>
-  __attribute__((always_inline)) void encode(const Group<Value, ROWS, SIGNS>& group, const float* weight, int64_t first,
-                                             int64_t end, Floats (&squares)[ROWS], const Take& take) const {
-    const Value* param = param_of<Value>(group.first);
+  // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. Where W is about to move,
+  // its row is asked for meanwhile.
+  template <bool MOVES, class Value, bool SIGNS, class Take>
+  __attribute__((always_inline)) void encode(const Row<Value, SIGNS>& row, const float* weight, int64_t first,
+                                             int64_t end, Floats (&squares)[AT_ONCE], const Take& take) const {
+    const Value* param = param_of<Value>(row.number);
     const auto columns = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int r = 0; MOVES && r < ROWS; ++r) __builtin_prefetch(param + r * at.columns + j, 1, 2);
+      if (MOVES) __builtin_prefetch(param + j, 1, 2);
       if constexpr (SIGNS)
         return SignedFactor{load(weight + j, count)};
       else
-        return FactorAndWeight{group.factors(j, count), load(weight + j, count)};
+        return FactorAndWeight{row.factors(j, count), load(weight + j, count)};
     };
-    encode_rows<ROWS>(group.grad, at.columns, at.width, first, end, columns, squares, take);
+    encode_row(row.grad, at.columns, at.width, (MOVES ? 1 : ahead) * at.columns, first, end, columns, squares, take);
   }
 
-  // The squares of D = a U + decode(exchange); or, storing, M of the rows on to the next step, with the exchange left in
-  // the room: over a R, as D is a R times all the rest, and the lanes of all rows together, those of one bucket after
-  // another. A block of buckets passes from one to the next in the first cache.
-  template <bool STORES, class Value, int ROWS, bool SIGNS>
-  Floats move_on(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room) const {
-    const bool reads_again = group.reading != group.weight;
-    const float beta1 = static_cast<float>(at.beta1), twice_own = 2 * own;
-    const float* carried = carries ? carry + group.matrix * at.width : nullptr;
-    const bool residual = at.residual;
-    Floats squares[ROWS] = {}, square = {};
-    float over[ROWS];
-    for (int r = 0; r < ROWS; ++r) over[r] = 1 / (group.row_factors[r] * own);
+  // The squares of D = a U + decode(X); or, storing, M of the row on to the next step, with X left in the room: over a R,
+  // as D is a R times all the rest. Here everything is over R. A block of buckets passes from one to the next in the
+  // first cache. ``ORDINARY`` steps are most: what others need takes nothing of them.
+  template <bool STORES, bool ORDINARY, class Value, bool SIGNS>
+  Floats move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
+    const bool reads_again = !ORDINARY && row.reading != row.weight, residual = ORDINARY || at.residual;
+    const float beta1 = static_cast<float>(at.beta1), a = ORDINARY ? 1.f : own, over = 1 / row.factor;
+    const float* carried = !ORDINARY && carries ? carry + row.matrix * whole_lanes(at.width) : nullptr;
+    Floats squares[AT_ONCE] = {}, square = {};
     for (int64_t first = 0; first < at.width; first += BLOCK) {
       const int64_t end = std::min(first + BLOCK, at.width);
-      alignas(64) float momentum[ROWS][BLOCK], seen[ROWS][BLOCK];
-      for (int r = 0; r < ROWS; ++r) rows.load_block(group.first + r, first, end - first, momentum[r]);
+      alignas(64) float momentum[BLOCK], seen[BLOCK];
+      stored.load_block(first, end - first, momentum);
       if (reads_again && !STORES) {
-        Floats again[ROWS] = {};
-        encode<false>(group, group.reading, first, end, again, [&](int64_t bucket, int64_t, const Floats(&sums)[ROWS]) {
-          for (int r = 0; r < ROWS; ++r) store(seen[r] + bucket - first, sums[r], LANES);
-        });
+        Floats again[AT_ONCE] = {};
+        encode<false>(row, row.reading, first, end, again,
+                      [&](int64_t bucket, Floats sum) { store(seen + bucket - first, sum, LANES); });
       }
-      const auto move = [&](int64_t bucket, int64_t some, const Floats(&sums)[ROWS]) __attribute__((always_inline)) {
+      const auto move = [&](int64_t bucket, Floats encoded) __attribute__((always_inline)) {
         const int64_t j = bucket - first;
-        const Floats shares = load(inverse + bucket, some), lengths = load(gram + bucket, some);
-        const Floats carries_over = carried ? load(carried + bucket, some) : Floats{} + 1.f;
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const Floats encoded = sums[r] * group.row_factors[r], kept = load(momentum[r] + j, LANES);
-          const Floats change = beta1 * (kept * carries_over - encoded);
-          const Floats exchange = residual ? change * shares : beta1 * kept;
-          if (STORES) {
-            store(room.exchange + bucket * ROWS + r * LANES, exchange * over[r], LANES);
-            store(momentum[r] + j, encoded + change, LANES);
-          } else {
-            const Floats own_share = reads_again ? load(seen[r] + j, LANES) * group.row_factors[r] : encoded;
-            square += exchange * (twice_own * own_share + exchange * lengths);
-          }
+        const Floats kept = load(momentum + j, LANES) * over;
+        const Floats change = beta1 * ((carried ? kept * load(carried + bucket, LANES) : kept) - encoded);
+        const Floats exchange = residual ? change * load(inverse + bucket, LANES) : beta1 * kept;
+        if (STORES) {
+          store(room.exchange + bucket, ORDINARY ? exchange : exchange * (1 / a), LANES);
+          store(momentum + j, (encoded + change) * row.factor, LANES);
+        } else if (ORDINARY) {
+          square += exchange * (encoded + encoded + change);
+        } else {
+          const Floats own_share = reads_again ? load(seen + j, LANES) : encoded;
+          square += exchange * (2 * a * own_share + exchange * load(gram + bucket, LANES));
         }
       };
-      encode<STORES>(group, group.weight, first, end, squares, move);
-      for (int r = 0; STORES && r < ROWS; ++r) rows.save_block(group.first + r, first, end - first, momentum[r]);
+      encode<STORES>(row, row.weight, first, end, squares, move);
+      if (STORES) stored.save_block(first, end - first, momentum);
     }
-    for (int r = 0; r < ROWS; ++r)
-      square += squares[r] * (group.row_factors[r] * group.row_factors[r] * own * own);
-    return square;
+    for (const Floats& each : squares) square += each * (a * a);
+    return square * (row.factor * row.factor);
   }
 
   template <class Value>
   void update_of() const {
     draw();
-    const Stored rows = stored();
+    const StoredRows rows = stored();
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       double total = 0;
       const Room mine = room(thread);
-      for_each_group<Value>(matrix, top, end, [&](const auto& group) { total += sum(squares(group, rows, mine)); });
+      for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += sum(squares(row, rows[row.number], mine)); });
       chunk_sums[chunk] = total;
     });
     double total = 0;
@@ -160,93 +151,83 @@ class TensorStep : public StepTensor {
     const float size = static_cast<float>(at.size) / (ratio < 1 ? 1 : ratio);
     for_each_rows([&](int64_t, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       const Room mine = room(thread);
-      for_each_group<Value>(matrix, top, end, [&](const auto& group) { move(group, rows, mine, size); });
+      for_each_row<Value>(matrix, top, end, [&](const auto& row) { move(row, rows[row.number], mine, size); });
     });
   }
 
   // The squares of D.
-  template <class Value, int ROWS, bool SIGNS>
-  Floats squares(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room) const {
-    if (SIGNS || at.momentum == SKETCH) return move_on<false>(group, rows, room);
-    return at.momentum == WHOLE ? walk<true, false>(group, rows, 0) : walk<false, false>(group, rows, 0);
+  template <class Value, bool SIGNS>
+  Floats squares(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
+    if (SIGNS || at.momentum == SKETCH)
+      return is_ordinary ? move_on<false, true>(row, stored, room) : move_on<false, false>(row, stored, room);
+    return at.momentum == WHOLE ? walk<true, false>(row, stored, 0) : walk<false, false>(row, stored, 0);
   }
 
   // M on to the next step, and W by D.
-  template <class Value, int ROWS, bool SIGNS>
-  void move(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, const Room& room, float size) const {
+  template <class Value, bool SIGNS>
+  void move(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room, float size) const {
     if (SIGNS || at.momentum == SKETCH) {
-      move_on<true>(group, rows, room);
-      descend(group, room, size);
+      is_ordinary ? move_on<true, true>(row, stored, room) : move_on<true, false>(row, stored, room);
+      descend(row, room, size);
     } else if (at.momentum == WHOLE) {
-      walk<true, true>(group, rows, size);
+      walk<true, true>(row, stored, size);
     } else {
-      walk<false, true>(group, rows, size);
+      walk<false, true>(row, stored, size);
     }
   }
 
   // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
-  template <bool KEPT, bool MOVES, class Value, int ROWS, bool SIGNS>
-  Floats walk(const Group<Value, ROWS, SIGNS>& group, const Stored& rows, float size) const {
+  template <bool KEPT, bool MOVES, class Value, bool SIGNS>
+  Floats walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
     const int64_t n = at.columns, span = KEPT ? BLOCK : n;
     const float beta1 = static_cast<float>(at.beta1);
     const Floats kept = Floats{} + keep;
+    Value* param = param_of<Value>(row.number);
     Floats square = {};
-    for (int r = 0; r < ROWS; ++r) {
-      for (int64_t first = 0; first < n; first += span) {
-        const int64_t count = std::min(span, n - first);
-        alignas(64) float momentum[BLOCK];
-        if (KEPT) rows.load_block(group.first + r, first, count, momentum);
-        for (int64_t j = 0; j < count; j += LANES) {
-          const int64_t some = count - j, column = first + j;
-          Floats direction =
-              load(group.grad + r * n + column, some) * group.factors(column, some) * group.row_factors[r];
-          if (KEPT) {
-            direction += beta1 * (load(momentum + j, LANES) - direction);
-            store(momentum + j, direction, LANES);
-          }
-          if (MOVES) {
-            Value* to = param_of<Value>(group.first + r) + column;
-            write(to, load(to, some) * kept - size * direction, group.first + r, column, some);
-          } else {
-            square += direction * direction;
-          }
+    for (int64_t first = 0; first < n; first += span) {
+      const int64_t count = std::min(span, n - first);
+      alignas(64) float momentum[BLOCK];
+      if (KEPT) stored.load_block(first, count, momentum);
+      for_each_lanes(count, [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+        const int64_t column = first + j;
+        Floats direction = load(row.grad + column, some) * row.factors(column, some) * row.factor;
+        if (KEPT) {
+          direction += beta1 * (load(momentum + j, LANES) - direction);
+          store(momentum + j, direction, LANES);
         }
-        if (MOVES && KEPT) rows.save_block(group.first + r, first, count, momentum);
-      }
+        if (MOVES) {
+          write(param + column, load(param + column, some) * kept - size * direction, row.number, column, some);
+        } else {
+          square += direction * direction;
+        }
+      });
+      if (MOVES && KEPT) stored.save_block(first, count, momentum);
     }
     return square;
   }
 
-  // W ← keep W − size D, with D = a R (G · C + decode(what is in the room)); a row after the other, as rows that lie a
-  // multiple of 4096 bytes apart would wait for each other.
-  template <class Value, int ROWS, bool SIGNS>
-  void descend(const Group<Value, ROWS, SIGNS>& group, const Room& room, float size) const {
+  // W ← keep W − size D, with D = a R (G · C + decode(what is in the room)).
+  template <class Value, bool SIGNS>
+  void descend(const Row<Value, SIGNS>& row, const Room& room, float size) const {
     constexpr int64_t AHEAD = 6144 / sizeof(Value);
     const int64_t n = at.columns, k = at.width;
-    const Floats kept = Floats{} + keep;
-    for (int r = 0; r < ROWS; ++r) {
-      const Value* grad = group.grad + r * n;
-      const float* exchange = room.exchange + r * LANES;
-      const Floats sizes = Floats{} + group.row_factors[r] * size * own;
-      Value* param = param_of<Value>(group.first + r);
-      for (int64_t column = 0; column < n; column += k) {
-        const auto move = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-          const int64_t j = column + i;
-          const Floats g = load(grad + j, some), share = load(exchange + i * ROWS, LANES);
-          const Floats reading = load(group.reading + j, some);
-          Floats direction;
-          // Factors with signs give g one too many, and its share none: their sum is given one.
-          if constexpr (SIGNS)
-            direction = with_signs(g * reading + share, reading);
-          else
-            direction = g * group.factors(j, some) + reading * share;
-          __builtin_prefetch(param + j + AHEAD, 1, 2);
-          write(param + j, load(param + j, some) * kept - direction * sizes, group.first + r, j, some);
-        };
-        const int64_t count = std::min(k, n - column), whole = count / LANES * LANES;
-        for (int64_t i = 0; i < whole; i += LANES) move(i, LANES);
-        if (whole < count) move(whole, count - whole);
-      }
+    const Floats kept = Floats{} + keep, sizes = Floats{} + row.factor * size * own;
+    Value* param = param_of<Value>(row.number);
+    for (int64_t column = 0; column < n; column += k) {
+      const auto move = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+        const int64_t j = column + i;
+        const Floats g = load(row.grad + j, some), share = load(room.exchange + i, LANES);
+        const Floats reading = load(row.reading + j, some);
+        Floats direction;
+        // Factors with signs give g one too many, and its share none: their sum is given one.
+        if constexpr (SIGNS)
+          direction = with_signs(g * reading + share, reading);
+        else
+          direction = g * row.factors(j, some) + reading * share;
+        __builtin_prefetch(param + j + AHEAD, 1, 2);
+        write(param + j, load(param + j, some) * kept - direction * sizes, row.number, j, some);
+      };
+      for_each_lanes(std::min(k, n - column), move);
     }
   }
 
@@ -277,7 +258,7 @@ class TensorStep : public StepTensor {
   template <class Value>
   void grow_of(const float* learner, float* grown) const {
     const int64_t n = at.columns;
-    const Stored rows = stored();
+    const StoredRows rows = stored();
     const float beta1 = static_cast<float>(at.beta1);
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       float* columns = partial + chunk * n;
@@ -285,11 +266,12 @@ class TensorStep : public StepTensor {
       const float* weight = learner + matrix * n;
       std::fill(columns, columns + n, 0.f);
       for (int64_t number = top; number < end; ++number) {
-        const Group<Value, 1, false> row = group_of<Value, 1, false>(matrix, number);
-        const float factor = (1 - beta1) * row.row_factors[0];
+        const Row<Value, false> row = row_of<Value, false>(number, matrix);
+        const float factor = (1 - beta1) * row.factor;
         const Room mine = room(thread);
+        const StoredRow kept = rows[number];
         for (int64_t first = 0; first < at.width; first += BLOCK)
-          rows.load_block(number, first, std::min(BLOCK, at.width - first), mine.exchange + first);
+          kept.load_block(first, std::min(BLOCK, at.width - first), mine.exchange + first);
         const auto blended = [&](int64_t column, int64_t i, int64_t some) {
           return load(row.grad + column + i, some) * row.factors(column + i, some) * factor +
                  load(old + column + i, some) * (load(mine.exchange + i, LANES) * beta1);

@@ -43,9 +43,10 @@ class StepTensor {
   explicit StepTensor(const Step& given)
       : at(given),
         carries(given.opens_epoch && given.momentum == SKETCH),
+        is_ordinary(given.residual && !carries),
         own(given.residual || given.momentum != SKETCH ? 1.f : 1 - static_cast<float>(given.beta1)),
         keep(static_cast<float>(given.keep)),
-        together(given.factored && given.rows >= TOGETHER ? TOGETHER : 1),
+        ahead(rows_ahead(given.columns)),
         chunks(given.batch, given.rows),
         threads(threads_for(given)),
         scratch(given.scratch) {
@@ -57,9 +58,10 @@ class StepTensor {
  protected:
   const Step& at;
   const bool carries;      // M to another projection
+  const bool is_ordinary;  // neither that, nor reads it in another than it is written in
   const float own;         // a of D = a U + decode(exchange)
   const float keep;        // of W, after its decay
-  const int64_t together;  // rows in a group
+  const int64_t ahead;     // rows until the one that is asked for
   const Chunks chunks;
   const Threads threads;
   Scratch scratch;
@@ -83,11 +85,11 @@ class StepTensor {
     partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
     signs = scratch.take<float>(drawn ? n : 0);
     old_signs = scratch.take<float>(drawn && carries ? n : 0);
-    gram = scratch.take<float>(sketched ? k : 0);
-    inverse = scratch.take<float>(sketched ? k : 0);
-    carry = scratch.take<float>(carries ? at.batch * k : 0);
-    rooms = scratch.take<float>(sketched ? threads.count * 2 * together * whole_lanes(k) : 0);
-    state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + k : 0);
+    gram = scratch.take<float>(sketched ? whole_lanes(k) : 0);
+    inverse = scratch.take<float>(sketched ? whole_lanes(k) : 0);
+    carry = scratch.take<float>(carries ? at.batch * whole_lanes(k) : 0);
+    rooms = scratch.take<float>(sketched ? threads.count * 2 * whole_lanes(k) : 0);
+    state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + whole_lanes(k) : 0);
     value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (at.is_vector ? 1 : n) : 0);
   }
 
@@ -129,8 +131,9 @@ class StepTensor {
     if (rounds_state()) philox(at.step, STATE_ROUNDING).words(state_words, row_words() + k);
     if (rounds_values()) philox(at.step, PARAMETER_ROUNDING).words(value_words, row_words() + (at.is_vector ? 1 : n));
     if (at.momentum != SKETCH) return;
-    for (int64_t j = 0; j < k; ++j) {
-      gram[j] = at.learnt ? 1.f : static_cast<float>(n / k + (j < n % k));
+    const int64_t slices = n / k, rest = n % k;
+    for (int64_t j = 0; j < whole_lanes(k); ++j) {
+      gram[j] = at.learnt || j >= k ? 1.f : static_cast<float>(slices + (j < rest));
       inverse[j] = 1 / gram[j];
     }
     if (!at.learnt) {
@@ -147,8 +150,8 @@ class StepTensor {
     if (!carries) return;
     // Old and new projection deal the columns into the same buckets: one factor for each carries M over.
     for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
-      float* factors = carry + matrix * k;
-      std::fill(factors, factors + k, 0.f);
+      float* factors = carry + matrix * whole_lanes(k);
+      std::fill(factors, factors + whole_lanes(k), 0.f);
       for (int64_t j = 0; j < n; ++j) factors[j % k] += weight_of(matrix)[j] * previous_of(matrix)[j];
       if (at.residual)
         for (int64_t j = 0; j < k; ++j) factors[j] *= inverse[j];
@@ -160,21 +163,20 @@ class StepTensor {
     return at.is_vector ? Words{rest, drawn} : Words{drawn, rest};
   }
 
-  Stored stored() const {
-    return {at.data, at.scale, at.width, at.state_dtype, rounds_state() ? words_in(state_words) : Words{}};
+  StoredRows stored() const {
+    return {at.data, at.scale, at.width, at.state_dtype, rounds_state() ? words_in(state_words) : Words{}, ahead};
   }
 
-  // Neighbouring rows that are worked on together, so that what belongs to columns is fetched once for all. ``SIGNS``:
-  // what is drawn for the columns is in their factors, which are where weights would be.
-  template <class Value, int ROWS, bool SIGNS>
-  struct Group {
+  // ``SIGNS``: what is drawn for the columns is in their factors, which are where weights would be.
+  template <class Value, bool SIGNS>
+  struct Row {
+    int64_t number, matrix;
+    float factor;
     const Value* grad;
     const float *col_factors, *variance;  // one of them
     const float *weight, *reading;
-    float row_factors[ROWS];
-    int64_t matrix, first;
 
-    // What the columns of all rows are multiplied by for U; where each number has a second moment, a group is a row.
+    // What the columns are multiplied by for U, but for the row's factor.
     Floats factors(int64_t column, int64_t count) const {
       if (col_factors) return load(col_factors + column, count);
       Floats factors = inverse_root(load(variance + column, count));
@@ -183,46 +185,38 @@ class StepTensor {
     }
   };
 
-  template <class Value, int ROWS, bool SIGNS>
-  Group<Value, ROWS, SIGNS> group_of(int64_t matrix, int64_t first) const {
+  template <class Value, bool SIGNS>
+  Row<Value, SIGNS> row_of(int64_t number, int64_t matrix) const {
     const int64_t n = at.columns;
-    Group<Value, ROWS, SIGNS> group{static_cast<const Value*>(at.grad) + first * n,
-                                    at.factored ? col_factors + matrix * n : nullptr,
-                                    at.factored ? nullptr : at.variance + first * n,
-                                    SIGNS ? col_factors + matrix * n : weight_of(matrix),
-                                    SIGNS ? reading_factors + matrix * n : reading_of(matrix),
-                                    {1},
-                                    matrix,
-                                    first};
-    for (int r = 0; at.factored && r < ROWS; ++r)
-      group.row_factors[r] = 1 / std::sqrt(at.row_var[first + r] / static_cast<float>(row_means[matrix]));
-    return group;
+    return {number,
+            matrix,
+            at.factored ? 1 / std::sqrt(at.row_var[number] / static_cast<float>(row_means[matrix])) : 1.f,
+            static_cast<const Value*>(at.grad) + number * n,
+            at.factored ? col_factors + matrix * n : nullptr,
+            at.factored ? nullptr : at.variance + number * n,
+            SIGNS ? col_factors + matrix * n : weight_of(matrix),
+            SIGNS ? reading_factors + matrix * n : reading_of(matrix)};
   }
 
-  // Calls work(group) for the groups of some rows of a matrix.
+  // Calls work(row) for some rows of a matrix.
   template <class Value, class Work>
-  void for_each_group(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
-    if (has_signed_factors())
-      groups_of<Value, true>(matrix, top, end, work);
-    else
-      groups_of<Value, false>(matrix, top, end, work);
+  void for_each_row(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
+    const bool is_signed = has_signed_factors();
+    for (int64_t number = top; number < end; ++number) {
+      if (is_signed)
+        work(row_of<Value, true>(number, matrix));
+      else
+        work(row_of<Value, false>(number, matrix));
+    }
   }
 
-  template <class Value, bool SIGNS, class Work>
-  void groups_of(int64_t matrix, int64_t top, int64_t end, const Work& work) const {
-    int64_t row = top;
-    for (; together == TOGETHER && row + TOGETHER <= end; row += TOGETHER)
-      work(group_of<Value, TOGETHER, SIGNS>(matrix, row));
-    for (; row < end; ++row) work(group_of<Value, 1, SIGNS>(matrix, row));
-  }
-
-  // Room of one thread for the buckets of a group's rows, in whole lanes.
+  // Room of one thread for the buckets of a row, in whole lanes.
   struct Room {
     float *sketch, *exchange;
   };
 
   Room room(int64_t thread) const {
-    const int64_t numbers = together * whole_lanes(at.width);
+    const int64_t numbers = whole_lanes(at.width);
     float* first = rooms + thread * 2 * numbers;
     return {first, first + numbers};
   }
