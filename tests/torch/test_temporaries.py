@@ -7,6 +7,8 @@ from floragrad import Flora
 from floragrad.planning.tracker import MemoryTracker
 from tests.torch.cases import CASES, Case
 
+ON_BOTH = pytest.mark.parametrize("code", ["eager", "baseline"], indirect=True)
+"""PyTorch's code, which makes its numbers a block at a time, and the native kernels."""
 LARGE = {
     1: (2**15,),
     2: (384, 256),
@@ -42,7 +44,8 @@ def test_the_counter_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.shape], ids=str)
-def test_a_step_needs_at_most_two_buffers(case: Case, state_dtype: str, dtype: torch.dtype) -> None:
+@ON_BOTH
+def test_a_step_needs_at_most_two_buffers(code: str, case: Case, state_dtype: str, dtype: torch.dtype) -> None:
     """Two float32 buffers of the tensor's size at a time; none outlives the step."""
     shape = large_case(case)
     param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -58,7 +61,10 @@ def test_a_step_needs_at_most_two_buffers(case: Case, state_dtype: str, dtype: t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
-def test_a_step_of_a_large_tensor_needs_less_than_half_a_buffer(state_dtype: str, dtype: torch.dtype) -> None:
+@ON_BOTH
+def test_a_step_of_a_large_tensor_needs_less_than_half_a_buffer(
+    code: str, state_dtype: str, dtype: torch.dtype
+) -> None:
     """Blocks of rows are all that is held; statistics are a row and a column."""
     param = torch.nn.Parameter(torch.zeros(4096, 1024, dtype=dtype))
     optimizer = Flora([param], lr=1e-3, state_dtype=state_dtype, kappa=2)

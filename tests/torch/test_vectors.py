@@ -75,7 +75,8 @@ def test_large_ones_are_stepped_alone() -> None:
     optimizer = Flora([param], lr=1e-2)
     vector = TensorUpdate(param, param.grad, *optimizer._begin_step(param))
     assert not vectors.steps_with_others(vector)
-    sizes = [100, 100, 2**19, 100]
+    large = vectors.BLOCK_ELEMENTS
+    sizes = [100, 100, large, 100]
     few = [vector._replace(param=torch.empty(size, device="meta")) for size in sizes]
     batches = [[one.param.numel() for one in batch] for batch in vectors._batches(few)]
-    assert batches == [[100, 100], [2**19], [100]]
+    assert batches == [[100, 100], [large], [100]]

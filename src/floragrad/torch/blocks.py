@@ -64,13 +64,14 @@ def exchange(
     dtype: StateDtype,
 ) -> Tensor:
     """X / R of one block, written over encode(U); what it adds to ‖D‖²; the momentum moves on, if it is to."""
-    values, following, square = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]))
-    if moves:
-        store(kept, save(following, dtype, bits))
+    values, following, square = by.exchange(sketch, load(kept, dtype, sketch.shape[-1]), room=sketch)
     if rows is None:
         sketch.copy_(values)
     else:
         torch.div(values, rows, out=sketch)
+    del values  # what rounding takes may take its place
+    if moves:
+        store(kept, save(following, dtype, bits))
     return square
 
 

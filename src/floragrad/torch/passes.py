@@ -81,9 +81,10 @@ class UpdatePasses:
             self._exchange(self._exchanges, moves=True)
         rounding = at.parameter_rounding(param.dtype)
         run = maybe_compiled(blocks.move, at, *self._specialised(), decay != 0)
-        room = at.room()
+        rounds = rounding is not None
+        room = at.room(rounds=rounds)
         with seen_in(at.view, param) as params:
-            for where in at.blocks():
+            for where in at.blocks(rounds=rounds):
                 bits = None if rounding is None else rounding.of(where)
                 size = sizes if rows is None else sizes[where]
                 run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))

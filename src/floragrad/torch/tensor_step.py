@@ -19,11 +19,11 @@ from floragrad.torch.projection import (
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import Block, StoredRows, row_blocks
 
-BLOCK_ELEMENTS: Final = 2**19
-"""Elements of a block of rows on the CPU: 2 MiB of float32; less would be launches, more would leave the cache."""
+BLOCK_ELEMENTS: Final = 2**20
+"""Elements of a block of rows on the CPU: 4 MiB of float32; less would be launches, more would leave the cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
 """The same elsewhere, where a launch costs more than a pass over memory."""
-PIECES: Final = 4
+PIECES: Final = 3
 """Blocks that a tensor is cut into at least, so that what is as large as a block stays small beside it."""
 WHOLE_ELEMENTS: Final = 2**14
 """A tensor of up to so many elements is one block: its temporaries take less than its launches."""
@@ -36,7 +36,12 @@ def block_elements(elements: int, device: torch.device) -> int:
     """How many of a tensor's elements are worked on at a time: all of a small one's."""
     if elements <= WHOLE_ELEMENTS:
         return elements
-    return min(BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS, elements // PIECES)
+    return min(most_elements(device), elements // PIECES)
+
+
+def most_elements(device: torch.device) -> int:
+    """The same of a large tensor."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
 
 
 def is_compiled(plan: TensorPlan, group: Group) -> bool:
@@ -123,12 +128,18 @@ class TensorStep:
     def _is_gaussian(self) -> bool:
         return self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
 
-    def blocks(self) -> Iterator[Block]:
-        """Batches and rows of the view, a block at a time; the whole of it when compiled or small."""
+    def blocks(self, *, rounds: bool = False) -> Iterator[Block]:
+        """Batches and rows of the view, a block at a time; the whole of it when compiled or small.
+
+        Args:
+            rounds: Whether numbers of a block are rounded, which takes three buffers more: smaller blocks then.
+        """
         total = self.view.numel
         elements = total if self.is_compiled else block_elements(total, self.device)
         if self.plan.view is None and elements < total:
             elements //= 2  # a word to round with for each number takes as much as half of the blocks
+        if rounds and elements < total:
+            elements //= 4
         return row_blocks(self.view, elements, gaussian=self._is_gaussian)
 
     def sketch_blocks(self) -> Iterator[Block]:
@@ -136,15 +147,17 @@ class TensorStep:
         if self._is_gaussian:
             return self.blocks()  # from one projection to the next a sketch is carried through all columns
         view = self.view._replace(columns=self.plan.width)
-        # While a sketch moves there are up to five numbers for each of its own.
-        elements = view.numel if self.is_compiled else block_elements(self.view.numel, self.device) // 2
+        if self.is_compiled:
+            return row_blocks(view, view.numel)
+        # While a sketch moves there are up to three numbers for each of its own.
+        elements = min(block_elements(self.view.numel, self.device), most_elements(self.device) * 3 // 8)
         return row_blocks(view, min(elements, view.numel))
 
-    def room(self) -> Tensor | None:
+    def room(self, *, rounds: bool = False) -> Tensor | None:
         """Room for a block in float32, one after the other; None where it is compiled, which finds its own."""
         if self.is_compiled:
             return None
-        matrices, rows = next(self.blocks(), (slice(0, 0), slice(0, 0)))  # no later block is larger
+        matrices, rows = next(self.blocks(rounds=rounds), (slice(0, 0), slice(0, 0)))  # no later block is larger
         return torch.empty(matrices.stop * rows.stop * self.view.columns, device=self.device)
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:

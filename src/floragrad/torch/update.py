@@ -24,7 +24,7 @@ def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor |
         columns: (..., 1, n).
         room: Where the squares may be written: float32 memory of G's shape.
     """
-    values = grad.float()
+    values = grad.float() if room is None or grad.dtype == torch.float32 else room.copy_(grad)
     squares = torch.mul(values, values, out=room)
     rows.copy_(squares.sum(-1, keepdim=True))
     columns.add_(squares.sum(-2, keepdim=True))
@@ -92,26 +92,36 @@ class Estimator(NamedTuple):
         """What X is decoded with."""
         return self.projection if self.residual or self.previous is None else self.previous
 
-    def exchange(self, sketch: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange(
+        self, sketch: Tensor, momentum: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """X and the next M, of encode(U) and M, each (..., rows, k); ‖D‖² − a²‖U‖², or 0 where it is not known.
 
         It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` that is Σ X (encode(U) + the next M).
+
+        Args:
+            sketch: encode(U).
+            momentum: M.
+            room: Memory of their shape to work in, ``sketch``'s own too.
         """
         carried = momentum
         if self.previous is not None:
             carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
+        if self.residual:
+            del momentum
         change = carried - sketch
+        del carried  # what is made from here on may take its place
         following = torch.add(sketch, change, alpha=self.beta1)
         if not self.residual:
             exchange = momentum * self.beta1
             if not self.knows_square:
                 return exchange, following, torch.zeros_like(sketch[0, 0, 0])
             assert isinstance(self.projection, BucketProjection)
-            weighed = (exchange * self.projection.gram).add_(sketch, alpha=2 * self.own)
+            weighed = torch.mul(sketch, 2 * self.own, out=room).addcmul_(exchange, self.projection.gram)
             return exchange, following, weighed.mul_(exchange).sum()
         assert isinstance(self.projection, BucketProjection)
         exchange = change.mul_(self.beta1 / self.projection.gram)
-        return exchange, following, (sketch + following).mul_(exchange).sum()
+        return exchange, following, torch.add(sketch, following, out=room).mul_(exchange).sum()
 
     @property
     def knows_square(self) -> bool:
