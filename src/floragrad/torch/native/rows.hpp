@@ -59,7 +59,7 @@ struct StoredRow {
   int64_t ahead;            // numbers until those of the row that is asked for
 
   // Whole lanes are written to ``out``: zeros beyond ``count``.
-  void load_block(int64_t first, int64_t count, float* __restrict out) const {
+  __attribute__((always_inline)) void load_block(int64_t first, int64_t count, float* __restrict out) const {
     switch (dtype) {
       case FLOAT32:
         return load_lanes(static_cast<const float*>(data) + first, count, 1, out);
@@ -79,7 +79,7 @@ struct StoredRow {
   }
 
   // ``values`` has whole lanes, zeros beyond ``count``.
-  void save_block(int64_t first, int64_t count, const float* __restrict values) const {
+  __attribute__((always_inline)) void save_block(int64_t first, int64_t count, const float* __restrict values) const {
     switch (dtype) {
       case FLOAT32:
         return for_each_lanes(count, [&](int64_t j, int64_t some) {
@@ -123,7 +123,7 @@ struct StoredRow {
     return low < 0 ? 0 : low < count ? low : count;
   }
 
-  void quantize(int64_t first, int64_t count, const float* values, int32_t largest, int8_t* integers) const {
+  __attribute__((always_inline)) void quantize(int64_t first, int64_t count, const float* values, int32_t largest, int8_t* integers) const {
     Ints sizes = {};
     for_each_lanes_of_block(count, [&](int64_t j, int64_t) __attribute__((always_inline)) {
       const Ints size = magnitude(load(values + j, LANES));

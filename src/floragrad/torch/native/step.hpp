@@ -77,14 +77,15 @@ class TensorStep : public StepTensor {
     });
   }
 
-  // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. Where W is about to move,
-  // its row is asked for meanwhile.
+  // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. Where W is about to move, its
+  // row is asked for meanwhile, or the next where a row is done before memory answers.
   template <bool MOVES, class Value, bool SIGNS, class Take>
   __attribute__((always_inline)) void encode(const Row<Value, SIGNS>& row, const float* weight, int64_t first,
                                              int64_t end, Floats (&squares)[AT_ONCE], const Take& take) const {
-    const Value* param = param_of<Value>(row.number);
+    constexpr int64_t LONG = 8192 / sizeof(Value);
+    const Value* param = param_of<Value>(row.number + (at.columns < LONG));
     const auto columns = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-      if (MOVES) __builtin_prefetch(param + j, 1, 2);
+      if (MOVES) __builtin_prefetch(param + j, 1, 3);
       if constexpr (SIGNS)
         return SignedFactor{load(weight + j, count)};
       else
