@@ -92,9 +92,7 @@ class Estimator(NamedTuple):
         """What X is decoded with."""
         return self.projection if self.residual or self.previous is None else self.previous
 
-    def exchange(
-        self, sketch: Tensor, momentum: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange(self, sketch: Tensor, momentum: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """X and the next M, of encode(U) and M, each (..., rows, k); ‖D‖² − a²‖U‖², or 0 where it is not known.
 
         It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` that is Σ X (encode(U) + the next M).

@@ -41,18 +41,18 @@ inline __attribute__((always_inline)) void add_to_buckets(const Value* grad, int
     for (int lane = 0; lane < WIDE; ++lane) add(lane, column + lane * LANES, LANES);
   }
 #pragma GCC unroll 4
-  for (int lane = 0; lane < WIDE; ++lane)
+  for (int lane = 0; lane < WIDE; ++lane)  // the last slice may end within them
     for (int64_t from = column + lane * LANES; from < n; from += k)
       add(lane, from, std::min({LANES, n - from, count - lane * LANES}));
 }
 
-// Calls take(bucket, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them
-// in a row; adds the squares of u to ``squares``. What belongs to columns is columns(column, count). The row that comes
-// next is asked for meanwhile.
+// Calls take(bucket, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them in a
+// row; adds the squares of u to ``squares``. What belongs to columns is columns(column, count). What lies ``ahead`` is
+// asked for meanwhile.
 template <class Value, class Columns, class Take>
-inline __attribute__((always_inline)) void encode_row(const Value* grad, int64_t n, int64_t k, int64_t ahead, int64_t first,
-                                                      int64_t end, const Columns& columns, Floats (&squares)[AT_ONCE],
-                                                      const Take& take) {
+inline __attribute__((always_inline)) void encode_row(const Value* grad, int64_t n, int64_t k, int64_t ahead,
+                                                      int64_t first, int64_t end, const Columns& columns,
+                                                      Floats (&squares)[AT_ONCE], const Take& take) {
   int64_t bucket = first;
   for (; bucket + AT_ONCE * LANES <= end; bucket += AT_ONCE * LANES) {
     Floats sums[AT_ONCE] = {};
