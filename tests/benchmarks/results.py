@@ -44,6 +44,8 @@ def made_up_row(name: str, shapes: str = LAYERS, **changes: Any) -> dict[str, An
         "state_bytes": 1000,
         "peak_bytes": 0,
         "trouble": "",
+        "seconds": [0.05] * 10,
+        "reference_seconds": [0.05] * 10,
     }
     return {**row, **changes}
 
