@@ -96,15 +96,17 @@ inline Floats load(const uint16_t* from, int64_t count) {
   return reinterpret_cast<Floats>(wide << 16);
 }
 
-inline Floats load(const int8_t* from, int64_t count) {
+inline Ints integers(const int8_t* from, int64_t count) {
   const Bytes bytes = load_items<Bytes>(from, count);
 #if defined(__AVX512F__)
   // What the compiler makes of it goes by way of 16 bits.
-  const Ints wide = reinterpret_cast<Ints>(_mm512_maskz_cvtepi8_epi32(0xFFFF, reinterpret_cast<__m128i>(bytes)));
-  return __builtin_convertvector(wide, Floats);
+  return reinterpret_cast<Ints>(_mm512_maskz_cvtepi8_epi32(0xFFFF, reinterpret_cast<__m128i>(bytes)));
 #else
-  return __builtin_convertvector(bytes, Floats);
+  return __builtin_convertvector(bytes, Ints);
 #endif
+}
+inline Floats load(const int8_t* from, int64_t count) {
+  return __builtin_convertvector(integers(from, count), Floats);
 }
 
 inline void store(float* to, Floats values, int64_t count) { store_items(to, values, count); }
