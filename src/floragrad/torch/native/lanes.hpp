@@ -19,7 +19,7 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 
-// How many rows before a row of some numbers is worked on it is asked for.
+// A row of so many numbers is asked for while the one this many rows before it is worked on.
 inline int64_t rows_ahead(int64_t numbers) { return (3072 + numbers - 1) / numbers; }
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
