@@ -71,7 +71,8 @@ CASES = [
     Case("release"),
     Case("release-not-clipped", clip=False),
     Case("release-several-passes", passes=2),
-    Case("release-bf16", kwargs={"mixed_precision": "bf16"}),
+    # Norms are of sketches here, of gradients there. Their last bit turns roundings of bf16 in later steps.
+    Case("release-bf16", kwargs={"mixed_precision": "bf16"}, tolerance=2e-4),
     # Scale and clipping are one factor here, two there. Their last bit turns roundings of fp16 in later steps.
     Case("release-fp16", kwargs={"mixed_precision": "fp16"}, fp16=(), tolerance=2e-4),
     Case("release-fp16-overflow", kwargs={"mixed_precision": "fp16"}, fp16=(1, 7), tolerance=2e-4),

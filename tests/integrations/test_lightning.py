@@ -101,6 +101,7 @@ class Case:
         schedule: Of the micro-batches of a window, by epoch.
         module: What is special about the module.
         releases: Whether tensors are updated one by one.
+        tolerance: Relative, of parameters.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Case:
     schedule: dict[int, int] | None = None
     module: dict[str, Any] = field(default_factory=dict)
     releases: bool = True
+    tolerance: float = 1e-6
 
     def __str__(self) -> str:
         return self.name
@@ -122,7 +124,8 @@ SCHEDULE = {0: 1, 1: STEPS, 2: 3, 3: 1}
 CASES = [
     Case("flora"),
     Case("flora-not-clipped", options=NOT_CLIPPED),
-    Case("flora-bf16", options=BF16),
+    # Norms are of sketches here, of gradients there. Their last bit turns roundings of bf16 in later steps.
+    Case("flora-bf16", options=BF16, tolerance=2e-4),
     Case("flora-fp16", plugin=fp16, module={"overflowing": (5,)}, releases=False),
     Case("flora-skipped-steps", module={"skipped": (1, 7, 9)}),
     Case("flora-scheduled-windows", options={"accumulate_grad_batches": 1, "max_epochs": 4}, schedule=SCHEDULE),
@@ -170,7 +173,7 @@ def test_it_equals_lightning(case: Case, recwarn: pytest.WarningsRecorder) -> No
     assert len(ours.rates) == BATCHES * case.options.get("max_epochs", 2)
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
     assert found.norms == pytest.approx(expected.norms, rel=1e-5, nan_ok=True)
-    assert (flat(ours) - flat(theirs)).abs().max() <= 1e-6 * flat(theirs).abs().max()
+    assert (flat(ours) - flat(theirs)).abs().max() <= case.tolerance * flat(theirs).abs().max()
     if case.schedule is None:
         assert not any(found.held) if case.releases else all(found.held)
     else:  # ten steps of one micro-batch, windows of 4, 4, 2 and of 3, 3, 3, 1, ten steps

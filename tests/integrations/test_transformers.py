@@ -123,7 +123,8 @@ REENTRANT = {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"use_reentrant": 
 CASES = [
     Case("flora"),
     Case("flora-not-clipped", arguments={"max_grad_norm": 0.0}),
-    Case("flora-bf16", arguments={"bf16": True}),
+    # Norms are of sketches here, of gradients there. Their last bit turns roundings of bf16 in later steps.
+    Case("flora-bf16", arguments={"bf16": True}, tolerance=2e-4),
     # Scale and clipping are one factor here, two there. Their last bit turns roundings of fp16 in later steps.
     Case("flora-fp16", base=HalfPrecision, tolerance=2e-4),
     Case("flora-checkpointing", arguments=CHECKPOINTED),
