@@ -133,7 +133,8 @@ struct StoredRow {
     return low < 0 ? 0 : low < count ? low : count;
   }
 
-  __attribute__((always_inline)) void quantize(int64_t first, int64_t count, const float* values, int32_t largest, int8_t* integers) const {
+  __attribute__((always_inline)) void quantize(int64_t first, int64_t count, const float* values, int32_t largest,
+                                               int8_t* integers) const {
     Ints sizes = {};
     for_each_lanes_of_block(count, [&](int64_t j, int64_t) __attribute__((always_inline)) {
       const Ints size = magnitude(load(values + j, LANES));
