@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from floragrad.train.folder import RunFolder
+from floragrad.train.folder import METRICS, RunFolder
 from tests.train.support import FAST, Here, command, fast_config, run, timeless
 
 PATIENCE = 120.0
@@ -27,10 +27,13 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for_step(process: "subprocess.Popen[str]", out: Path) -> None:
-    """Wait until a run in or below a folder has made a step."""
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, runs: str = ".") -> None:
+    """Wait until a run in a folder, or one of those in it that match a pattern, has made a step.
+
+    Nothing else below the folder is looked at: a run's files are prepared under another name, which may vanish any time.
+    """
     deadline = time.monotonic() + PATIENCE
-    while not any('"loss"' in file.read_text() for file in out.rglob("metrics.jsonl")):
+    while not any('"loss"' in file.read_text() for file in out.glob(f"{runs}/{METRICS}")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -77,7 +80,7 @@ def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here
     out = tmp_path / "comparison"
     optimizers = ("--optimizers", "adamw,adafactor")
     process = start("compare", *optimizers, "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS)
-    wait_for_step(process, out)
+    wait_for_step(process, out, "runs/*")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130

@@ -324,7 +324,7 @@ def test_who_is_left_says_so(two: Session) -> None:
 def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
     """The command of the README, and a signal to torchrun."""
     process = start(2, "-m", "floragrad.cli", *job(tmp_path / "run", texts, "--fsdp", steps=400))
-    wait_for_step(process, tmp_path)
+    wait_for_step(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
@@ -339,7 +339,7 @@ def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
 def test_one_dies_and_none_waits(texts: Path, tmp_path: Path) -> None:
     """Killed from outside, in the middle of a step."""
     process = start(2, str(TORCHRUN.with_name("floragrad")), *job(tmp_path / "run", texts, steps=400))
-    wait_for_step(process, tmp_path)
+    wait_for_step(process, tmp_path / "run")
     workers = psutil.Process(process.pid).children()
     next(each for each in workers if each.environ()["RANK"] == "1").kill()
     _, errors = process.communicate(timeout=PATIENCE)
