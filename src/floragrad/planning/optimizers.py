@@ -54,10 +54,10 @@ def _adamw_8bit(model: nn.Module, _: PlanSettings) -> Optimizer:
 
 
 def _adafactor(model: nn.Module, _: PlanSettings) -> Optimizer:
-    from transformers.optimization import Adafactor
-
-    groups = param_groups(model, lr=LR)
-    return Adafactor(groups, lr=LR, beta1=0.9, scale_parameter=False, relative_step=False)  # type: ignore[no-any-return]
+    made: Optimizer = require("transformers.optimization", "plan").Adafactor(
+        param_groups(model, lr=LR), lr=LR, beta1=0.9, scale_parameter=False, relative_step=False
+    )
+    return made
 
 
 def _galore(model: nn.Module, settings: PlanSettings) -> Optimizer:
@@ -86,7 +86,7 @@ class Row:
     """How one row of a plan trains.
 
     Attributes:
-        package: What must be installed for it beside the plan's own libraries; None where nothing more.
+        package: What it takes beside torch and floragrad; None where nothing more.
         adapted: The model that is trained, made of the one that was asked for.
         optimizer: Of that model.
         clip: Whether :class:`floragrad.GradientAccumulator` gathers gradients, and then whether their norm is
@@ -98,6 +98,11 @@ class Row:
     optimizer: Callable[[nn.Module, PlanSettings], Optimizer]
     clip: bool | None = None
 
+    def load(self) -> None:
+        """Import what it takes. Libraries make tensors as they are imported, which a trace would count, and fake."""
+        if self.package is not None:
+            require(self.package, "plan")
+
     def accumulator(self, optimizer: Optimizer, steps: int) -> GradientAccumulator | None:
         """What gathers the gradients of a window; None where ``.grad`` does."""
         return None if self.clip is None else GradientAccumulator(optimizer, steps, clip=self.clip)
@@ -106,7 +111,7 @@ class Row:
 ROWS: Final[dict[OptimizerName, Row]] = {
     "adamw": Row(None, _whole, _adamw),
     "adamw-8bit": Row("bitsandbytes", _whole, _adamw_8bit),
-    "adafactor": Row(None, _whole, _adafactor),
+    "adafactor": Row("transformers.optimization", _whole, _adafactor),
     "lora": Row("peft", _with_adapters, _adamw),
     "galore": Row("galore_torch", _whole, _galore),
     "flora": Row(None, _whole, _flora),
@@ -118,11 +123,10 @@ ROWS: Final[dict[OptimizerName, Row]] = {
 def why_not(name: OptimizerName, settings: PlanSettings) -> str | None:
     """Why a row cannot be planned, in a line; None where it can."""
     row = ROWS[name]
-    if row.package is not None:
-        try:
-            require(row.package, "plan")
-        except ImportError as error:
-            return str(error)
+    try:
+        row.load()
+    except ImportError as error:
+        return str(error)
     devices = max(settings.ddp, settings.fsdp)
     if row.clip is not None and devices > 1:
         return f"GradientAccumulator is planned for one process, and {devices} devices were asked for: plan flora"

@@ -66,12 +66,14 @@ def predict(subject: Subject, name: OptimizerName, settings: PlanSettings, block
 
 def meta_model(subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int) -> nn.Module:
     """The model that a row trains, of shapes alone."""
+    ROWS[name].load()
     with torch.device("meta"):
         return ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)
 
 
 def run(subject: Subject, name: OptimizerName, settings: PlanSettings) -> Trace:
     """Trace a step for real, on the CPU."""
+    ROWS[name].load()
     model = ROWS[name].adapted(subject.build(_dtype(settings), subject.blocks), settings)
     return _traced(model, subject, name, settings, settings.accumulate, MemoryTracker())
 
