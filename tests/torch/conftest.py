@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from floragrad.torch import passes
+from floragrad.torch import compiling
 from floragrad.torch.native import library
 
 BUILDS = ("avx512", "avx2", "baseline")
@@ -51,5 +51,6 @@ def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_graphs() -> None:
     """What is compiled from here on is compiled anew."""
-    passes.compiled.cache_clear()
+    compiling._guarded.cache_clear()
+    compiling.graph_of.cache_clear()
     torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """``compile=True`` is eager to rounding, and compiles each shape once, whatever changes from step to step."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from floragrad import Flora
-from floragrad.torch import step
+from floragrad.torch import compiling, step
 from tests.torch.cases import STEPS, Case
 from tests.torch.conftest import forget_graphs
 
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     """Counts graphs and runs them without a compiler, from an empty cache."""
     counting = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    monkeypatch.setattr(compiling, "BACKEND", counting)
     forget_graphs()
     yield counting
     forget_graphs()
@@ -73,7 +72,7 @@ def test_compiled_equals_eager(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_compiled_passes_equal_eager(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards, which wait for each other's sums, have a graph for each pass: here of a tensor that is whole."""
-    monkeypatch.setattr(step, "step_compiled", lambda *given: list(step.step_part(*given)))
+    monkeypatch.setattr(step, "step_compiled", lambda updates: [list(step.step_part(*update)) for update in updates])
     assert_compiled_equals_eager(case)
 
 

@@ -30,7 +30,7 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
 def wait_for_step(process: "subprocess.Popen[str]", out: Path, runs: str = ".") -> None:
     """Wait until a run in a folder, or one of those in it that match a pattern, has made a step.
 
-    Nothing else below the folder is looked at: a run's files are prepared under another name, which may vanish any time.
+    Nothing else below the folder is looked at: a run is prepared under another name, which may vanish any time.
     """
     deadline = time.monotonic() + PATIENCE
     while not any('"loss"' in file.read_text() for file in out.glob(f"{runs}/{METRICS}")):

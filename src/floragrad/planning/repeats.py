@@ -21,9 +21,9 @@ from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.native.step import step_native as native
 from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
-from floragrad.torch.step import step_tensor as step
+from floragrad.torch.step import step_tensors as step
 from floragrad.torch.storage import row_blocks
-from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate, block_elements
+from floragrad.torch.tensor_step import TensorStep, TensorUpdate, block_elements
 
 FEWEST_BLOCKS: Final = 5
 """Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
@@ -40,8 +40,9 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         profiles: What is known of them already.
     """
 
-    def step_tensor(param: Tensor, grad: Tensor, _state: State, at: TensorStep) -> None:
-        count_step(param, grad, at, is_native=False)
+    def step_tensors(updates: Iterable[TensorUpdate]) -> None:
+        for param, grad, _, at in updates:
+            count_step(param, grad, at, is_native=False)
 
     def step_native(updates: Iterable[TensorUpdate]) -> None:
         for param, grad, _, at in updates:  # in one room, as large as the largest takes alone
@@ -52,7 +53,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
             small = replace(at, plan=plan, part=Part.whole(plan.shape, plan.view))
             fresh = initial_state(plan, at.group, at.index, at.device)
             update = TensorUpdate(_empty(plan, param), _empty(plan, grad), fresh, small)
-            return lambda: native([update]) if is_native else step(*update)
+            return lambda: (native if is_native else step)([update])
 
         tracker.touch(param)
         options = tuple(sorted((key, value) for key, value in at.group.items() if key not in _NOT_OPTIONS))
@@ -102,7 +103,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
-        stack.enter_context(replaced(flora, "step_tensor", step_tensor))
+        stack.enter_context(replaced(flora, "step_tensors", step_tensors))
         stack.enter_context(replaced(flora, "step_native", step_native))
         stack.enter_context(replaced(GradientSketch, "add", add_gradient))
         stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))

@@ -16,7 +16,7 @@ from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import resolve_group
 from floragrad.torch.report import report_row
 from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
-from floragrad.torch.step import step_part, step_tensor
+from floragrad.torch.step import step_part, step_tensors
 from floragrad.torch.tensor_step import TensorStep, TensorUpdate
 from floragrad.torch.vectors import step_vectors, steps_with_others
 
@@ -196,7 +196,7 @@ class Flora(torch.optim.Optimizer):
                     f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
                     "give sparse=False to its embedding"
                 )
-        sharded, native, vectors = [], [], []
+        sharded, native, vectors, others = [], [], [], []
         for param, grad in given:
             if is_sharded(param):
                 sharded.append(self._shard_step(param))
@@ -209,10 +209,11 @@ class Flora(torch.optim.Optimizer):
             elif steps_with_others(update):
                 vectors.append(update)
             else:
-                step_tensor(*update)
+                others.append(update)
         if native:
             step_native(native)
         step_vectors(vectors)
+        step_tensors(others)
         step_together(sharded)
         return loss
 
@@ -243,7 +244,7 @@ class Flora(torch.optim.Optimizer):
             if can_step(*update):
                 step_native([update])
             else:
-                step_tensor(*update)
+                step_tensors([update])
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.

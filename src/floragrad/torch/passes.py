@@ -1,10 +1,8 @@
 """The passes over a tensor that make and apply its update, a block of rows at a time, compiled or not."""
 
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from floragrad.policy import MatrixView
 from floragrad.torch import blocks
 from floragrad.torch import update as pure
+from floragrad.torch.compiling import maybe_compiled
 from floragrad.torch.part import ShardSum
 from floragrad.torch.projection import BucketProjection
 from floragrad.torch.storage import Block, StoredRows
@@ -172,29 +171,3 @@ def seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
     yield params
     if is_copy:
         param.copy_(params.view(param.shape))
-
-
-def maybe_compiled(function: Callable[..., Any], at: TensorStep, *also: Hashable) -> Callable[..., Any]:
-    """The function, under ``torch.compile`` where the group asks for it and the tensor is worth a graph's launch."""
-    if not at.is_compiled:
-        return function
-    return compiled(function, True, at.view, at.device, *also)
-
-
-@cache
-def compiled(function: Callable[..., Any], guarded: bool, *_specialised: Hashable) -> Callable[..., Any]:
-    """The function under ``torch.compile``, once for each view, device and what else it is specialised to.
-
-    Dynamo compiles one code object at most 8 times, and this many tensors' shapes, ratios and decays would
-    be more: each combination gets a code object of its own. A new step or learning rate compiles nothing.
-
-    Args:
-        function: What is compiled.
-        guarded: Whether dynamo looks at every call whether the graph is of such arguments, which takes a third of a
-            launch. What is compiled without has to be specialised to all that a graph may depend on.
-    """
-    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    # Before torch 2.8 there is no way to leave guards out.
-    skip = None if guarded else getattr(torch.compiler, "skip_all_guards_unsafe", None)
-    options = None if skip is None else {"guard_filter_fn": skip}
-    return torch.compile(copy, fullgraph=True, dynamic=False, options=options)

@@ -8,7 +8,7 @@ Where a tensor is sharded, sums are all that its parts need of each other. The s
 out between its passes: whoever runs it has them added up, for all tensors together.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import Buffer, TensorPlan
 from floragrad.torch import update as pure
+from floragrad.torch.compiling import maybe_compiled
 from floragrad.torch.graph import step_compiled
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
 from floragrad.torch.part import EVERYWHERE, ShardSum
-from floragrad.torch.passes import UpdatePasses, maybe_compiled, of_batch, room_for, scales_of
+from floragrad.torch.passes import UpdatePasses, of_batch, room_for, scales_of
 from floragrad.torch.projection import (
     BucketProjection,
     Projection,
@@ -27,7 +28,7 @@ from floragrad.torch.projection import (
     random_signs,
 )
 from floragrad.torch.storage import StoredRows
-from floragrad.torch.tensor_step import Group, State, TensorStep
+from floragrad.torch.tensor_step import Group, State, TensorStep, TensorUpdate
 
 
 def initial_state(
@@ -55,20 +56,13 @@ def initial_state(
     return state
 
 
-def step_tensor(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> None:
-    """Update one parameter and its state in place by PyTorch's code; all of the tensor is here.
-
-    Args:
-        param: W, of the plan's shape.
-        grad: G, likewise; any floating dtype.
-        state: The buffers of ``at.plan``.
-        at: The tensor, its options and the step.
-    """
-    if at.is_compiled:
-        step_compiled(param, grad, state, at)
-        return
-    for _ in step_part(param, grad, state, at):
-        pass
+def step_tensors(updates: Sequence[TensorUpdate]) -> None:
+    """Update parameters and their states in place by PyTorch's code; all of each is here."""
+    step_compiled([update for update in updates if update.at.is_compiled])
+    for update in updates:
+        if not update.at.is_compiled:
+            for _ in step_part(*update):
+                pass
 
 
 def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Generator[list[ShardSum], None, None]:

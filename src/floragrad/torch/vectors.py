@@ -24,7 +24,7 @@ def _kind(update: TensorUpdate) -> Hashable:
 
 
 def step_vectors(vectors: Iterable[TensorUpdate]) -> None:
-    """Update them and their states in place, to the numbers that ``step.step_tensor`` would give."""
+    """Update them and their states in place, to the numbers that ``step.step_tensors`` would give."""
     alike = defaultdict(list)
     for vector in vectors:
         alike[_kind(vector)].append(vector)

@@ -41,7 +41,7 @@ def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
 
 
 def step_native(updates: Sequence[TensorUpdate]) -> None:
-    """Update parameters and their states in place, as ``step.step_tensor`` does; :func:`can_step` holds for each."""
+    """Update parameters and their states in place, as ``step.step_tensors`` does; :func:`can_step` holds for each."""
     kernels = library()
     assert kernels is not None
     at_once = [update for update in updates if not update.at.learns]
