@@ -19,7 +19,7 @@ from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import load, save
 from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
 
-PARTS = 8
+PARTS = 16
 """Parts of a matrix that are read at once on a CPU for the squares of their rows: it foresees so many lines."""
 
 AHEAD = 16
@@ -75,10 +75,19 @@ def _prepared(
     params, grads = _seen_in(at.view, param), _seen_in(at.view, grad)
     rest = (kept, drawn, numbers, rate)
     tensors = leaves(rest)
-    # What has to be copied into the view is contiguous there.
-    layout = [each if each is None else (each.dtype, each.device, each.stride()) for each in (params, grads, *tensors)]
-    # A CPU's graph is of a number of threads.
-    graph = graph_of(_step, at.plan, how, param.dtype, grad.dtype, tuple(layout), torch.get_num_threads())
+    graph = graph_of(
+        _step,
+        at.plan,
+        how,
+        param.dtype,
+        grad.dtype,
+        at.device,
+        rate.device,
+        # What has to be copied into the view is contiguous there, as is all that is drawn.
+        tuple(each if each is None else each.stride() for each in (params, grads, *leaves(kept))),
+        tuple(each is None for each in drawn),
+        torch.get_num_threads(),  # a CPU's graph is of so many
+    )
 
     def launch() -> None:
         both = (
@@ -162,7 +171,7 @@ class _How(NamedTuple):
         if self.is_learnt:
             return BucketProjection.normalised(weight, self.width)
         drawn = BucketProjection.signs(len(weight), self.width, weight)
-        return replace(drawn, gram=_in_memory(drawn.gram))
+        return drawn if len(weight) % self.width == 0 else replace(drawn, gram=_in_memory(drawn.gram))
 
 
 def _numbers(*values: float) -> tuple[Tensor, ...]:
@@ -174,49 +183,95 @@ def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Num
     alpha = lr
     if how.scales_parameter:
         alpha = alpha * pure.relative(pure.square_norm(param), param.numel(), numbers.eps2)
-    scales = _second_moment(grad, kept, numbers)
-    by = None
-    if kept.weight is not None:
-        previous = None if drawn.previous is None else how.projection(drawn.previous)
-        if drawn.start is not None:
-            assert previous is not None
-            kept.weight.copy_(_learnt_weight(grad, scales, kept.momentum, previous, drawn.start, how))
-        by = pure.Estimator(how.projection(kept.weight), previous, how.beta1, how.residual)
+    scales = pure.Scales(None, _rest(grad, kept, numbers))
     exchange, square = None, None
-    if by is not None:
-        sketch, own_square = blocks.encoded(grad, scales, by.projection, None)
-        sketch = _in_memory(sketch if scales.rows is None else sketch * scales.rows)
-        value, following, rest = by.exchange(sketch, load(kept.momentum, how.dtype, how.width))
-        blocks.store(kept.momentum, save(following, how.dtype, drawn.state_bits))
-        value = value if scales.rows is None else value / scales.rows
-        exchange = pure.Exchange(_in_memory(value), by.reading, by.own)
-        square = own_square * by.own**2 + rest if by.knows_square else None
-    of = blocks.Ingredients(grad, scales, exchange, kept.momentum if by is None else (), how.beta1, how.dtype, None)
+    if kept.weight is None:
+        scales = _with_rows(scales, _row_sums(grad), kept, numbers)
+    else:
+        scales, exchange, square = _exchanged(grad, scales, kept, kept.weight, drawn, numbers, how)
+    stored = kept.momentum if exchange is None else ()
+    of = blocks.Ingredients(grad, scales, exchange, stored, how.beta1, how.dtype, None)
     if square is None:
         square = blocks.direction_square(of)
     size = pure.clipped(alpha, _in_memory(square), param.numel(), numbers.clip_threshold)
-    if scales.rows is not None and not of.kept:
+    if scales.rows is not None and not stored:
         size = _in_memory(size * scales.rows)
     keep = 1 - alpha * numbers.weight_decay if how.decays else None
     blocks.move(param, keep, size, drawn.param_bits, drawn.state_bits, of)
 
 
-def _second_moment(grad: Tensor, kept: _Kept, numbers: _Numbers) -> pure.Scales:
-    """Update the second moment; what every gradient is to be multiplied by."""
-    beta2, fresh, eps = numbers.beta2, numbers.fresh, numbers.eps1
+def _exchanged(
+    grad: Tensor,
+    scales: pure.Scales,
+    kept: _Kept,
+    weight: Tensor,
+    drawn: _Drawn,
+    numbers: _Numbers,
+    how: _How,
+) -> tuple[pure.Scales, pure.Exchange, Tensor | None]:
+    """Move the sketch on. What gradients are multiplied by, rows' factors too; X / R; ‖D‖² where it is known."""
+    previous = None if drawn.previous is None else how.projection(drawn.previous)
+    if drawn.start is not None:
+        assert previous is not None
+        scales = _with_rows(scales, _row_sums(grad), kept, numbers)
+        weight.copy_(_learnt_weight(grad, scales, kept.momentum, previous, drawn.start, how))
+    projection = how.projection(weight)
+    by = pure.Estimator(projection, previous, how.beta1, how.residual)
+    sketch, sums, squares = _read(grad, scales.rest, projection)
+    if scales.rows is None:
+        scales = _with_rows(scales, sums, kept, numbers)
+    if scales.rows is not None:
+        sketch, squares = sketch * scales.rows, squares * scales.rows.square()
+    value, following, added = by.exchange(sketch, load(kept.momentum, how.dtype, how.width))
+    blocks.store(kept.momentum, save(following, how.dtype, drawn.state_bits))
+    if scales.rows is not None:
+        value = value * _in_memory(scales.rows.reciprocal())
+    square = squares.sum() * by.own**2 + added if by.knows_square else None
+    return scales, pure.Exchange(_in_memory(value), by.reading, by.own), square
+
+
+def _read(grad: Tensor, rest: Tensor, projection: BucketProjection) -> tuple[Tensor, Tensor, Tensor]:
+    """encode(V), and Σ G² and ‖V‖² of each row: all by bucket first, so that it is one loop over the gradients."""
+    if projection.has_signs:
+        update = pure.within_rows(grad, _in_memory(rest * projection.columns))  # squares do not see the signs
+        sketch = projection.add_up(update)
+    else:
+        update = pure.within_rows(grad, rest)
+        sketch = projection.encode(update)
+    sums, squares = (
+        _in_memory(projection.add_up(values).sum(-1, keepdim=True))
+        for values in (grad.float().square(), update.square())
+    )
+    return _in_memory(sketch), sums, squares
+
+
+def _rest(grad: Tensor, kept: _Kept, numbers: _Numbers) -> Tensor:
+    """Update the second moment of columns, or of all numbers; their factors."""
     squares = grad.float().square()
     if kept.variance is not None:
-        kept.variance.copy_(kept.variance * beta2 + (squares + eps) * fresh)
-        return pure.Scales(None, kept.variance.rsqrt())
-    assert kept.row_var is not None
+        _average(kept.variance, squares, numbers)
+        return kept.variance.rsqrt()
     assert kept.col_var is not None
-    for average, sums, count in (
-        (kept.row_var, squares.sum(-1, keepdim=True), grad.shape[-1]),
-        (kept.col_var, _column_sums(squares), grad.shape[-2]),
-    ):
-        average.copy_(average * beta2 + (_in_memory(sums) / count + eps) * fresh)
+    _average(kept.col_var, _in_memory(_column_sums(squares)) / grad.shape[-2], numbers)
+    return _in_memory(kept.col_var.rsqrt())
+
+
+def _with_rows(scales: pure.Scales, sums: Tensor, kept: _Kept, numbers: _Numbers) -> pure.Scales:
+    """Update the second moment of rows, where they have one; their factors too."""
+    if kept.row_var is None or kept.col_var is None:
+        return scales
+    _average(kept.row_var, sums / kept.col_var.shape[-1], numbers)
     rows = (kept.row_var / kept.row_var.mean(-2, keepdim=True)).rsqrt()
-    return pure.Scales(_in_memory(rows), _in_memory(kept.col_var.rsqrt()))
+    return pure.Scales(_in_memory(rows), scales.rest)
+
+
+def _average(average: Tensor, means: Tensor, numbers: _Numbers) -> None:
+    """V ← β₂ V + (1 − β₂)(means + ε₁)."""
+    average.copy_(average * numbers.beta2 + (means + numbers.eps1) * numbers.fresh)
+
+
+def _row_sums(grad: Tensor) -> Tensor:
+    return _in_memory(grad.float().square().sum(-1, keepdim=True))
 
 
 def _column_sums(squares: Tensor) -> Tensor:

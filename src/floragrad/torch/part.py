@@ -70,5 +70,6 @@ class Part:
             device: Where they are needed.
         """
         drawn = draw_rounding_bits(source, self.shape, width)
-        here = drawn.rows[self.leading].reshape(self.view.batch, self.view.rows, 1)
+        here = drawn.rows[self.leading] if self.split else drawn.rows
+        here = here.reshape(self.view.batch, self.view.rows, 1)
         return RoundingBits(here.to(device), drawn.columns[columns].to(device))

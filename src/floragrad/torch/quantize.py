@@ -60,7 +60,7 @@ class RoundingBits(NamedTuple):
 def draw_rounding_bits(source: Philox, leading: tuple[int, ...], columns: int) -> RoundingBits:
     """The words of a whole tensor, on the CPU: rows in the shape of ``leading``, and columns."""
     count = prod(leading) + columns
-    words = torch.from_numpy(source.words(ceil(count / 2)).astype("<u8").view("<i4")[:count])
+    words = torch.from_numpy(source.words(ceil(count / 2)).astype("<u8", copy=False).view("<i4")[:count])
     return RoundingBits(words[: count - columns].view(leading), words[count - columns :])
 
 
