@@ -88,11 +88,14 @@ def move(
     state_bits: RoundingBits | None,
     of: Ingredients,
 ) -> None:
-    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
+    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place.
+
+    The parameter may be seen with its columns cut in slices, and so are ``size`` and ``bits`` then.
+    """
     direction, _ = of.direction()
     if of.kept:
         store(of.kept, save(direction, of.dtype, state_bits))
-    pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
+    pure.descend_(param, direction.view(param.shape), keep, size, None if bits is None else bits.numbers())
 
 
 def store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:

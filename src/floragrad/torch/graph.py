@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import MatrixView, StateDtype
+from floragrad.policy import StateDtype
 from floragrad.torch import blocks
 from floragrad.torch import update as pure
 from floragrad.torch.compiling import graph_of, leaves
@@ -72,7 +72,8 @@ def _prepared(
         group["scale_parameter"],
         previous is not None,
     )
-    params, grads = _seen_in(at.view, param), _seen_in(at.view, grad)
+    sliced = _sliced(at, rounds=drawn.param_bits is not None)
+    params, grads = _seen_in(sliced, param), _seen_in(at.view, grad)
     rest = (kept, drawn, numbers, rate)
     tensors = leaves(rest)
     graph = graph_of(
@@ -91,7 +92,7 @@ def _prepared(
 
     def launch() -> None:
         both = (
-            param.reshape(at.view) if params is None else params,
+            param.reshape(sliced) if params is None else params,
             grad.reshape(at.view) if grads is None else grads,
         )
         graph([*both, *tensors], *both, *rest, how)
@@ -101,10 +102,21 @@ def _prepared(
     return launch
 
 
-def _seen_in(view: MatrixView, tensor: Tensor) -> Tensor | None:
-    """A tensor in the view; None where it does not lie so."""
+def _sliced(at: TensorStep, *, rounds: bool) -> tuple[int, int, int, int]:
+    """The parameter's view, its columns cut in the slices that a sketch is added in, if all of them are whole.
+
+    Their buckets are neighbours there; of whole rows the compiler would read a sketch number by number where its width
+    is no multiple of a register's. Where numbers are rounded it would write the slices to memory first.
+    """
+    batch, rows, columns = at.view
+    width = columns if rounds or at.plan.momentum != "sketch" or columns % at.plan.width else at.plan.width
+    return batch, rows, columns // width, width
+
+
+def _seen_in(shape: tuple[int, ...], tensor: Tensor) -> Tensor | None:
+    """A tensor in another shape; None where it does not lie so."""
     try:
-        return tensor.view(view)
+        return tensor.view(shape)
     except RuntimeError:
         return None
 
@@ -195,9 +207,12 @@ def _step(param: Tensor, grad: Tensor, kept: _Kept, drawn: _Drawn, numbers: _Num
         square = blocks.direction_square(of)
     size = pure.clipped(alpha, _in_memory(square), param.numel(), numbers.clip_threshold)
     if scales.rows is not None and not stored:
-        size = _in_memory(size * scales.rows)
+        size = _in_memory(size * scales.rows).unsqueeze(-1)
     keep = 1 - alpha * numbers.weight_decay if how.decays else None
-    blocks.move(param, keep, size, drawn.param_bits, drawn.state_bits, of)
+    bits = drawn.param_bits
+    if bits is not None:
+        bits = RoundingBits(bits.rows.unsqueeze(-1), bits.columns.view(param.shape[-2:]))
+    blocks.move(param, keep, size, bits, drawn.state_bits, of)
 
 
 def _exchanged(
@@ -233,7 +248,8 @@ def _exchanged(
 def _read(grad: Tensor, rest: Tensor, projection: BucketProjection) -> tuple[Tensor, Tensor, Tensor]:
     """encode(V), and Σ G² and ‖V‖² of each row: all by bucket first, so that it is one loop over the gradients."""
     if projection.has_signs:
-        update = pure.within_rows(grad, _in_memory(rest * projection.columns))  # squares do not see the signs
+        signed = rest * projection.columns  # squares do not see the signs
+        update = pure.within_rows(grad, _in_memory(signed) if rest.shape[-2] == 1 else signed)
         sketch = projection.add_up(update)
     else:
         update = pure.within_rows(grad, rest)
