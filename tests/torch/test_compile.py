@@ -20,12 +20,16 @@ PAPER_INT8 = Case("paper-int8", (24, 37), {"ratio": 5, "residual": False, "state
 ADAPTIVE_INT4 = Case("adaptive-int4", (24, 37), {"ratio": 5, "projection": "adaptive", "state_dtype": "int4"})
 FULL = Case("full-second-moment", (24, 37), {"ratio": 5, "factorize_second_moment": False})
 VECTOR = Case("vector", (40,))
+SLICES = Case("slices", (24, 60), {"ratio": 3, "weight_decay": 0.1})
+"""Whole slices, whose width is no multiple of a register's."""
+MANY_SLICES = Case("many-slices", (24, 240), {"ratio": 12, "state_dtype": "int8"})
+"""More than the compiler writes out."""
 INT8 = Case("int8", (24, 37), {"ratio": 5, "state_dtype": "int8"})
 INT8_BLOCKS = Case("int8-blocks", (200, 400), {"ratio": 4, "state_dtype": "int8"})
 """Rows of a whole block of 64 numbers and of part of one."""
 EXPERTS = Case("experts", (3, 40, 37), {"ratio": 5, "projection": "adaptive", "scale_parameter": True})
 """Rows of which 16 are summed together, and a rest."""
-CASES = [SIGN, PAPER_INT8, ADAPTIVE_INT4, EXPERTS, FULL, VECTOR]
+CASES = [SIGN, PAPER_INT8, ADAPTIVE_INT4, EXPERTS, FULL, SLICES, MANY_SLICES, VECTOR]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 
@@ -159,6 +163,48 @@ def test_gradients_of_other_strides_equal_eager() -> None:
         results.append(param.detach())
     eager, compiled_one = results
     assert (eager - compiled_one).abs().max() <= TOLERANCE * eager.abs().max()
+
+
+def test_parameters_of_other_strides_equal_eager() -> None:
+    """Through a copy that lies as the graph expects."""
+    results = []
+    for compiled in (False, True):
+        param = torch.nn.Parameter(transposed(SLICES.parameter().detach()))
+        optimizer = Flora([param], **SLICES.all_options(compile=compiled))
+        for grad in SLICES.gradients(4):
+            param.grad = grad.clone()
+            optimizer.step()
+        assert param.stride() == (1, 24)
+        results.append(param.detach())
+    eager, compiled_one = results
+    assert (eager - compiled_one).abs().max() <= TOLERANCE * eager.abs().max()
+
+
+def test_dynamo_runs_once_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would look at in every step is what graphs are kept by; autograd still learns of every write."""
+    calls, compiler = [], torch.compile
+
+    def counting(function: Any, **options: Any) -> Any:
+        run = compiler(function, **options)
+
+        def counted(*args: Any) -> None:
+            calls.append(function)
+            run(*args)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", counting)
+    forget_graphs()
+    params = [SIGN.parameter(seed=seed) for seed in range(3)]
+    optimizer = Flora(params, **SIGN.all_options(compile=True))
+    for grad in SIGN.gradients(3):
+        versions = [param._version for param in params]
+        for param in params:
+            param.grad = grad.clone()
+        optimizer.step()
+        assert [param._version for param in params] == [version + 1 for version in versions]
+    forget_graphs()
+    assert len(calls) == 1
 
 
 def transposed(grad: torch.Tensor) -> torch.Tensor:

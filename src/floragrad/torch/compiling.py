@@ -62,7 +62,7 @@ class Graph:
         """Run it.
 
         Args:
-            tensors: The leaves of ``args``, without what is no tensor or with it; laid out like all before them.
+            tensors: All that are in ``args``, in an order that stays the same; laid out like those before them.
             args: The function's.
         """
         if self._launch is not None:
