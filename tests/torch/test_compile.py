@@ -22,6 +22,7 @@ FULL = Case("full-second-moment", (24, 37), {"ratio": 5, "factorize_second_momen
 VECTOR = Case("vector", (40,))
 SLICES = Case("slices", (24, 60), {"ratio": 3, "weight_decay": 0.1})
 """Whole slices, whose width is no multiple of a register's."""
+CHANNELS = Case("channels", (16, 3, 3, 3), {"ratio": 3})
 MANY_SLICES = Case("many-slices", (24, 240), {"ratio": 12, "state_dtype": "int8"})
 """More than the compiler writes out."""
 INT8 = Case("int8", (24, 37), {"ratio": 5, "state_dtype": "int8"})
@@ -141,7 +142,12 @@ def test_other_strides_and_threads_have_graphs_of_their_own(counter: CompileCoun
     threads = torch.get_num_threads()
     (grad,) = case.gradients(1)
     try:
-        for given, number in ((grad, threads), (transposed(grad), threads), (grad, threads + 1), (grad, threads)):
+        for given, number in (
+            (grad, threads),
+            (column_after_column(grad), threads),
+            (grad, threads + 1),
+            (grad, threads),
+        ):
             torch.set_num_threads(number)
             param.grad = given
             optimizer.step()
@@ -158,23 +164,25 @@ def test_gradients_of_other_strides_equal_eager() -> None:
         param = SIGN.parameter()
         optimizer = Flora([param], **SIGN.all_options(compile=compiled))
         for count, grad in enumerate(SIGN.gradients(4)):
-            param.grad = transposed(grad) if count % 2 else grad.clone()
+            param.grad = column_after_column(grad) if count % 2 else grad.clone()
             optimizer.step()
         results.append(param.detach())
     eager, compiled_one = results
     assert (eager - compiled_one).abs().max() <= TOLERANCE * eager.abs().max()
 
 
-def test_parameters_of_other_strides_equal_eager() -> None:
-    """Through a copy that lies as the graph expects."""
+@pytest.mark.parametrize("case", [SLICES, CHANNELS], ids=str)
+def test_parameters_of_other_strides_equal_eager(case: Case) -> None:
+    """Where they cannot be seen as rows, through a copy."""
     results = []
     for compiled in (False, True):
-        param = torch.nn.Parameter(transposed(SLICES.parameter().detach()))
-        optimizer = Flora([param], **SLICES.all_options(compile=compiled))
-        for grad in SLICES.gradients(4):
+        param = torch.nn.Parameter(column_after_column(case.parameter().detach()))
+        strides = param.stride()
+        optimizer = Flora([param], **case.all_options(compile=compiled))
+        for grad in case.gradients(4):
             param.grad = grad.clone()
             optimizer.step()
-        assert param.stride() == (1, 24)
+        assert param.stride() == strides != grad.stride()
         results.append(param.detach())
     eager, compiled_one = results
     assert (eager - compiled_one).abs().max() <= TOLERANCE * eager.abs().max()
@@ -207,9 +215,9 @@ def test_dynamo_runs_once_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-def transposed(grad: torch.Tensor) -> torch.Tensor:
-    """The same numbers, a column after the other."""
-    return grad.t().contiguous().t()
+def column_after_column(values: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the first dimension's next to each other."""
+    return values.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def test_a_second_optimizer_compiles_nothing_new(counter: CompileCounter) -> None:
