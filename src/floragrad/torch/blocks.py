@@ -33,25 +33,23 @@ class Ingredients(NamedTuple):
         return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
 
 
-def encoded(grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """encode(U) of one block, but for the rows' factors, and ‖U‖²."""
+def encode(
+    sketch: Tensor, norms: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None
+) -> None:
+    """Write what one block is encoded to into ``sketch``, and ‖V‖ of its rows into ``norms``."""
     if scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs:
-        # Signs go with the columns' factors, as ‖U‖² does not see them.
+        # Signs go with the columns' factors, as ‖V‖ does not see them.
         signed = pure.within_rows(grad, scales.rest * projection.columns, room)
-        return projection.add_up(signed), pure.square_norm(signed, scales.rows)
-    update = pure.within_rows(grad, scales.rest, room)
-    square = pure.square_norm(update, scales.rows)
-    return projection.encode(update, room), square
-
-
-def encode(sketch: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None) -> Tensor:
-    """Write what one block is encoded to into ``sketch``; ‖U‖²."""
-    values, square = encoded(grad, scales, projection, room)
+        torch.linalg.vector_norm(signed, dim=-1, keepdim=True, out=norms)
+        values = projection.add_up(signed)
+    else:
+        update = pure.within_rows(grad, scales.rest, room)
+        torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms)
+        values = projection.encode(update, room)
     if scales.rows is None:
         sketch.copy_(values)
     else:
         torch.mul(values, scales.rows, out=sketch)
-    return square
 
 
 def exchange(

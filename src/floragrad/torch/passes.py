@@ -94,12 +94,15 @@ class UpdatePasses:
         at = self._at
         run = maybe_compiled(blocks.encode, at, at.plan)
         sketches = self._grads.new_empty((*at.view[:2], self._stored.width), dtype=torch.float32)
-        total = torch.zeros((), device=at.device)
+        norms = self._grads.new_empty((*at.view[:2], 1), dtype=torch.float32)
         room = at.room()
         for where in at.blocks():
             grad, projection = self._grads[where], of_batch(self._by.projection, where)
-            total += run(sketches[where], grad, scales_of(self._scales, where), projection, room_for(grad, room))
-        return sketches, total
+            scales = scales_of(self._scales, where)
+            run(sketches[where], norms[where], grad, scales, projection, room_for(grad, room))
+        if self._scales.rows is not None:
+            norms.mul_(self._scales.rows)
+        return sketches, norms.square_().sum()
 
     def _exchange(self, sketches: Tensor, *, moves: bool) -> Tensor:
         """Replace encode(U) by X / R; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
@@ -144,7 +147,9 @@ class UpdatePasses:
 
 def room_for(grad: Tensor, room: Tensor | None) -> Tensor | None:
     """Of :meth:`TensorStep.room`, what a block takes."""
-    return None if room is None else room[: grad.numel()].view(grad.shape)
+    if room is None:
+        return None
+    return (room if room.numel() == grad.numel() else room[: grad.numel()]).view(grad.shape)
 
 
 def scales_of(scales: pure.Scales, where: Block) -> pure.Scales:

@@ -73,6 +73,11 @@ def bucket_sizes(n: int, k: int) -> Tensor:
     return sizes
 
 
+def _cut(values: Tensor, columns: slice) -> Tensor:
+    """Some columns; all of them are what they were, which spares an operation."""
+    return values if columns == slice(0, values.shape[-1]) else values[..., columns]
+
+
 class _Run(NamedTuple):
     """Neighbouring slices of columns, each of them dealt into the same buckets.
 
@@ -91,12 +96,12 @@ class _Run(NamedTuple):
     def of(self, rows: Tensor) -> Tensor:
         """The columns in rows, (..., slices, columns of one), without a copy."""
         count = self.weight.shape[-1]
-        columns = rows[..., self.first : self.first + self.slices * count]
+        columns = _cut(rows, slice(self.first, self.first + self.slices * count))
         return columns.view(*rows.shape[:-1], self.slices, count)
 
     def buckets_of(self, sketch: Tensor) -> Tensor:
         """The buckets in a sketch, (..., 1, columns of one)."""
-        return sketch[..., self.buckets].unsqueeze(-2)
+        return _cut(sketch, self.buckets).unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class BucketProjection:
             bucket = column % k
             width = min(k - bucket, end - column)
             slices = (end - column) // k if width == k else 1
-            weight = self.weight[..., column : column + slices * width]
+            weight = _cut(self.weight, slice(column, column + slices * width))
             sliced = weight.view(*weight.shape[:-1], slices, width)
             yield _Run(column - first, slices, slice(bucket, bucket + width), sliced)
             column += slices * width
@@ -147,7 +152,7 @@ class BucketProjection:
     @property
     def columns(self) -> Tensor:
         """The weights of the columns that are here."""
-        return self.weight[..., self.part or slice(None)]
+        return self.weight if self.part is None else self.weight[..., self.part]
 
     def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
         """X Pᵀ."""

@@ -26,7 +26,7 @@ def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor |
     """
     values = grad.float() if room is None or grad.dtype == torch.float32 else room.copy_(grad)
     squares = torch.mul(values, values, out=room)
-    rows.copy_(squares.sum(-1, keepdim=True))
+    torch.sum(squares, -1, keepdim=True, out=rows)
     columns.add_(squares.sum(-2, keepdim=True))
 
 
