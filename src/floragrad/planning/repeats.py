@@ -9,6 +9,7 @@ block more, and what the whole tensor needs follows without an error.
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -40,13 +41,9 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         profiles: What is known of them already.
     """
 
-    def step_tensors(updates: Iterable[TensorUpdate]) -> None:
-        for param, grad, _, at in updates:
-            count_step(param, grad, at, is_native=False)
-
-    def step_native(updates: Iterable[TensorUpdate]) -> None:
-        for param, grad, _, at in updates:  # in one room, as large as the largest takes alone
-            count_step(param, grad, at, is_native=True)
+    def count_steps(updates: Iterable[TensorUpdate], *, is_native: bool) -> None:
+        for param, grad, _, at in updates:  # native ones in one room, as large as the largest takes alone
+            count_step(param, grad, at, is_native=is_native)
 
     def count_step(param: Tensor, grad: Tensor, at: TensorStep, *, is_native: bool) -> None:
         def work(plan: TensorPlan) -> Callable[[], None]:
@@ -103,8 +100,8 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
-        stack.enter_context(replaced(flora, "step_tensors", step_tensors))
-        stack.enter_context(replaced(flora, "step_native", step_native))
+        stack.enter_context(replaced(flora, "step_tensors", partial(count_steps, is_native=False)))
+        stack.enter_context(replaced(flora, "step_native", partial(count_steps, is_native=True)))
         stack.enter_context(replaced(GradientSketch, "add", add_gradient))
         stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))
         stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))

@@ -14,6 +14,7 @@ from floragrad.torch import blocks
 from floragrad.torch import update as pure
 from floragrad.torch.compiling import graph_of, leaves
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
+from floragrad.torch.passes import viewed
 from floragrad.torch.projection import BucketProjection, normalise_buckets, random_signs
 from floragrad.torch.quantize import RoundingBits
 from floragrad.torch.storage import load, save
@@ -73,9 +74,10 @@ def _prepared(
         previous is not None,
     )
     sliced = _sliced(at, rounds=drawn.param_bits is not None)
-    params, grads = _seen_in(sliced, param), _seen_in(at.view, grad)
+    params, grads = viewed(param, sliced), viewed(grad, at.view)
     rest = (kept, drawn, numbers, rate)
-    tensors = leaves(rest)
+    held = leaves(kept)
+    tensors = [*held, *leaves(rest[1:])]
     graph = graph_of(
         _step,
         at.plan,
@@ -85,7 +87,7 @@ def _prepared(
         at.device,
         rate.device,
         # What has to be copied into the view is contiguous there, as is all that is drawn.
-        tuple(each if each is None else each.stride() for each in (params, grads, *leaves(kept))),
+        tuple(each if each is None else each.stride() for each in (params, grads, *held)),
         tuple(each is None for each in drawn),
         torch.get_num_threads(),  # a CPU's graph is of so many
     )
@@ -111,14 +113,6 @@ def _sliced(at: TensorStep, *, rounds: bool) -> tuple[int, int, int, int]:
     batch, rows, columns = at.view
     width = columns if rounds or at.plan.momentum != "sketch" or columns % at.plan.width else at.plan.width
     return batch, rows, columns // width, width
-
-
-def _seen_in(shape: tuple[int, ...], tensor: Tensor) -> Tensor | None:
-    """A tensor in another shape; None where it does not lie so."""
-    try:
-        return tensor.view(shape)
-    except RuntimeError:
-        return None
 
 
 def _weights(state: State, at: TensorStep) -> tuple[Tensor | None, Tensor | None]:

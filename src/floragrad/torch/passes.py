@@ -166,13 +166,21 @@ def of_batch(projection: Any, where: Block) -> Any:
     return projection
 
 
+def viewed(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A tensor in another shape; None where it does not lie so."""
+    try:
+        return tensor.view(shape)
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
     """A parameter in its view, to be written to; where it does not lie so, through a copy."""
-    try:
-        params, is_copy = param.view(view), False
-    except RuntimeError:
-        params, is_copy = param.reshape(view), True
-    yield params
-    if is_copy:
-        param.copy_(params.view(param.shape))
+    params = viewed(param, view)
+    if params is not None:
+        yield params
+        return
+    copy = param.reshape(view)
+    yield copy
+    param.copy_(copy.view(param.shape))
