@@ -1,7 +1,6 @@
 """Flora's step and fused AdamW's in one process, in turns, on GPT-2 small's layers: the least that can differ.
 
     python -m benchmarks.step_in_turns
-    python -m benchmarks.step_in_turns --compile
 
 ``make bench`` gives every optimizer a process of its own, whose memory the machine places as it likes; that alone can
 move a ratio by half on a shared machine. Here both step in the same process. Medians of each round's ratio, with
@@ -24,17 +23,13 @@ WARM, ROUNDS = 3, 25
 Optimizers = dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]
 
 
-def optimizers(*, compiled: bool) -> Optimizers:
+def optimizers() -> Optimizers:
     made: Optimizers = {"torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True)}
     for dtype in ("float32", "bfloat16", "int8", "int4"):
         made[f"Flora, {dtype}"] = lambda params, dtype=dtype: Flora(params, lr=1e-4, state_dtype=dtype)  # type: ignore[misc]
     for rank in (16, 256):
         made[f"Flora, int8, rank {rank}"] = lambda params, rank=rank: Flora(params, lr=1e-4, rank=rank)  # type: ignore[misc]
     made["Flora, no momentum"] = lambda params: Flora(params, lr=1e-4, beta1=None)
-    for dtype in ("float32", "int8") if compiled else ():
-        made[f"Flora, {dtype}, compiled"] = lambda params, dtype=dtype: Flora(  # type: ignore[misc]
-            params, lr=1e-4, state_dtype=dtype, compile=True
-        )
     return made
 
 
@@ -52,11 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (default: all)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the parameters")
-    parser.add_argument("--compile", action="store_true", help="Flora with compile=True as well")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    chosen = optimizers(compiled=given.compile)
-    made = {name: make(parameters(getattr(torch, given.dtype))) for name, make in chosen.items()}
+    made = {name: make(parameters(getattr(torch, given.dtype))) for name, make in optimizers().items()}
     print_in_turns({name: optimizer.step for name, optimizer in made.items()})
 
 

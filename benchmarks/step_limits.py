@@ -7,7 +7,6 @@
   the width of a sketch, no random numbers, no Python but the loop over blocks. Twice: with every operation, and with
   gradients that are multiplied by their columns' factors once instead of twice, which would need memory as large as
   the tensor.
-* The same under ``torch.compile``, one graph for a tensor, launched as Flora launches its own.
 * Sketches of rank 256 in float32, read twice and written once, without anything else.
 
 Medians of each round's ratio, with quartiles.
@@ -22,8 +21,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_in_turns import parameters, print_in_turns
-from floragrad.torch.compiling import graph_of
-from floragrad.torch.graph import PARTS
 from floragrad.torch.tensor_step import BLOCK_ELEMENTS
 
 RATIO = 6
@@ -64,22 +61,6 @@ def on_all_numbers(param: Tensor, grad: Tensor, columns: Tensor, signs: Tensor, 
         param[here].addcmul_(v, sizes[here], value=-1)
 
 
-def compiled_on_all_numbers(
-    param: Tensor, grad: Tensor, columns: Tensor, signs: Tensor, sizes: Tensor, total: Tensor
-) -> None:
-    """The same in one graph: the squares' sums along columns; encode(V) with those along rows and ‖V‖; the update."""
-    rows, n = grad.shape
-    slices = (rows, RATIO, n // RATIO)
-    squares, v = grad.square(), grad * columns
-    down = squares.reshape(PARTS, rows // PARTS, n).sum(0).sum(0)
-    sketch = v.view(slices).sum(1)
-    sketch = sketch.as_strided(sketch.shape, sketch.stride())
-    sums = squares.view(slices).sum(1).sum(-1), v.square().view(slices).sum(1).sum(-1)
-    total.copy_(down.sum() + sums[0].sum() + sums[1].sum())
-    decoded = sketch.unsqueeze(1) * signs.view(RATIO, -1)
-    param.addcmul_(v.view(slices) + decoded, sizes.unsqueeze(-1), value=-1)
-
-
 def sketches(held: Tensor) -> None:
     """Read, and read and written."""
     held.sum()
@@ -92,17 +73,10 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     params = parameters(torch.float32)
     matrices = [(param.detach(), param.grad) for param in params if param.dim() == 2 and param.grad is not None]
-    total = torch.zeros(())
-
-    def compiled(param: Tensor, grad: Tensor, columns: Tensor, signs: Tensor) -> None:
-        sliced, size = param.view(len(param), RATIO, -1), sizes[len(param)]
-        tensors = (sliced, grad, columns, signs, size, total)
-        graph_of(compiled_on_all_numbers, param.shape)(tensors, *tensors)
 
     room = torch.empty(BLOCK_ELEMENTS)
     columns = {n: torch.rand(n) for n in {param.shape[1] for param, _ in matrices}}
     signs = {n: torch.randn(n).sign() for n in columns}
-    sizes = {rows: torch.full((rows, 1), 1e-9) for rows in {param.shape[0] for param, _ in matrices}}
     held = [torch.zeros(prod(param.shape) * 256 // 768) for param, _ in matrices]
 
     def each(step: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> None:
@@ -114,7 +88,6 @@ def main() -> None:
         "memory": partial(each, lambda param, grad, *_: stream(param, grad)),
         "eager, on all numbers": partial(each, partial(on_all_numbers, room=room, again=True)),
         "eager, on all numbers, G · C once": partial(each, partial(on_all_numbers, room=room, again=False)),
-        "compiled, on all numbers": partial(each, compiled),
         "sketches of rank 256": lambda: [sketches(one) for one in held],
     }
     with torch.no_grad():

@@ -23,8 +23,7 @@ RATIO: Final = 768 // RANK
 """ρ of GPT-2 small's layers."""
 ADAPTIVE_KAPPA: Final = 100
 EAGER: Final = f"{INT8}, eager"
-COMPILED: Final = f"{INT8}, compiled"
-COMPARED: Final = (FUSED, INT8, FLOAT32, EAGER, COMPILED, FLORA_OPT, TORCH_ADAFACTOR, HF_ADAFACTOR)
+COMPARED: Final = (FUSED, INT8, FLOAT32, EAGER, FLORA_OPT, TORCH_ADAFACTOR, HF_ADAFACTOR)
 """Whose times in the table the goals hold against each other: they should be of the same rounds."""
 
 
@@ -149,7 +148,6 @@ GOALS: Final = (
         _over(at_rank(INT8, RANKS[-1]), at_rank(INT8, RANKS[0]), part="ranks"),
     ),
     Goal("step time against fused AdamW without the native kernel, eager", 3, _over(EAGER, FUSED)),
-    Goal("the same with compile=True", 1.7, _over(COMPILED, FUSED)),
     Goal("peak temporary bytes of an eager step, in units of the largest tensor", 1, _peak(EAGER)),
     Goal(f"the same with the native kernel: 1/ρ, ρ = {RATIO}", 1 / RATIO, _peak(INT8)),
     Goal("epoch-change step over ordinary step", 1.3, _epoch(INT8)),

@@ -129,13 +129,11 @@ def _flora(**options: Any) -> Callable[[list[Group]], list[Any]]:
 
 
 def _ways(name: str, held: float, options: dict[str, Any], **more: Any) -> dict[str, Entry]:
-    """One choice of Flora's options, stepped in its three ways."""
+    """One choice of Flora's options, stepped in both its ways."""
     without = {"FLORAGRAD_NATIVE": "0"}
-    compiled = _flora(compile=True, **options)
     return {
         name: Entry(_flora(**options), held, **more),
         f"{name}, eager": Entry(_flora(**options), held, without, **more),
-        f"{name}, compiled": Entry(compiled, held, without, is_compiled=True, **more),
     }
 
 
@@ -175,7 +173,7 @@ OURS: Final[dict[str, Entry]] = {
     **_ways("floragrad Flora, int4", 2, {"state_dtype": "int4"}, is_variant=True),
     **_ways(ADAPTIVE, 2, {"projection": "adaptive", "kappa": 100}, is_variant=True, note="kappa 100"),
 }
-"""Flora as it is by default, in float32, and without the native kernel: eager, and under ``torch.compile``."""
+"""Flora as it is by default, in float32, and without the native kernel."""
 
 ENTRIES: Final[dict[str, Entry]] = {**_PEERS, **OURS}
 """The rows of every table of step times."""

@@ -21,8 +21,8 @@ class ReportRow:
         adamw_bytes: Bytes of AdamW's state for it: ``torch.optim``'s or ``optax``'s.
         adafactor_bytes: Bytes of Adafactor's with momentum: Hugging Face's or ``optax``'s.
         reason: Why its momentum is no sketch; empty where it is one.
-        path: Which code updates it: ``"native (…)"`` with the instruction set, ``"compiled"``, or ``"eager (…)"``
-            with what stands in the native kernels' way. Empty where there is no choice.
+        path: Which code updates it: ``"native (…)"`` with the instruction set, or ``"eager (…)"`` with
+            what stands in the native kernels' way. Empty where there is no choice.
     """
 
     name: str

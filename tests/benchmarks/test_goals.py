@@ -24,7 +24,6 @@ FIGURES = {
     at_rank(INT8, RANKS[0]): {"ratio": 1.0},
     at_rank(INT8, RANKS[-1]): {"ratio": 1.2},
     f"{INT8}, eager": {"ratio": 2.5, "peak_bytes": LARGEST_BYTES // 4},
-    f"{INT8}, compiled": {"ratio": 1.5, "peak_bytes": None},
     f"{INT8}, short epochs": {"epoch_ratio": 1.25},
     f"{ADAPTIVE}, short epochs": {"epoch_ratio": 2.0},
 }
@@ -32,7 +31,7 @@ FIGURES = {
 
 def test_every_goal_from_given_numbers() -> None:
     found = verdicts(made_up_results(**FIGURES))
-    expected = [1.1 / 12, 1.1 / 4, 1.1, 1.01, 1.2, 2.5, 1.5, 0.25, 0.1, 1.25, 2.0, 1.01]
+    expected = [1.1 / 12, 1.1 / 4, 1.1, 1.01, 1.2, 2.5, 0.25, 0.1, 1.25, 2.0, 1.01]
     assert [each.measured for each in found] == pytest.approx(expected)
     assert [each.goal.figure for each in found if each.words == "not met"] == [
         "the same with float32 state",

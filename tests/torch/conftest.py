@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from floragrad.torch import compiling
 from floragrad.torch.native import library
 
 BUILDS = ("avx512", "avx2", "baseline")
@@ -47,10 +45,3 @@ def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = library.library()
     assert found is not None, library.absence()
     assert found.name == code
-
-
-def forget_graphs() -> None:
-    """What is compiled from here on is compiled anew."""
-    compiling._guarded.cache_clear()
-    compiling.graph_of.cache_clear()
-    torch._dynamo.reset()

@@ -55,7 +55,7 @@ class TorchDraws:
 
 def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: Any) -> list[np.ndarray]:
     """The parameter after every step, float64, in the shape of its view."""
-    group = resolve_group(case.all_options(**changes), {**_defaults(), "compile": False})
+    group = resolve_group(case.all_options(**changes), _defaults())
     plan = plan_of(torch.Size(case.shape), group)
     view = plan.view or (1, 1, max(1, torch.Size(case.shape).numel()))
     param, *grads = (double(each).reshape(view) for each in (case.parameter(), *gradients))

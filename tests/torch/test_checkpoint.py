@@ -94,13 +94,13 @@ def test_loaded_tensors_are_copies() -> None:
     assert all(torch.equal(saved["state"][0][key], value) for key, value in kept.items())
 
 
-def test_what_torch_restores_is_restored_and_compile_stays() -> None:
-    """Learning rates and the like come from the checkpoint, as in torch.optim; how to run is this run's."""
+def test_what_torch_restores_is_restored() -> None:
+    """Learning rates and the like come from the checkpoint, as in torch.optim."""
     saved = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.5, ratio=4, weight_decay=0.3).state_dict()
-    optimizer = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.1, ratio=4, compile=True)
+    optimizer = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.1, ratio=4)
     optimizer.load_state_dict(saved)
     [group] = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["compile"]) == (0.5, 0.3, True)
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,6 @@ def test_the_report_names_the_code_of_each_tensor() -> None:
     params = [torch.nn.Parameter(make()) for make in makes.values()]
     report = Flora(params, lr=1e-3, rank=8).report()
     assert [row.path for row in report.rows] == list(makes)
-    (compiled,) = Flora(params[:1], lr=1e-3, rank=8, compile=True).report().rows
-    assert compiled.path == "compiled"
     (drawn,) = Flora(params[:1], lr=1e-3, rank=8, projection="gaussian").report().rows
     assert drawn.path == "eager (Gaussian projection)"
 

@@ -1,4 +1,4 @@
-"""What is done to one block of rows, as functions of tensors: so each may be compiled, or be part of a graph."""
+"""Functions of one block of rows: encode, exchange, norm of the direction, update."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Ingredients(NamedTuple):
     kept: tuple[Tensor, ...]
     beta1: float
     dtype: StateDtype
-    room: Tensor | None
+    room: Tensor
 
     def direction(self) -> tuple[Tensor, Tensor | None]:
         """D in two factors, all columns' and the rows'; all of it in the first where that is what is kept."""
@@ -34,7 +34,7 @@ class Ingredients(NamedTuple):
 
 
 def encode(
-    sketch: Tensor, norms: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor | None
+    sketch: Tensor, norms: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor
 ) -> None:
     """Write what one block is encoded to into ``sketch``, and ‖V‖ of its rows into ``norms``."""
     if scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs:
@@ -86,14 +86,11 @@ def move(
     state_bits: RoundingBits | None,
     of: Ingredients,
 ) -> None:
-    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place.
-
-    The parameter may be seen with its columns cut in slices, and so are ``size`` and ``bits`` then.
-    """
+    """Move the parameter of one block, and the momentum of every column where that is what is kept; both in place."""
     direction, _ = of.direction()
     if of.kept:
         store(of.kept, save(direction, of.dtype, state_bits))
-    pure.descend_(param, direction.view(param.shape), keep, size, None if bits is None else bits.numbers())
+    pure.descend_(param, direction, keep, size, None if bits is None else bits.numbers())
 
 
 def store(kept: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:

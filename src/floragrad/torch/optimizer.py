@@ -13,7 +13,7 @@ from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
 from floragrad.torch.distributed.lockstep import ShardStep, here, is_sharded, step_together
 from floragrad.torch.native.step import can_step, step_native
-from floragrad.torch.options import resolve_group
+from floragrad.torch.options import resolve_group, warn_of_compile, without_compile
 from floragrad.torch.report import report_row
 from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
 from floragrad.torch.step import step_part, step_tensors
@@ -67,7 +67,7 @@ class Flora(torch.optim.Optimizer):
         state_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, the
             last three rounded stochastically, so that the average stays unbiased.
         stochastic_rounding: Round bfloat16 parameters stochastically; float16 ones round to nearest.
-        compile: Run the update under ``torch.compile``.
+        compile: Deprecated; it changes nothing.
 
     Raises:
         ValueError: An option has a wrong value, options contradict each other, or a parameter is complex.
@@ -115,7 +115,7 @@ class Flora(torch.optim.Optimizer):
         embedding_momentum: EmbeddingMomentum = "none",
         state_dtype: StateDtype | torch.dtype = "int8",
         stochastic_rounding: bool = True,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -137,8 +137,9 @@ class Flora(torch.optim.Optimizer):
             "embedding_momentum": embedding_momentum,
             "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding,
-            "compile": compile,
         }
+        if compile is not None:
+            warn_of_compile(stacklevel=2)
         self._slots: dict[Tensor, Slot] = {}
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
@@ -153,7 +154,7 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: As in the constructor; the optimizer is left as it was.
         """
-        group = dict(param_group)
+        group = without_compile(param_group, stacklevel=2)
         group["params"] = without_repetition(group["params"])
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
@@ -256,7 +257,7 @@ class Flora(torch.optim.Optimizer):
             (8, True)
         """
         self._follow()
-        return Report(tuple(report_row(slot.name, param, slot.plan, slot.group) for param, slot in self._slots.items()))
+        return Report(tuple(report_row(slot.name, param, slot.plan) for param, slot in self._slots.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
@@ -265,7 +266,7 @@ class Flora(torch.optim.Optimizer):
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, every tensor in the dtype that it was saved in; ``compile`` stays as it is here.
+        """Load a state, every tensor in the dtype that it was saved in.
 
         Args:
             state_dict: From :meth:`state_dict` of an optimizer with the same layout.
@@ -285,23 +286,19 @@ class Flora(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._slots = {}
+        for options in (self.defaults, *self.param_groups):
+            options.pop("compile", None)  # of versions that compiled the step
         for group in self.param_groups:
             self._slots.update(slots_of(group, len(self._slots)))
         incoming = self.__dict__.setdefault("_incoming", None)
         if incoming is not None:
             self._restore(incoming)
 
-    def _accept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _accept(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
         self._follow()
         plans = {param: slot.plan for param, slot in self._slots.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
-        own = [{"compile": group["compile"]} for group in self.param_groups]
-        saved = state_dict["param_groups"]
-        return {
-            **state_dict,
-            "param_groups": [{**one, **kept} for one, kept in zip(saved, own, strict=False)],
-        }
 
     def _restore(self, incoming: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Replace what the base class cast to the parameters' dtypes by the tensors as they were saved."""

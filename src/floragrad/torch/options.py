@@ -1,5 +1,6 @@
 """The options of a parameter group: their checks, and what follows from them."""
 
+import warnings
 from typing import Any, Final, get_args
 
 import torch
@@ -71,7 +72,6 @@ _CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
     "factorize_second_moment": FLAG,
     "seed": (lambda value: is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
     "stochastic_rounding": FLAG,
-    "compile": FLAG,
     "kind": one_of(None, *get_args(Kind)),
 }
 
@@ -83,6 +83,33 @@ def check_option(name: str, value: Any) -> None:
         ValueError: Naming the option, the value and what is allowed.
     """
     check_value(name, value, _CHECKS[name])
+
+
+def without_compile(group: dict[str, Any], stacklevel: int) -> dict[str, Any]:
+    """The group without ``compile``, which is accepted for one release, warned of and changes nothing.
+
+    Args:
+        group: Options as the user gave them.
+        stacklevel: Of the warning, as seen from the caller.
+    """
+    if group.get("compile") is not None:
+        warn_of_compile(stacklevel + 1)
+    return {name: value for name, value in group.items() if name != "compile"}
+
+
+def warn_of_compile(stacklevel: int) -> None:
+    """Warn that ``compile`` changes nothing.
+
+    Args:
+        stacklevel: Of the warning, as seen from the caller.
+    """
+    warnings.warn(
+        "compile= of Flora changes nothing any more and will be refused in the next release: leave it out. On CPUs the "
+        "native kernels take less time than the compiled step did; elsewhere PyTorch's operations run. A model under "
+        "torch.compile is trained as before",
+        FutureWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def state_dtype_name(value: Any) -> Any:
@@ -131,11 +158,6 @@ def _check_together(group: dict[str, Any]) -> None:
         (
             group["warmup_init"] and not group["relative_step"],
             "warmup_init=True without relative_step=True: it is the warm-up of the relative step",
-        ),
-        (
-            group["projection"] == "gaussian" and group["compile"],
-            "compile=True with projection='gaussian': it is redrawn by the device's generator at every use, "
-            "which torch.compile cannot trace; use projection='sign' or compile=False",
         ),
     )
     check_contradictions(contradictions)

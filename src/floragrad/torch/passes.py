@@ -1,6 +1,6 @@
-"""The passes over a tensor that make and apply its update, a block of rows at a time, compiled or not."""
+"""The passes over a tensor that make and apply its update, a block of rows at a time."""
 
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor
 from floragrad.policy import MatrixView
 from floragrad.torch import blocks
 from floragrad.torch import update as pure
-from floragrad.torch.compiling import maybe_compiled
 from floragrad.torch.part import ShardSum
 from floragrad.torch.projection import BucketProjection
 from floragrad.torch.storage import Block, StoredRows
@@ -79,27 +78,25 @@ class UpdatePasses:
             self._exchanges, _ = self._encoded()
             self._exchange(self._exchanges, moves=True)
         rounding = at.parameter_rounding(param.dtype)
-        run = maybe_compiled(blocks.move, at, *self._specialised(), decay != 0)
         rounds = rounding is not None
         room = at.room(rounds=rounds)
         with seen_in(at.view, param) as params:
             for where in at.blocks(rounds=rounds):
                 bits = None if rounding is None else rounding.of(where)
                 size = sizes if rows is None else sizes[where]
-                run(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
+                blocks.move(params[where], keep, size, bits, self._stored.bits(where), self._ingredients(where, room))
 
     def _encoded(self) -> tuple[Tensor, Tensor]:
         """encode(U) of all rows, of the columns that are here, and ‖U‖²."""
         assert self._by is not None
         at = self._at
-        run = maybe_compiled(blocks.encode, at, at.plan)
         sketches = self._grads.new_empty((*at.view[:2], self._stored.width), dtype=torch.float32)
         norms = self._grads.new_empty((*at.view[:2], 1), dtype=torch.float32)
         room = at.room()
         for where in at.blocks():
             grad, projection = self._grads[where], of_batch(self._by.projection, where)
             scales = scales_of(self._scales, where)
-            run(sketches[where], norms[where], grad, scales, projection, room_for(grad, room))
+            blocks.encode(sketches[where], norms[where], grad, scales, projection, room_for(grad, room))
         if self._scales.rows is not None:
             norms.mul_(self._scales.rows)
         return sketches, norms.square_().sum()
@@ -108,27 +105,24 @@ class UpdatePasses:
         """Replace encode(U) by X / R; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
         at, stored, by = self._at, self._stored, self._by
         assert by is not None
-        run = maybe_compiled(blocks.exchange, at, *self._specialised(), moves)
         total = torch.zeros((), device=at.device)
         for where in at.sketch_blocks():
             here = by._replace(projection=of_batch(by.projection, where), previous=of_batch(by.previous, where))
             rows = None if self._scales.rows is None else self._scales.rows[where]
-            total += run(sketches[where], rows, stored.read(where), stored.bits(where), here, moves, stored.dtype)
+            total += blocks.exchange(
+                sketches[where], rows, stored.read(where), stored.bits(where), here, moves, stored.dtype
+            )
         return total
 
     def _square_of_directions(self) -> Tensor:
         at = self._at
-        run = maybe_compiled(blocks.direction_square, at, *self._specialised())
         total = torch.zeros((), device=at.device)
         room = at.room()
         for where in at.blocks():
-            total += run(self._ingredients(where, room))
+            total += blocks.direction_square(self._ingredients(where, room))
         return total
 
-    def _specialised(self) -> tuple[Hashable, ...]:
-        return self._at.plan, self._at.group["beta1"], self._at.group["residual"]
-
-    def _ingredients(self, where: Block, room: Tensor | None) -> blocks.Ingredients:
+    def _ingredients(self, where: Block, room: Tensor) -> blocks.Ingredients:
         grad, by = self._grads[where], self._by
         exchange = None
         if by is not None:
@@ -145,10 +139,8 @@ class UpdatePasses:
         )
 
 
-def room_for(grad: Tensor, room: Tensor | None) -> Tensor | None:
+def room_for(grad: Tensor, room: Tensor) -> Tensor:
     """Of :meth:`TensorStep.room`, what a block takes."""
-    if room is None:
-        return None
     return (room if room.numel() == grad.numel() else room[: grad.numel()]).view(grad.shape)
 
 

@@ -68,7 +68,7 @@ def signs_from(source: Philox, n: int) -> Tensor:
 def bucket_sizes(n: int, k: int) -> Tensor:
     """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
     sizes = torch.full((k,), float(n // k))
-    if n % k:  # else a compiler sees that they are one number
+    if n % k:
         sizes[: n % k] += 1
     return sizes
 

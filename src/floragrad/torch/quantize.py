@@ -148,5 +148,4 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     noise = bits.to(torch.int32) & 0xFFFF
     kept = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
-    # What differs from itself is NaN; a compiler for CPUs asks isnan() of one number at a time.
-    return kept.masked_fill_(values != values, torch.nan).bfloat16()
+    return kept.masked_fill_(values.isnan(), torch.nan).bfloat16()

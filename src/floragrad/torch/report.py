@@ -9,10 +9,9 @@ from floragrad._report import ReportRow
 from floragrad.policy import TensorPlan
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.native.layout import path_of
-from floragrad.torch.tensor_step import Group
 
 
-def report_row(name: str, param: Tensor, plan: TensorPlan, group: Group) -> ReportRow:
+def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
     """The row of one parameter; of a sharded one, with the bytes on this device."""
     buffers, here = plan.buffers, plan.shape
     if is_sharded(param):
@@ -29,7 +28,7 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, group: Group) -> Repo
         adamw_bytes=adamw_bytes(here, param.dtype),
         adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
-        path=path_of(param, plan, group),
+        path=path_of(param, plan),
     )
 
 

@@ -2,7 +2,7 @@
 
 The second moment needs all rows before any can be normalised, and the clipping threshold the size of the whole
 update before any of it can be applied, so a step is several passes over blocks: statistics; sketches and what they
-add, from which the update's norm follows; the update. Whole tensors under ``torch.compile`` are one graph instead.
+add, from which the update's norm follows; the update.
 
 Where a tensor is sharded, sums are all that its parts need of each other. The step is a generator that hands them
 out between its passes: whoever runs it has them added up, for all tensors together.
@@ -16,8 +16,6 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import Buffer, TensorPlan
 from floragrad.torch import update as pure
-from floragrad.torch.compiling import maybe_compiled
-from floragrad.torch.graph import step_compiled
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
 from floragrad.torch.part import EVERYWHERE, ShardSum
 from floragrad.torch.passes import UpdatePasses, of_batch, room_for, scales_of
@@ -58,11 +56,9 @@ def initial_state(
 
 def step_tensors(updates: Sequence[TensorUpdate]) -> None:
     """Update parameters and their states in place by PyTorch's code; all of each is here."""
-    step_compiled([update for update in updates if update.at.is_compiled])
     for update in updates:
-        if not update.at.is_compiled:
-            for _ in step_part(*update):
-                pass
+        for _ in step_part(*update):
+            pass
 
 
 def step_part(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> Generator[list[ShardSum], None, None]:
@@ -113,11 +109,10 @@ def _second_moment(
     batch, rows, columns = at.view
     row_sums = grads.new_empty((batch, rows, 1), dtype=torch.float32)
     col_sums = grads.new_zeros((batch, 1, columns), dtype=torch.float32)
-    add_square_sums = maybe_compiled(pure.add_square_sums_, at)
     room = at.room()
     for where in at.blocks():
         grad = grads[where]
-        add_square_sums(grad, row_sums[where], col_sums[where[0]], room_for(grad, room))
+        pure.add_square_sums_(grad, row_sums[where], col_sums[where[0]], room_for(grad, room))
     row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
     # What the rows' sum will be, known before the rows are: so that one sum over parts is enough.
     row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / at.part.column_parts)

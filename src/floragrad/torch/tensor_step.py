@@ -44,11 +44,6 @@ def most_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
 
 
-def is_compiled(plan: TensorPlan, group: Group) -> bool:
-    """Whether a tensor's step runs under ``torch.compile``."""
-    return bool(group["compile"]) and plan.view is not None
-
-
 @dataclass(frozen=True)
 class TensorStep:
     """One tensor at one step.
@@ -115,11 +110,6 @@ class TensorStep:
         return self.part.view
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether it runs under ``torch.compile``: what has no matrix view takes less than launching a graph."""
-        return is_compiled(self.plan, self.group)
-
-    @property
     def splits_sketch(self) -> bool:
         """Whether a row's sketch is a sum over parts."""
         return self.plan.momentum == "sketch" and "columns" in self.part.split
@@ -129,13 +119,13 @@ class TensorStep:
         return self.plan.momentum == "sketch" and self.plan.projection == "gaussian"
 
     def blocks(self, *, rounds: bool = False) -> Iterator[Block]:
-        """Batches and rows of the view, a block at a time; the whole of it when compiled or small.
+        """Batches and rows of the view, a block at a time; the whole of a small one.
 
         Args:
             rounds: Whether numbers of a block are rounded, which takes three buffers more: smaller blocks then.
         """
         total = self.view.numel
-        elements = total if self.is_compiled else block_elements(total, self.device)
+        elements = block_elements(total, self.device)
         if self.plan.view is None and elements < total:
             elements //= 2  # a word to round with for each number takes as much as half of the blocks
         if rounds and elements < total:
@@ -147,16 +137,12 @@ class TensorStep:
         if self._is_gaussian:
             return self.blocks()  # from one projection to the next a sketch is carried through all columns
         view = self.view._replace(columns=self.plan.width)
-        if self.is_compiled:
-            return row_blocks(view, view.numel)
         # While a sketch moves there are up to three numbers for each of its own.
         elements = min(block_elements(self.view.numel, self.device), most_elements(self.device) * 3 // 8)
         return row_blocks(view, min(elements, view.numel))
 
-    def room(self, *, rounds: bool = False) -> Tensor | None:
-        """Room for a block in float32, one after the other; None where it is compiled, which finds its own."""
-        if self.is_compiled:
-            return None
+    def room(self, *, rounds: bool = False) -> Tensor:
+        """Room for a block in float32, one after the other."""
         matrices, rows = next(self.blocks(rounds=rounds), (slice(0, 0), slice(0, 0)))  # no later block is larger
         return torch.empty(matrices.stop * rows.stop * self.view.columns, device=self.device)
 

@@ -15,7 +15,7 @@ from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.quantize import round_to_bfloat16
 
 
-def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor | None = None) -> None:
+def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor) -> None:
     """Put the sums of G² along the rows into ``rows``, and add those along the columns to ``columns``.
 
     Args:
@@ -24,7 +24,7 @@ def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor |
         columns: (..., 1, n).
         room: Where the squares may be written: float32 memory of G's shape.
     """
-    values = grad.float() if room is None or grad.dtype == torch.float32 else room.copy_(grad)
+    values = grad.float() if grad.dtype == torch.float32 else room.copy_(grad)
     squares = torch.mul(values, values, out=room)
     torch.sum(squares, -1, keepdim=True, out=rows)
     columns.add_(squares.sum(-2, keepdim=True))
@@ -160,12 +160,12 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
     return norm.float().square()
 
 
-def relative(norm: Tensor, numel: int | Tensor, least: float | Tensor) -> Tensor:
+def relative(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
     """max(RMS(W), ε₂) of ‖W‖²: what α is in units of."""
     return (norm / numel).sqrt_().clamp_(min=least)
 
 
-def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float | Tensor) -> Tensor:
+def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
     """α / max(1, RMS(D) / threshold), of ‖D‖²; of one tensor, or of several at once."""
     # Rounding may make ‖D‖² of next to nothing negative.
     rms = square.clamp(min=0).div_(numel).sqrt_()

@@ -8,25 +8,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.native.library import DTYPES, absence, library
-from floragrad.torch.tensor_step import Group, is_compiled
 
 _PLAIN: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 
-def path_of(param: Tensor, plan: TensorPlan, group: Group) -> str:
-    """Which code steps a parameter, in words: ``"native (…)"``, ``"compiled"``, or ``"eager (why)"``."""
-    if is_compiled(plan, group):
-        return "compiled"
+def path_of(param: Tensor, plan: TensorPlan) -> str:
+    """Which code steps a parameter, in words: ``"native (…)"`` or ``"eager (why)"``."""
     kernels = library()
-    obstacle = absence() if kernels is None else unsuited(plan, group) or obstacle_of(param)
+    obstacle = absence() if kernels is None else unsuited(plan) or obstacle_of(param)
     return f"native ({kernels.name})" if kernels is not None and not obstacle else f"eager ({obstacle})"
 
 
-def unsuited(plan: TensorPlan, group: Group) -> str:
+def unsuited(plan: TensorPlan) -> str:
     """Why the kernels do not do what is asked for; empty where they do."""
-    if plan.momentum == "sketch" and plan.projection == "gaussian":
-        return "Gaussian projection"
-    return "compile=True" if is_compiled(plan, group) else ""
+    return "Gaussian projection" if plan.momentum == "sketch" and plan.projection == "gaussian" else ""
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
     """Whether the native kernels can make this step: all that they read and write lies as they expect."""
     return (
         library() is not None
-        and not unsuited(at.plan, at.group)
+        and not unsuited(at.plan)
         and not obstacle_of(param)
         and not obstacle_of(grad)
         and grad.dtype == param.dtype
