@@ -9,7 +9,7 @@ BENCH_READY = $(BENCH_VENV)/.ready
 # What either environment is made of: the kernels are compiled into it.
 SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
 
-.PHONY: demo compare bench bench-all test lint types clean
+.PHONY: demo compare bench bench-all test test-slow lint types clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -26,6 +26,9 @@ bench-all: $(BENCH_READY)  ## the same with one thread and bfloat16 too, for hou
 test: $(READY)  ## every test, on every core; those of several processes one after another
 	$(BIN)/python -m pytest -n auto --ignore tests/distributed --ignore tests/train/test_torchrun.py
 	$(BIN)/python -m pytest tests/distributed tests/train/test_torchrun.py
+
+test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
