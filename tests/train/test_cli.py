@@ -165,6 +165,9 @@ def test_a_run_tells_what_it_does(there: Path, capsys: pytest.CaptureFixture[str
     begun = next(number for number, line in enumerate(lines) if line.startswith("step 0/8 · validation loss"))
     assert compressed < begun
     assert f"{summary['validation_loss']:.4f} ({100 * -summary['validation_loss_change']:.1f}% lower)" in said.out
+    drawn = "validation with 4 of {} held-out blocks, drawn from all held-out documents"
+    assert drawn.format(summary["held_out_blocks"]) in lines
+    assert f"{summary['standard_error']:.4f} over 4 of {summary['held_out_blocks']} held-out blocks" in said.out
     assert lines[-1] == "everything is in run"
 
 

@@ -9,6 +9,7 @@ from floragrad.train import compare as comparison
 from floragrad.train.compare import Plan, begin, compare
 from floragrad.train.errors import StoppedError, UserError
 from floragrad.train.folder import RunFolder, new_folder
+from floragrad.train.validation import difference
 from tests.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
 
 QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
@@ -73,6 +74,31 @@ def test_a_row_says_what_its_runs_say(texts: Path, tmp_path: Path, here: Here) -
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_differences_are_paired_by_validation_block(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    flora, adamw = done(plan(texts, "flora", "adamw", seeds=(0, 1)), out)["rows"]
+    blocks = {
+        name: [read_json(path / "summary.json")["block_losses"] for path in (out / "runs").glob(f"{name}-*")]
+        for name in ("flora", "adamw")
+    }
+    means = {name: [mean(block) for block in zip(*losses, strict=True)] for name, losses in blocks.items()}
+    assert flora["standard_error"] == pytest.approx(stdev(means["flora"]) / 4**0.5)
+    paired = [one - other for one, other in zip(means["flora"], means["adamw"], strict=True)]
+    assert flora["difference"] == flora["validation_loss"] - adamw["validation_loss"]
+    assert flora["difference"] == pytest.approx(mean(paired), abs=1e-6)
+    assert flora["difference_standard_error"] == pytest.approx(stdev(paired) / 4**0.5)
+    assert flora["difference_standard_error"] < flora["standard_error"]
+    assert (adamw["difference"], adamw["difference_standard_error"]) == (None, None)
+    text = (out / "table.md").read_text()
+    assert f"| {flora['standard_error']:.4f} | {difference(flora)} |" in text
+    assert "- validated on 4 of " in text
+
+
+def test_a_difference_in_words() -> None:
+    assert difference({"difference": -0.0287, "difference_standard_error": 0.0083}) == "−0.0287 ± 0.0083"
+    assert difference({"difference": 0.5, "difference_standard_error": None}) == "+0.5000"
+
+
 def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here: Here) -> None:
     gathering = {"batch_size": 1, "accumulate": 3, "accumulator_dtype": "float32"}
     made = plan(texts, "flora", "adamw", accumulators=("exact", "flora", "none"), options=gathering)
@@ -88,7 +114,7 @@ def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here
         assert none["validation_loss"] != pytest.approx(exact["validation_loss"], rel=1e-5)
     lines = (out / "table.md").read_text().splitlines()
     assert lines[2].startswith("| flora, exact gradients | ")
-    assert lines[4].split(" | ")[8] == "–"
+    assert lines[4].split(" | ")[10] == "–"
     tokens = {path.name: RunFolder.open(path).metrics()[-1]["tokens"] for path in (out / "runs").iterdir()}
     assert {name.split("-")[1]: count for name, count in tokens.items()} == {"exact": 144, "flora": 144, "none": 48}
 

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from floragrad.train.corpus import Blocks, Corpus, prepare_corpus, split
+from floragrad.train.corpus import Blocks, Corpus, prepare_corpus, sampled, split
 from floragrad.train.errors import UserError
 from floragrad.train.sources import Documents, read_documents
 from tests.train.support import fast_config, load_tokenizer, newest, run
@@ -15,6 +16,28 @@ def served(blocks: Blocks) -> list[list[int]]:
 
 def test_validation_blocks_come_in_order_and_once() -> None:
     assert served(Blocks(np.arange(11, dtype=np.uint16), 4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_the_validation_sample_comes_from_everywhere() -> None:
+    chosen = sampled(1385, 128)
+    assert len(set(chosen)) == 128
+    assert np.array_equal(chosen, np.sort(chosen))
+    # A tenth holds 12.8 ± 3.2 of them (hypergeometric); the draw is fixed, so this is no matter of chance.
+    assert np.histogram(chosen, bins=10, range=(0, 1385))[0].min() >= 12.8 - 3 * 3.2
+    assert set(chosen) < set(sampled(1385, 256)), "a larger sample contains the smaller one"
+    assert np.array_equal(sampled(5, 128), np.arange(5))
+
+
+def test_validation_blocks_are_drawn_from_all_held_out_documents(texts: Path, tmp_path: Path) -> None:
+    config = fast_config(texts, eval_blocks=20)
+    words = [f"{'abcdefghij'[number // 10]} " * 300 for number in range(100)]
+    corpus = prepare_corpus(config, Documents(words, "words"), tmp_path)
+    read = served(corpus.validation_blocks(config))
+    assert len(read) == 20 < corpus.held_out_blocks(config)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    held_out = "".join(tokenizer.decode(block) for block in read)
+    assert len(set("abcdefghij") & set(held_out)) >= 6, "20 draws among ten documents of the same length"
+    assert read == served(Corpus.load(tmp_path).validation_blocks(replace(config, seed=7, optimizer="adamw")))
 
 
 def test_every_pass_serves_every_block_once_in_another_order() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jax
@@ -128,6 +129,9 @@ def test_transformers_reads_the_checkpoint(finished: RunFolder) -> None:
     ours = next_token_loss(load_llama(newest(finished)), jnp.asarray(rows)).item()
     validated = read_json(finished.path / "summary.json")["validation_loss"]
     assert theirs == pytest.approx(validated, rel=1e-5)
+    evaluated = finished.metrics()[-1]["block_losses"]
+    assert mean(evaluated) == pytest.approx(validated, abs=1e-6)
+    assert len(set(evaluated)) == len(blocks) == 4
     assert ours == pytest.approx(validated, rel=1e-6)
     assert len(load_tokenizer(newest(finished))) == 300
 
@@ -208,8 +212,8 @@ def test_state_bytes_are_those_of_the_saved_state(finished: RunFolder) -> None:
 
 def test_no_step_compiles_anything_again(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
-    original = loop.next_token_loss
-    monkeypatch.setattr(loop, "next_token_loss", lambda model, tokens: traced.append(1) or original(model, tokens))
+    original = loop.next_token_losses
+    monkeypatch.setattr(loop, "next_token_losses", lambda model, tokens: traced.append(1) or original(model, tokens))
     run(jax_config(texts, optimizer="adamw", accumulate=2, eval_blocks=4), tmp_path / "run")
     assert len(traced) == 2, "once for the step, once for the validation"
 

@@ -1,6 +1,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,12 @@ def test_the_checkpoint_is_the_model_that_was_validated(finished: Finished) -> N
     assert len(blocks) == finished.config.eval_blocks
     rows = torch.tensor(np.stack([blocks[position]["input_ids"] for position in range(len(blocks))]))
     with torch.no_grad():
-        loss = model_of(finished.folder)(input_ids=rows, labels=rows).loss.item()
+        model = model_of(finished.folder)
+        loss = model(input_ids=rows, labels=rows).loss.item()
+        blocks = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
     assert loss == pytest.approx(finished.summary["validation_loss"], rel=1e-5)
+    assert finished.summary["block_losses"] == pytest.approx(blocks, rel=1e-5)
+    assert finished.summary["standard_error"] == pytest.approx(stdev(blocks) / len(blocks) ** 0.5, rel=1e-3)
 
 
 def test_the_folder_holds_everything_and_nothing_half_written(finished: Finished) -> None:

@@ -7,6 +7,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from floragrad.train.recorder import Recorder, Schedule
 
+BLOCK_LOSSES = "eval_block_losses"
+"""The key of the Trainer's metrics that holds the loss of each validation block."""
+
 
 class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Sets the Trainer's flags after each step. The Trainer saves after it evaluates."""
@@ -73,11 +76,11 @@ class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
         _args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, float],
+        metrics: dict[str, Any],
         **_kwargs: Any,
     ) -> None:
         """Record an evaluation."""
-        self._recorder.evaluation(state.global_step, metrics["eval_loss"])
+        self._recorder.evaluation(state.global_step, metrics[BLOCK_LOSSES])
         self._stop_if_diverged(control)
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 from floragrad._text import format_bytes
 from floragrad.train.config import RunConfig
-
-NOTHING = "–"
+from floragrad.train.validation import NOTHING, difference, standard_error, validation_notes
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,12 @@ class Best:
     def spread(self) -> float | None:
         """The standard deviation over the seeds; None of a single one."""
         return stdev(self.losses) if len(self.losses) > 1 else None
+
+    @property
+    def block_losses(self) -> list[float]:
+        """The loss of each validation block, averaged over the seeds; empty where a run did not record them."""
+        blocks = [summary.get("block_losses") or [] for summary in self._finished]
+        return [fmean(block) for block in zip(*blocks, strict=True)] if all(blocks) else []
 
     @property
     def state_bytes(self) -> int:
@@ -142,6 +147,10 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
         "validation_loss_min": min(best.losses),
         "validation_loss_max": max(best.losses),
         "validation_loss_stdev": best.spread,
+        "validation_blocks": len(best.block_losses),
+        "held_out_blocks": best.about.get("held_out_blocks"),
+        "standard_error": standard_error(best.block_losses),
+        **_difference(best, yardstick),
         "optimizer_state_bytes": best.state_bytes,
         "state_of_adamw": best.state_bytes / best.adamw_bytes,
         "accumulation_bytes": best.accumulation_bytes,
@@ -149,6 +158,15 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
         "step_seconds": best.step_seconds,
         "step_time_ratio": best.step_seconds / yardstick.step_seconds,
     }
+
+
+def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
+    """The loss beyond the yardstick's, and the standard error of the differences block by block."""
+    if best is yardstick or best.loss is None or yardstick.loss is None:
+        return {"difference": None, "difference_standard_error": None}
+    pairs = zip(best.block_losses, yardstick.block_losses, strict=True)
+    error = standard_error([one - other for one, other in pairs])
+    return {"difference": best.loss - yardstick.loss, "difference_standard_error": error}
 
 
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
@@ -160,14 +178,16 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     """
     of = numbers["step_time_of"] or "adamw"
     heads = [
-        "optimizer", "lr", "embedding lr", "validation loss", "min – max", "standard deviation",
-        "optimizer state", "of AdamW's", "gathered gradients", "peak memory", f"step time / {of}'s",
+        "optimizer", "lr", "embedding lr", "validation loss", "min – max", "deviation over seeds",
+        "error over blocks", f"minus {of}'s", "optimizer state", "of AdamW's", "gathered gradients", "peak memory",
+        f"step time / {of}'s",
     ]  # fmt: skip
     config = bests[0].config
     lines = [*_table(heads, [_cells(row) for row in numbers["rows"]]), ""]
     lines += [
         f"- {bests[0].title}; {len(bests[0].seeds)} seed(s): {', '.join(map(str, bests[0].seeds))}; "
         f"{config.dtype}; the loss is the mean over the seeds, the state is measured from its tensors",
+        *[f"- {line}" for line in validation_notes(numbers["rows"], of)],
         f"- `{numbers['command']}`",
     ]
     if numbers["machine"] is not None:
@@ -190,12 +210,14 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
     if row["validation_loss"] is None:
-        return [*first, "diverged", *[NOTHING] * 7]
+        return [*first, "diverged", *[NOTHING] * 9]
     return [
         *first,
         _number(row["validation_loss"]),
         f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
         NOTHING if row["validation_loss_stdev"] is None else _number(row["validation_loss_stdev"]),
+        NOTHING if row["standard_error"] is None else _number(row["standard_error"]),
+        difference(row),
         format_bytes(row["optimizer_state_bytes"]),
         f"{100 * row['state_of_adamw']:.1f}%",
         format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,

@@ -75,9 +75,13 @@ class Corpus:
         return Blocks(self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps)
 
     def validation_blocks(self, config: RunConfig) -> "Blocks":
-        """The first held-out blocks, each once."""
-        tokens = self._tokens("validation")[: config.eval_blocks * config.sequence_length]
-        return Blocks(tokens, config.sequence_length)
+        """A sample of the held-out blocks, the same whatever the seed, the backend and the processes."""
+        chosen = sampled(self.held_out_blocks(config), config.eval_blocks)
+        return Blocks(self._tokens("validation"), config.sequence_length, chosen=chosen)
+
+    def held_out_blocks(self, config: RunConfig) -> int:
+        """Count the held-out blocks, of which :meth:`validation_blocks` is a sample."""
+        return self.facts.validation_tokens // config.sequence_length
 
     def _tokens(self, part: str) -> NDArray[Any]:
         return np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r")
@@ -94,10 +98,19 @@ class Blocks:
         length: Tokens of a block.
         seed: Of the shuffling; None keeps the order.
         total: Tokens to serve; more than there are begin a further pass. None serves each block once.
+        chosen: Indices of the blocks to serve, in their order; None serves all.
     """
 
-    def __init__(self, tokens: NDArray[Any], length: int, seed: int | None = None, total: int | None = None) -> None:
-        self._blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        length: int,
+        seed: int | None = None,
+        total: int | None = None,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
+        self._blocks = blocks if chosen is None else blocks[chosen]
         self._count = len(self._blocks) if total is None else total // length
         self._seed = seed
         self._pass = -1
@@ -113,6 +126,20 @@ class Blocks:
             self._order, self._pass = generator.permutation(len(self._blocks)), number
         block = self._blocks[self._order[index]].astype(np.int64)
         return {"input_ids": block, "labels": block}
+
+
+def sampled(blocks: int, count: int) -> NDArray[np.int64]:
+    """Indices of ``count`` of ``blocks`` blocks, drawn without replacement and sorted; all where there are no more.
+
+    The draw is fixed, so that all runs on one text validate with the same blocks, and a larger sample contains
+    the smaller ones. It uses the generator's raw bits, which are the same in every version of NumPy.
+
+    Example:
+        >>> sampled(20, 4), sampled(20, 6)
+        (array([ 0,  2, 11, 17]), array([ 0,  1,  2,  9, 11, 17]))
+    """
+    order = np.argsort(np.random.Philox(key=0).random_raw(blocks), kind="stable")
+    return np.sort(order[:count])
 
 
 def prepare_corpus(config: RunConfig, documents: Documents, folder: Path) -> Corpus:

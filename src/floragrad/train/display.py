@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from floragrad._text import format_bytes
+from floragrad.train.validation import difference, validation_notes
 
 LINES_WITHOUT_TERMINAL = 10
 """A run whose output is no terminal writes so many lines instead of a bar."""
@@ -91,7 +92,9 @@ def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | No
     """The last thing of a comparison: its table, as wide as a terminal."""
     table = Table()
     step = "step time" if yardstick is None else f"step / {yardstick}'s"
-    for head in ("optimizer", "lr, embedding", "validation loss", "state", "of AdamW's", "gradients kept", step):
+    minus = "difference" if yardstick is None else f"minus {yardstick}'s"
+    heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
+    for head in heads:
         table.add_column(head, justify="left" if head == "optimizer" else "right")
     for row in rows:
         cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
@@ -102,8 +105,10 @@ def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | No
         loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
         share = f"{100 * row['state_of_adamw']:.1f}%"
         sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
-        table.add_row(*cells, loss, *sizes, f"{row['step_time_ratio']:.2f}")
+        table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
     console.print(table)
+    for line in validation_notes(rows, yardstick or "adamw"):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -114,6 +119,7 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     perplexities = f"{summary['first_perplexity']:,.1f} → {summary['perplexity']:,.1f}"
     return [
         ("validation loss", losses),
+        *_blocks(summary),
         ("perplexity", perplexities),
         (
             "optimizer state",
@@ -125,6 +131,14 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
     ]
+
+
+def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well the validation loss is known. Runs that an earlier version finished do not say."""
+    if summary.get("standard_error") is None:
+        return []
+    count, held_out = len(summary["block_losses"]), summary["held_out_blocks"]
+    return [("standard error", f"{summary['standard_error']:.4f} over {count:,} of {held_out:,} held-out blocks")]
 
 
 def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:

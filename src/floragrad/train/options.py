@@ -378,7 +378,7 @@ EvalBlocks = Annotated[
         parser=_whole_number,
         metavar="INTEGER",
         rich_help_panel=TRAINING,
-        help="Held-out blocks to validate with, at most.",
+        help="Held-out blocks to validate with, at most; drawn from all held-out documents.",
         show_default="128",
     ),
 ]

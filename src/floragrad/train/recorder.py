@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp, isfinite
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from floragrad.train.config import RunConfig
@@ -12,8 +13,11 @@ from floragrad.train.environment import Gpu, memory_bytes
 from floragrad.train.folder import METRICS, RunFolder
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.processes import ALONE, Processes
+from floragrad.train.validation import standard_error
 
 LARGEST_EXPONENT = 700.0
+BLOCK_DIGITS = 6
+"""Decimal places of a block's loss in the metrics."""
 
 
 def perplexity(loss: float) -> float:
@@ -116,9 +120,12 @@ class Recorder:
         self._display.step(step, loss, self._config.tokens_per_step / step_seconds, memory)
         self._look_at(step, loss)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Write an evaluation's line."""
-        self._write(step, validation_loss=loss, perplexity=perplexity(loss))
+    def evaluation(self, step: int, losses: Sequence[float]) -> None:
+        """Write an evaluation's line, from the loss of each validation block."""
+        loss = fmean(losses)
+        blocks = [round(each, BLOCK_DIGITS) if isfinite(each) else None for each in losses]
+        error = standard_error(losses)
+        self._write(step, validation_loss=loss, perplexity=perplexity(loss), standard_error=error, block_losses=blocks)
         self._display.evaluation(step, loss, perplexity(loss))
         self._look_at(step, loss)
 
@@ -134,10 +141,12 @@ class Recorder:
         if not isfinite(loss):
             self.diverged_at = step
 
-    def _write(self, step: int, **values: float | None) -> None:
+    def _write(self, step: int, **values: float | list[float | None] | None) -> None:
         if not self._processes.leads:
             return
-        known = {name: value if value is None or isfinite(value) else None for name, value in values.items()}
+        known = {
+            name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
+        }
         line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
         with open(self._folder.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

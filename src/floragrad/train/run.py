@@ -94,7 +94,7 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
             raise DivergenceError(recorder.diverged_at)
         if stop.signum is not None and made < config.steps:
             raise StoppedError(folder.path, f"{processes.program} train", stop.signum)
-        return processes.share(lambda: _finish(folder, config, engine, recorder, processes))
+        return processes.share(lambda: _finish(folder, config, corpus, engine, recorder, processes))
 
 
 def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
@@ -105,20 +105,22 @@ def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
 
 def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
     """Say what is about to happen."""
-    facts = corpus.facts
+    facts, held_out = corpus.facts, corpus.held_out_blocks(config)
     skipped = f", {facts.skipped} files that are not text left out" if facts.skipped else ""
     display.say(
         f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {environment.machine(engine.gpu)}\n"
         f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
         f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
-        f"vocabulary {facts.vocab_size:,}"
+        f"vocabulary {facts.vocab_size:,}\n"
+        f"validation with {min(config.eval_blocks, held_out):,} of {held_out:,} held-out blocks, "
+        "drawn from all held-out documents"
     )
     if step:
         display.say(f"continuing after step {step}")
 
 
 def _finish(
-    folder: RunFolder, config: RunConfig, engine: Engine, recorder: Recorder, processes: Processes
+    folder: RunFolder, config: RunConfig, corpus: Corpus, engine: Engine, recorder: Recorder, processes: Processes
 ) -> dict[str, Any]:
     """Write the figure and the summary of a run that has made all its steps."""
     metrics = folder.metrics()
@@ -141,6 +143,9 @@ def _finish(
         "validation_loss_change": last / first - 1,
         "first_perplexity": perplexity(first),
         "perplexity": perplexity(last),
+        "standard_error": evaluations[-1].get("standard_error"),
+        "block_losses": evaluations[-1].get("block_losses"),
+        "held_out_blocks": corpus.held_out_blocks(config),
         "accumulator": config.accumulator,
         "micro_batches": config.micro_batches,
         "accumulation_bytes": engine.accumulation_bytes,

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from floragrad import Flora
 from floragrad.torch.integrations import AccumulationOptions
 from floragrad.torch.integrations.transformers import FloraTrainerMixin
-from floragrad.train.callbacks import RecorderCallback, ScheduleCallback
+from floragrad.train.callbacks import BLOCK_LOSSES, RecorderCallback, ScheduleCallback
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Blocks, Corpus
 from floragrad.train.environment import Gpu, configure_torch, torch_gpu
@@ -149,18 +152,19 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def _get_train_sampler(self, train_dataset: Blocks | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
-    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
-        """The mean loss of the held-out blocks, each counted once however they are divided."""
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        """The loss of each validation block, however they are divided over processes, and their mean."""
         self.model.eval()
-        summed, blocks = 0.0, 0
-        for part in _parts(len(self.eval_dataset), self.args.per_device_eval_batch_size, self._processes):
+        losses = [0.0] * len(self.eval_dataset)
+        for part in _parts(len(losses), self.args.per_device_eval_batch_size, self._processes):
             # Who has nothing left takes part with a block that does not count: shards are gathered from all.
             rows = [self.eval_dataset[position] for position in part or [0]]
+            tokens = self._prepare_inputs(self.data_collator(rows))["input_ids"]
             with torch.no_grad():
-                loss = self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
-            summed, blocks = summed + float(loss) * len(part), blocks + len(part)
-        summed, counted = self._processes.total(summed, blocks)
-        metrics = {"eval_loss": summed / counted}
+                found = _block_losses(self.model(input_ids=tokens).logits, tokens)
+            losses[part.start : part.stop] = found.tolist()[: len(part)]
+        losses = self._processes.total(*losses)
+        metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -212,6 +216,12 @@ class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
 
 def _as_it_is(model: Any, **_kwargs: Any) -> Any:
     return model
+
+
+def _block_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats and float32, of every token but the first of each block (batch, length)."""
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1).mean(1)
 
 
 def _parts(blocks: int, share: int, processes: Processes) -> Iterator[range]:

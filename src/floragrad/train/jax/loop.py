@@ -14,7 +14,7 @@ from floragrad.train.corpus import Blocks, Corpus
 from floragrad.train.environment import Gpu, configure_jax
 from floragrad.train.folder import RunFolder
 from floragrad.train.jax.checkpoint import restore, save
-from floragrad.train.jax.model import DTYPES, Llama, abstract_llama, next_token_loss
+from floragrad.train.jax.model import DTYPES, Llama, abstract_llama, next_token_losses
 from floragrad.train.jax.optimizers import GRADIENT_NORM, learning_rates, report, transformation, windowed
 from floragrad.train.jax.weights import Params
 from floragrad.train.opening import opening
@@ -50,7 +50,7 @@ class JaxEngine:
         # What was drawn is placed as what orbax restores: a run goes on with the very program that it began with.
         self._params, self._state = jax.device_put((self._params, self._state), jax.devices()[0])
         self._micro_step = jax.jit(self._updated, donate_argnums=(0, 1))
-        self._loss = jax.jit(self._loss_of)
+        self._losses = jax.jit(self._losses_of)
 
     @property
     def gpu(self) -> Gpu | None:
@@ -129,15 +129,18 @@ class JaxEngine:
         return optax.apply_updates(params, updates), state, loss
 
     def _loss_of(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return next_token_loss(nnx.merge(self._graph, params), tokens)
+        return jnp.mean(self._losses_of(params, tokens))
 
-    def _validate(self) -> float:
-        """The mean loss over the held-out blocks."""
-        total, size = 0.0, self._config.batch_size
-        for first in range(0, len(self._held_out), size):
-            tokens = _stacked(self._held_out, first, min(size, len(self._held_out) - first))
-            total += float(self._loss(self._params, tokens)) * len(tokens)
-        return total / len(self._held_out)
+    def _losses_of(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return next_token_losses(nnx.merge(self._graph, params), tokens)
+
+    def _validate(self) -> list[float]:
+        """The loss of each validation block."""
+        losses: list[float] = []
+        for first in range(0, len(self._held_out), self._config.batch_size):
+            tokens = _stacked(self._held_out, first, min(self._config.batch_size, len(self._held_out) - first))
+            losses += self._losses(self._params, tokens).tolist()
+        return losses
 
 
 def _stacked(blocks: Blocks, first: int, count: int) -> jax.Array:

@@ -67,9 +67,14 @@ def abstract_llama(config: Any, dtype: jax.typing.DTypeLike) -> tuple[Any, Param
 
 def next_token_loss(model: Llama, tokens: jax.Array) -> jax.Array:
     """The mean cross-entropy, in nats and float32, of every token but the first of each block (batch, length)."""
+    return jnp.mean(next_token_losses(model, tokens))
+
+
+def next_token_losses(model: Llama, tokens: jax.Array) -> jax.Array:
+    """The mean cross-entropy of each block (batch), as :func:`next_token_loss` averages it."""
     logits = model(tokens)[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen, axis=-1)
 
 
 class _Layer(nnx.Module):
