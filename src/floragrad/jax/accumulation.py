@@ -75,7 +75,7 @@ def sketch_accumulator(
     few bits, and projections that deal columns into buckets, are ours.
     """
     sketches = checked_sketches(ratio, rank, state_dtype, projection, matrix_axes)
-    weight = 1.0 if num_microbatches is None else 1.0 / jnp.asarray(num_microbatches)
+    weight = 1.0 if num_microbatches is None else 1.0 / jnp.asarray(num_microbatches, jnp.float32)
 
     def init(value: Any) -> _Window:
         leaves, structure = jax.tree.flatten(value)

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from floragrad._checks import check_value, is_count
+from floragrad.jax import random
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.options import SEED_CHECK
 from floragrad.jax.sketch import Sketches, checked_sketches
@@ -115,8 +116,8 @@ def compressed_multi_steps(
         updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.MultiStepsState]:
         k = every_k_schedule(state.gradient_step) if callable(every_k_schedule) else every_k_schedule
-        weight = 1.0 / jnp.asarray(k) if use_grad_mean else 1.0
-        window = jax.random.fold_in(jax.random.key(seed), state.gradient_step)
+        weight = 1.0 / jnp.asarray(k, jnp.float32) if use_grad_mean else 1.0
+        window = random.fold_in(random.key_of(seed), state.gradient_step)
 
         def finish(updates: Any, inner_state: Any, kept: Any) -> tuple[Any, Any, Any]:
             mean = _closed(sketches, kept, updates, weight, window)
@@ -144,7 +145,7 @@ def compressed_multi_steps(
             final, inner_state, kept = lax.switch(branch, (fold, finish, keep), *operands)
         counted = closes & ~skips
         return final, optax.MultiStepsState(
-            mini_step=jnp.where(counted, 0, state.mini_step + ~skips),
+            mini_step=jnp.where(counted, 0, state.mini_step + (~skips).astype(jnp.int32)),
             gradient_step=jnp.where(counted, optax.safe_increment(state.gradient_step), state.gradient_step),
             inner_opt_state=inner_state,
             acc_grads=kept,
@@ -157,9 +158,12 @@ def compressed_multi_steps(
 def _closed(sketches: Sketches, kept: Any, updates: Any, weight: ArrayLike, window: Array) -> Any:
     """Ĝ: the last gradient as it is, the others as the sketch has them."""
     others = sketches.decode(kept, updates, window)
-    return jax.tree.map(
-        lambda last, rest: (weight * last.astype(jnp.float32) + rest).astype(last.dtype), updates, others
-    )
+
+    def whole(last: Array, rest: Array) -> Array:
+        wide = jnp.promote_types(last.dtype, jnp.float32)
+        return (jnp.asarray(weight, wide) * last.astype(wide) + rest.astype(wide)).astype(last.dtype)
+
+    return jax.tree.map(whole, updates, others)
 
 
 def _check_skips(skips: Any) -> None:

@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from floragrad._streams import ADAPTIVE_NOISE, Stream
+from floragrad.jax import random
 from floragrad.policy import Projection as ProjectionKind
 
 
@@ -82,7 +83,7 @@ class BucketProjection(NamedTuple):
 
     def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X."""
-        signed, n, k = matrix * _along(self.weight, axis), self.weight.shape[-1], self.gram.shape[-1]
+        signed, n, k = matrix * _along(self.weight, axis, matrix.ndim), self.weight.shape[-1], self.gram.shape[-1]
         where = signed.ndim + axis
         # Addends one by one: XLA's sum over the outer axis of (slots, k, m) is forty times slower on a CPU.
         parts = [lax.slice_in_dim(signed, at, min(at + k, n), axis=where) for at in range(0, n, k)]
@@ -90,11 +91,11 @@ class BucketProjection(NamedTuple):
 
     def decode(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ Z."""
-        return tile(sketch, self.weight.shape[-1], axis=axis) * _along(self.weight, axis)
+        return tile(sketch, self.weight.shape[-1], axis=axis) * _along(self.weight, axis, sketch.ndim)
 
     def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
         """Pᵀ (P Pᵀ)⁻¹ Z."""
-        return self.decode(sketch / _along(self.gram, axis), axis=axis)
+        return self.decode(sketch / _along(self.gram, axis, sketch.ndim), axis=axis)
 
     def carry(
         self, sketch: Array, previous: Projection, changed: ArrayLike, *, orthogonal: bool, axis: int = -2
@@ -103,13 +104,14 @@ class BucketProjection(NamedTuple):
         # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
         assert isinstance(previous, BucketProjection)
         overlap = slots(self.weight * previous.weight, self.gram.shape[-1], axis=-1).sum(-2)
-        factor = overlap / previous.gram if orthogonal else overlap
-        return sketch * _along(jnp.where(changed, factor, 1.0), axis)
+        factor = overlap / jnp.broadcast_to(previous.gram, overlap.shape) if orthogonal else overlap
+        return sketch * _along(jnp.where(changed, factor, 1.0), axis, sketch.ndim)
 
     def matrix(self) -> Array:
         """P, dense."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
-        return jax.nn.one_hot(jnp.arange(n) % k, k, axis=0) * self.weight[..., None, :]
+        buckets = jax.nn.one_hot(jnp.arange(n, dtype=jnp.int32) % k, k, axis=0, dtype=jnp.float32)
+        return buckets * self.weight[..., None, :]
 
 
 class GaussianProjection(NamedTuple):
@@ -164,7 +166,7 @@ def stream_key(seed: ArrayLike, index: int, counter: ArrayLike, stream: Stream) 
         False
     """
     # Stream and tensor in one number, 3 and 29 bits: every fold is code to compile for every tensor.
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), len(Stream) * index + int(stream)), counter)
+    return random.fold_in(random.fold_in(random.key_of(seed), len(Stream) * index + int(stream)), counter)
 
 
 def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
@@ -182,13 +184,14 @@ def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
         True
     """
     if kind == "gaussian":
-        return GaussianProjection(jax.random.normal(key, (k, n), jnp.float32) * k**-0.5)
-    return BucketProjection.signs(jax.random.rademacher(key, (n,), dtype=jnp.float32), k)
+        return GaussianProjection(random.normal(key, (k, n)) * k**-0.5)
+    return BucketProjection.signs(random.signs(random.words(key, (n,))), k)
 
 
-def _along(vector: Array, axis: int) -> Array:
-    """One number for each column, (..., n), as a factor of matrices whose columns lie along ``axis``."""
-    return jnp.expand_dims(vector, -3 - axis)
+def _along(vector: Array, axis: int, ndim: int) -> Array:
+    """One number for each column, (..., n), as a factor of ``ndim`` dimensions for columns along ``axis``."""
+    factor = jnp.expand_dims(vector, -3 - axis)
+    return jnp.expand_dims(factor, range(ndim - factor.ndim))
 
 
 def _product(dense: Array, matrix: Array, axis: int) -> Array:
@@ -200,7 +203,8 @@ def _product(dense: Array, matrix: Array, axis: int) -> Array:
 
 def bucket_sizes(n: int, k: int) -> Array:
     """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
-    return jnp.full(k, n // k, jnp.float32) + (jnp.arange(k) < n % k)
+    larger = jnp.arange(k, dtype=jnp.int32) < n % k
+    return jnp.where(larger, jnp.float32(n // k + 1), jnp.float32(n // k))
 
 
 def slots(values: Array, k: int, *, axis: int) -> Array:
@@ -243,7 +247,7 @@ def normalise_buckets(weight: Array, k: int, fallback: Array) -> Array:
 def adaptive_noise(key: Array, n: int, k: int) -> Array:
     """Noise of norm about ``ADAPTIVE_NOISE`` in every bucket, uniform, float32 of (n,)."""
     scale = float(ADAPTIVE_NOISE * (3 * k / n) ** 0.5)
-    return jax.random.uniform(key, (n,), jnp.float32, minval=-scale, maxval=scale)
+    return random.uniform(key, (n,), scale)
 
 
 def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) -> Array:
@@ -260,7 +264,8 @@ def learn(matrix: Array, start: Array, k: int, key: Array, *, axis: int = -2) ->
         axis: Of the columns.
     """
     n = start.shape[-1]
-    weight = normalise_buckets(start + adaptive_noise(key, n, k), k, start)
+    noise = jnp.broadcast_to(adaptive_noise(key, n, k), start.shape)
+    weight = normalise_buckets(start + noise, k, start)
     for _ in range(2):
         sketch = BucketProjection.normalised(weight, k).encode(matrix, axis=axis)
         weight = normalise_buckets((matrix * tile(sketch, n, axis=axis)).sum(-3 - axis), k, weight)

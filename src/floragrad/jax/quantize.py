@@ -17,10 +17,10 @@ Stochastic rounding in this use: Gupta et al., "Deep learning with limited numer
 from math import ceil
 from typing import Final, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from floragrad.jax import random
 from floragrad.policy import QUANTIZATION_BLOCK, StateDtype, storage
 
 LARGEST: Final = {"int8": 127, "int4": 7}
@@ -118,10 +118,8 @@ def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> l
     """
     rows, columns = list(shape), [1] * len(shape)
     rows[axis], columns[axis] = 1, shape[axis]
-    row_key, column_key = jax.random.split(key)
-    return list(
-        zip(jax.random.bits(row_key, (count, *rows)), jax.random.bits(column_key, (count, *columns)), strict=True)
-    )
+    row_key, column_key = random.split(key)
+    return list(zip(random.words(row_key, (count, *rows)), random.words(column_key, (count, *columns)), strict=True))
 
 
 def random_bits(row_words: Array, column_words: Array) -> Array:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from floragrad._checks import SHARED_CHECKS, accumulator_contradictions, check_contradictions, check_value
 from floragrad._streams import Stream
-from floragrad.jax import quantize
+from floragrad.jax import quantize, random
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
 from floragrad.jax.projection import Projection, draw
 from floragrad.jax.quantize import Stored
@@ -55,7 +55,7 @@ class LeafSketch:
         """
         leading = list(self.layout.matrices)
         if self.layout.view is None:
-            kept = Stored(jnp.zeros(leading), None)
+            kept = Stored(jnp.zeros(leading, jnp.float32), None)
         else:
             del leading[self.layout.axis]
             kept = quantize.zeros(tuple(leading), self.plan.width, self.plan.state_dtype, axis=self.layout.axis)
@@ -135,7 +135,7 @@ class Sketches:
             fold: How many folds there were before in this window.
         """
         leaves = self.leaves(grads)
-        key = jax.random.fold_in(jax.random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold)
+        key = random.fold_in(random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold)
         each = zip(
             self._leaves(grads), _apart(grads, kept), self._drawn(leaves, window), _words(leaves, key), strict=True
         )
@@ -166,7 +166,7 @@ class Sketches:
     def _drawn(self, leaves: list[LeafSketch], window: Array) -> list[Projection | None]:
         """The projections of a window; None where every column is kept."""
         plans = [leaf.plan for leaf in leaves]
-        keys = jax.random.split(jax.random.fold_in(window, int(Stream.ACCUMULATOR)), len(leaves))
+        keys = random.split(random.fold_in(window, int(Stream.ACCUMULATOR)), len(leaves))
         return [
             draw(self.projection, key, plan.view.columns, plan.width) if plan.ratio > 1 else None
             for plan, key in zip(plans, keys, strict=True)
@@ -191,7 +191,7 @@ def _words(leaves: list[LeafSketch], key: Array) -> list[Words | None]:
     """Random words for each leaf that is rounded, drawn at once for all of one shape."""
     rounded = [(leaf.shape, leaf.layout.axis) if leaf.plan.state_dtype != "float32" else None for leaf in leaves]
     drawn = {
-        each: iter(quantize.random_words(jax.random.fold_in(key, index), *each, count))
+        each: iter(quantize.random_words(random.fold_in(key, index), *each, count))
         for index, (each, count) in enumerate(Counter(filter(None, rounded)).items())
     }
     return [next(drawn[each]) if each else None for each in rounded]

@@ -132,8 +132,8 @@ def rotated(heads: jax.Array, theta: float) -> jax.Array:
     Source: Su et al., "RoFormer" (arXiv 2104.09864), with the halves paired as transformers pairs them.
     """
     length, width = heads.shape[1], heads.shape[3]
-    frequencies = theta ** (-jnp.arange(0, width, 2) / width)
-    angles = jnp.arange(length)[:, None, None] * frequencies
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles).astype(heads.dtype), jnp.sin(angles).astype(heads.dtype)
     first, second = jnp.split(heads, 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
