@@ -50,6 +50,16 @@ def test_no_view(shape: tuple[int, ...]) -> None:
     assert matrix_view(shape) is None
 
 
+def test_the_kind_decides_over_the_view() -> None:
+    """A ViT's patch embedding has kernels of 32 x 32; stacked biases are vectors."""
+    assert matrix_view((768, 3, 32, 32)) == MatrixView(2304, 32, 32)
+    assert matrix_view((768, 3, 32, 32), "convolution") == MatrixView(1, 768, 3072)
+    assert matrix_view((768, 768), "convolution") == matrix_view((768, 768)) == MatrixView(1, 768, 768)
+    assert matrix_view((32, 5760), "vector") is None
+    plan = plan_tensor((32, 5760), kind="vector")
+    assert plan.state_bytes == 4 + 2 * 4 * 32 * 5760
+
+
 def test_view_takes_a_torch_size() -> None:
     assert matrix_view(torch.Size((3, 4))) == MatrixView(1, 3, 4)
     assert plan_tensor(torch.Size((64, 64)), rank=8).shape == (64, 64)
@@ -115,17 +125,31 @@ def test_a_sketch_is_never_larger_than_what_it_sketches(m: int, n: int, rank: in
         ((64, 64), {"beta1": None}, "none", "beta1 keeps no momentum"),
         ((64, 64), {"beta1": 0.0}, "none", "beta1 keeps no momentum"),
         ((64,), {"beta1": None}, "none", "beta1 keeps no momentum"),
-        ((400, 64), {"rank": 8}, "none", "vocabulary-like, aspect 6.25 > 4: no momentum"),
-        ((64, 400), {"rank": 8}, "none", "vocabulary-like, aspect 6.25 > 4: no momentum"),
-        ((256, 64), {"rank": 8}, "sketch", ""),  # aspect 4 is not above 4
-        ((400, 64), {"rank": 8, "embedding_momentum": "compressed"}, "sketch", ""),
+        ((8193, 64), {"rank": 8}, "none", "vocabulary-like, aspect 128 >= 8 and 8193 > 8192: no momentum"),
+        ((64, 8193), {"rank": 8}, "none", "vocabulary-like, aspect 128 >= 8 and 8193 > 8192: no momentum"),
+        ((16384, 2048), {}, "none", "vocabulary-like, aspect 8 >= 8 and 16384 > 8192: no momentum"),
+        ((16384, 2049), {}, "sketch", ""),  # aspect just below 8
+        ((8192, 64), {"rank": 8}, "sketch", ""),  # 8192 is not above 8192
+        ((4864, 896), {}, "sketch", ""),  # the MLP of Qwen2-0.5B
+        # LoRA's factors keep their momentum whole.
+        ((8, 8192), {}, "whole", "rank 128 > 8 // 2: every column kept"),
+        ((8192, 8), {}, "whole", "rank 128 > 8 // 2: every column kept"),
+        # Three and more dimensions are never a vocabulary: convolutions, experts' biases, position tables.
+        ((20000, 64, 3, 3), {"rank": 8}, "sketch", ""),
+        ((9000, 1, 4), {"ratio": 2, "rank": None}, "sketch", ""),
+        ((1, 9000, 64), {"rank": 8}, "sketch", ""),
+        # The kind decides where it is given.
+        ((768, 3, 32, 32), {"kind": "convolution"}, "sketch", ""),
+        ((768, 3, 32, 32), {"kind": "matrix"}, "whole", "rank 128 > 32 // 2: every column kept"),
+        ((768, 3, 32, 32), {"kind": "vector"}, "whole", "vector: kept whole, in float32"),
+        ((8193, 64), {"rank": 8, "embedding_momentum": "compressed"}, "sketch", ""),
         (
-            (400, 64),
+            (8193, 64),
             {"rank": 8, "embedding_momentum": "full"},
             "whole",
-            "vocabulary-like, aspect 6.25 > 4: every column kept",
+            "vocabulary-like, aspect 128 >= 8 and 8193 > 8192: every column kept",
         ),
-        ((400, 64), {"rank": 8, "kind": "matrix"}, "sketch", ""),
+        ((8193, 64), {"rank": 8, "kind": "matrix"}, "sketch", ""),
         ((64, 64), {"rank": 8, "kind": "vocabulary"}, "none", "vocabulary: no momentum"),
         (
             (64, 64),
@@ -286,8 +310,12 @@ def test_the_torch_half_imports_neither_jax_nor_the_training_command(ours: str, 
         ((64, 96), {"rank": 48}, 1, ""),
         ((64, 96), {"ratio": 3}, 3, ""),
         ((64, 96), {"ratio": 1000}, 96, ""),
-        ((640, 64), {"ratio": 3}, 1, "vocabulary-like, aspect 10 > 4: every column kept"),
-        ((640, 64), {"rank": 16, "kind": "matrix"}, 4, ""),
+        ((8256, 64), {"ratio": 3}, 1, "vocabulary-like, aspect 129 >= 8 and 8256 > 8192: every column kept"),
+        ((8256, 64), {"rank": 16, "kind": "matrix"}, 4, ""),
+        ((640, 64), {"ratio": 3}, 3, ""),
+        ((8256, 4, 4), {"ratio": 3}, 3, ""),
+        ((64, 3, 32, 32), {"ratio": 3, "kind": "convolution"}, 3, ""),
+        ((64, 96), {"ratio": 3, "kind": "vector"}, 1, "vector: summed exactly"),
         ((64, 96), {"ratio": 3, "kind": "vocabulary"}, 1, "vocabulary-like: every column kept"),
         ((64,), {"ratio": 3}, 1, "vector: summed exactly"),
     ],

@@ -13,13 +13,15 @@ from typing import Final, Literal, NamedTuple
 Projection = Literal["sign", "adaptive", "gaussian"]
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
 EmbeddingMomentum = Literal["none", "full", "compressed"]
-Kind = Literal["matrix", "vocabulary", "vector"]
+Kind = Literal["matrix", "convolution", "vocabulary", "vector"]
 Momentum = Literal["sketch", "whole", "none"]
 
 SMALL_KERNEL: Final = 32
 """A tensor of three or more dimensions whose last one is below this is a convolution."""
-VOCABULARY_ASPECT: Final = 4
-"""A matrix whose longer side is more than this many times the shorter one is vocabulary-like."""
+VOCABULARY_ASPECT: Final = 8
+"""A matrix of unknown kind is vocabulary-like from this aspect ratio on, if it is also long enough."""
+VOCABULARY_LENGTH: Final = 8192
+"""A matrix of unknown kind is vocabulary-like above this longer side, if its aspect ratio says so as well."""
 QUANTIZATION_BLOCK: Final = 64
 """Columns of a row that share one scale in ``int8`` and ``int4`` storage."""
 
@@ -56,27 +58,31 @@ class Buffer(NamedTuple):
         return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-def matrix_view(shape: Sequence[int]) -> MatrixView | None:
+def matrix_view(shape: Sequence[int], kind: Kind | None = None) -> MatrixView | None:
     """The matrices that a tensor is compressed as, or None for what is never compressed.
 
-    A 2-D tensor is itself. With three or more dimensions, a small last one (below 32: a convolution) gives
-    the view ``(shape[0], prod(shape[1:]))``, any other (stacked experts) a batch of matrices over the
-    leading dimensions. 0-D, 1-D and empty tensors have no view.
+    A 2-D tensor is itself. With three or more dimensions, a convolution has the view
+    ``(shape[0], prod(shape[1:]))``, any other tensor (stacked experts) is a batch of matrices over the leading
+    dimensions. A last dimension below 32 means a convolution where ``kind`` does not say so. 0-D, 1-D and empty
+    tensors have no view, nor has any of kind ``"vector"``.
 
     Args:
         shape: The tensor's global shape.
+        kind: The tensor's kind where the caller knows it.
 
     Example:
         >>> matrix_view((64, 3, 7, 7))
         MatrixView(batch=1, rows=64, columns=147)
         >>> matrix_view((8, 4096, 1024))
         MatrixView(batch=8, rows=4096, columns=1024)
+        >>> matrix_view((768, 3, 32, 32), kind="convolution")
+        MatrixView(batch=1, rows=768, columns=3072)
         >>> matrix_view((4096,)) is None
         True
     """
-    if len(shape) < 2 or 0 in shape:
+    if len(shape) < 2 or 0 in shape or kind == "vector":
         return None
-    if len(shape) > 2 and shape[-1] < SMALL_KERNEL:
+    if len(shape) > 2 and (kind == "convolution" or shape[-1] < SMALL_KERNEL):
         return MatrixView(1, shape[0], prod(shape[1:]))
     return MatrixView(prod(shape[:-2]), shape[-2], shape[-1])
 
@@ -190,7 +196,8 @@ def plan_tensor(
         factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
         embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"`` or ``"compressed"``.
         state_dtype: How the momentum of tensors with a view is stored.
-        kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+        kind: The tensor's kind where the caller knows it; None calls a matrix vocabulary-like where its longer
+            side is above 8,192 and at least 8 times the shorter one, and no tensor of three or more dimensions.
         view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
 
     Example:
@@ -199,7 +206,7 @@ def plan_tensor(
         (6, 128, True)
     """
     shape = tuple(shape)
-    view = view or matrix_view(shape)
+    view = view or matrix_view(shape, kind)
     columns = shape[-1] if shape else 1
     chosen = 1
     momentum: Momentum = "whole"
@@ -209,7 +216,9 @@ def plan_tensor(
         reason = "empty" if 0 in shape else "vector: kept whole, in float32"
     else:
         columns = view.columns
-        momentum, chosen, reason = _matrix_momentum(view, rank, ratio, embedding_momentum, kind)
+        momentum, chosen, reason = _matrix_momentum(
+            view, rank, ratio, embedding_momentum, _vocabulary_sign(shape, view, kind)
+        )
     width = ceil(columns / chosen)
     factored = view is not None and factorize_second_moment
     return TensorPlan(shape, view, chosen, width, momentum, factored, projection, state_dtype, reason)
@@ -220,12 +229,11 @@ def _matrix_momentum(
     rank: int | None,
     ratio: int | None,
     embedding_momentum: EmbeddingMomentum,
-    kind: Kind | None,
+    sign: str | None,
 ) -> tuple[Momentum, int, str]:
     """What a tensor with a view keeps: the kind of momentum, ρ, and why it is not a sketch."""
-    aspect = _vocabulary_aspect(view, kind)
-    if aspect is not None and embedding_momentum != "compressed":
-        why = f"vocabulary-like{aspect}" if aspect else "vocabulary"
+    if sign is not None and embedding_momentum != "compressed":
+        why = f"vocabulary-like{sign}" if sign else "vocabulary"
         if embedding_momentum == "none":
             return "none", 1, f"{why}: no momentum"
         return "whole", 1, f"{why}: every column kept"
@@ -244,11 +252,25 @@ def _ratio(view: MatrixView, rank: int | None, ratio: int | None) -> int:
     return min(chosen, view.columns)
 
 
-def _vocabulary_aspect(view: MatrixView, kind: Kind | None) -> str | None:
-    """None for what is no vocabulary; else in words the aspect ratio that says so, empty where ``kind`` does."""
+def is_vocabulary_like(shape: Sequence[int]) -> bool:
+    """Whether a shape alone is that of an embedding or an output head.
+
+    Example:
+        >>> is_vocabulary_like((50257, 768)), is_vocabulary_like((4864, 896)), is_vocabulary_like((9000, 1, 3))
+        (True, False, False)
+    """
+    if len(shape) != 2 or 0 in shape:
+        return False
+    return max(shape) > VOCABULARY_LENGTH and max(shape) >= VOCABULARY_ASPECT * min(shape)
+
+
+def _vocabulary_sign(shape: Sequence[int], view: MatrixView, kind: Kind | None) -> str | None:
+    """None for what is no vocabulary; else the sign of it in words, empty where ``kind`` says so."""
     if kind is not None:
         return "" if kind == "vocabulary" else None
-    return f", aspect {view.aspect:.3g} > {VOCABULARY_ASPECT}" if view.aspect > VOCABULARY_ASPECT else None
+    if not is_vocabulary_like(shape):
+        return None
+    return f", aspect {view.aspect:.3g} >= {VOCABULARY_ASPECT} and {max(shape)} > {VOCABULARY_LENGTH}"
 
 
 @dataclass(frozen=True)
@@ -314,7 +336,8 @@ def plan_accumulator(
         ratio: ρ.
         rank: r, of which the ratio is derived where given: min(m, n) // r, at least 1.
         state_dtype: How the sketch is stored.
-        kind: ``"vocabulary"`` or ``"matrix"`` where the caller knows; None goes by the aspect ratio.
+        kind: The tensor's kind where the caller knows it; None calls a matrix vocabulary-like where its longer
+            side is above 8,192 and at least 8 times the shorter one, and no tensor of three or more dimensions.
         view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
 
     Example:
@@ -323,13 +346,13 @@ def plan_accumulator(
         True
     """
     shape = tuple(shape)
-    view = view or matrix_view(shape)
+    view = view or matrix_view(shape, kind)
     if view is None:
         return AccumulatorPlan(shape, MatrixView(1, prod(shape), 1), 1, 1, "float32", "vector: summed exactly")
     chosen, reason = _ratio(view, rank, ratio if rank is None else None), ""
-    aspect = _vocabulary_aspect(view, kind)
-    if chosen > 1 and aspect is not None:
-        chosen, reason = 1, f"vocabulary-like{aspect}: every column kept"
+    sign = _vocabulary_sign(shape, view, kind)
+    if chosen > 1 and sign is not None:
+        chosen, reason = 1, f"vocabulary-like{sign}: every column kept"
     plan = AccumulatorPlan(shape, view, chosen, ceil(view.columns / chosen), state_dtype, reason)
     if state_dtype != "float32" and plan.state_bytes >= plan.exact_bytes:
         return AccumulatorPlan(shape, view, 1, view.columns, "float32", "small: summed exactly")

@@ -61,7 +61,7 @@ def test_peers_bytes_are_the_peers(shape: tuple[int, ...], dtype: Any) -> None:
 
 def test_the_table() -> None:
     params = {
-        "embed": {"embedding": jax.ShapeDtypeStruct((1000, 64), jnp.float32)},
+        "embed": {"embedding": jax.ShapeDtypeStruct((10000, 64), jnp.float32)},
         "layers": [
             {
                 "kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32),
@@ -81,8 +81,8 @@ def test_the_table() -> None:
     lines = str(report).splitlines()
     assert lines[0].split() == ["parameter", "shape", "view", "ρ", "state", "kept"]
     cells = {line.split()[0]: line for line in lines[2:8]}
-    assert cells["embed/embedding"].endswith("vocabulary-like, aspect 15.6 > 4: no momentum")
-    assert "1000 x 64" in cells["embed/embedding"]
+    assert cells["embed/embedding"].endswith("vocabulary-like, aspect 156 >= 8 and 10000 > 8192: no momentum")
+    assert "10000 x 64" in cells["embed/embedding"]
     assert cells["layers/0/kernel"].split()[1:] == ["64x64", "64", "x", "64", "4", "1.8", "kB", "sketch"]
     assert cells["layers/0/query"].split()[1:] == ["64x4x16", "64", "x", "64", "4", "1.8", "kB", "sketch"]
     assert cells["layers/0/small"].endswith("rank 16 > 10 // 2: every column kept")

@@ -12,7 +12,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from floragrad import Flora, param_groups
+from floragrad import Flora, GradientAccumulator, param_groups
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -45,8 +45,10 @@ def test_kind_overrules_the_aspect_ratio_in_the_optimizer() -> None:
     rows = {row.name: row for row in optimizer.report().rows}
     assert rows["model.layers.0.mlp.up_proj.weight"].momentum == "sketch"
     assert rows["model.embed_tokens.weight"].reason == "vocabulary: no momentum"
+    # Without modules a short table is not taken for a vocabulary.
     bare = {row.name: row for row in Flora(llama().named_parameters(), lr=1e-3, rank=8).report().rows}
-    assert bare["model.layers.0.mlp.up_proj.weight"].reason == "vocabulary-like, aspect 8 > 4: no momentum"
+    assert bare["model.layers.0.mlp.up_proj.weight"].momentum == "sketch"
+    assert bare["model.embed_tokens.weight"].momentum == "sketch"
 
 
 @pytest.mark.parametrize(
@@ -89,14 +91,59 @@ def test_a_plain_output_head_is_found_by_its_shape() -> None:
     assert {name for name, kind in found.items() if kind == "vocabulary"} == {
         "embed.weight",
         "head.weight",
-        "table",
     }
-    assert found["square"] == found["hidden.weight"] == "matrix"
+    assert found["table"] == found["square"] == found["hidden.weight"] == "matrix"
+
+
+def test_a_declared_head_is_the_only_one() -> None:
+    """The hidden layers of this Llama have the shape of its embedding."""
+    found = kinds(llama(vocab_size=512))
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == "vocabulary"
+    assert {found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")} == {"matrix"}
 
 
 def test_convolutions_are_matrices_whatever_their_aspect() -> None:
     depthwise = nn.Conv2d(256, 256, 3, groups=256)
     assert kinds(nn.Sequential(depthwise)) == {"0.weight": "matrix", "0.bias": "vector"}
+
+
+def test_wide_kernels_are_convolutions_where_their_module_is() -> None:
+    """By shape alone, 16 x 3 kernels of 32 x 32 are a stack of 48 matrices that rank 8 cuts by 4."""
+    patches = nn.Conv2d(3, 16, 32, stride=32)
+    assert kinds(nn.Sequential(patches)) == {"0.weight": "convolution", "0.bias": "vector"}
+    [row, _] = Flora(param_groups(patches, lr=1e-3), rank=8).report().rows
+    assert (row.view, row.momentum, row.ratio) == ((1, 16, 3 * 32 * 32), "sketch", 2)
+    [row, _] = Flora(patches.parameters(), lr=1e-3, rank=8).report().rows
+    assert (row.view, row.ratio) == ((48, 32, 32), 4)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_kinds_without_a_matrix_view_of_their_own_train(accumulate: bool) -> None:
+    """A wide kernel and stacked biases against the same numbers as a matrix and a vector: bit for bit."""
+
+    def trained(kernel: tuple[int, ...], biases: tuple[int, ...]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in (kernel, biases)]
+        kinds = ("convolution", "vector")
+        groups = [{"params": [param], "kind": kind} for param, kind in zip(params, kinds, strict=True)]
+        optimizer = Flora(groups, lr=1e-2, rank=4, kappa=2)
+        accumulator = GradientAccumulator(optimizer, 1) if accumulate else None
+        for _ in range(3):
+            targets = [torch.randn(param.numel(), generator=generator) for param in params]
+            loss = sum((param.flatten() * target).sum() for param, target in zip(params, targets, strict=True))
+            if accumulator is None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            else:
+                accumulator.backward(loss)
+                accumulator.step()
+        if accumulator is not None:
+            accumulator.close()
+        return [param.detach().flatten() for param in params]
+
+    for found, expected in zip(trained((16, 2, 3, 32), (4, 40)), trained((16, 192), (160,)), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_frozen_parameters_are_left_out_and_tied_ones_stand_once() -> None:

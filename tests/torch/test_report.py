@@ -49,7 +49,7 @@ def test_peers_bytes_are_the_peers(shape: tuple[int, ...], dtype: torch.dtype) -
 
 def test_the_table() -> None:
     named = [
-        ("embed", torch.nn.Parameter(torch.zeros(1000, 64))),
+        ("embed", torch.nn.Parameter(torch.zeros(10000, 64))),
         ("layer", torch.nn.Parameter(torch.zeros(64, 64))),
         ("small", torch.nn.Parameter(torch.zeros(10, 12))),
         ("experts", torch.nn.Parameter(torch.zeros(4, 64, 96))),
@@ -59,7 +59,7 @@ def test_the_table() -> None:
     lines = str(report).splitlines()
     assert lines[0].split() == ["parameter", "shape", "view", "ρ", "state", "kept"]
     cells = {line.split()[0]: line for line in lines[2:7]}
-    assert cells["embed"].endswith("vocabulary-like, aspect 15.6 > 4: no momentum")
+    assert cells["embed"].endswith("vocabulary-like, aspect 156 >= 8 and 10000 > 8192: no momentum")
     assert cells["layer"].split() == ["layer", "64x64", "64", "x", "64", "4", "1.8", "kB", "sketch"]
     assert cells["small"].endswith("rank 16 > 10 // 2: every column kept")
     assert "4 x 64 x 96" in cells["experts"]

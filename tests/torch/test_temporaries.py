@@ -20,7 +20,7 @@ LARGE = {
 def large_case(case: Case) -> tuple[int, ...]:
     """A shape of the same kind, large against a block of rows and against its own rows and columns."""
     if "vocabulary" in case.name:
-        return (2048, 64)
+        return (8448, 64)
     if case.shape and case.shape[0] < case.shape[-1] and len(case.shape) == 2:
         return (256, 384)
     return LARGE[len(case.shape)]
@@ -99,7 +99,7 @@ def test_no_momentum_allocates_none(beta1: float | None) -> None:
 
 
 def test_a_vocabulary_keeps_no_momentum() -> None:
-    param = torch.nn.Parameter(torch.zeros(640, 64))
+    param = torch.nn.Parameter(torch.zeros(8448, 64))
     with pytest.warns(UserWarning, match="vocabulary-like"):
         optimizer = Flora([param], lr=1e-3, rank=8)
     assert set(optimizer.state[param]) == {"step", "row_var", "col_var"}

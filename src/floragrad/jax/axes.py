@@ -7,12 +7,15 @@ PyTorch keeps a linear map as (out, in) and JAX as (in, out); the policy speaks 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 from jax import Array
 
-from floragrad.policy import VOCABULARY_ASPECT, MatrixView
+from floragrad.policy import MatrixView
+
+TALL: Final = 4
+"""A matrix of more than this many times as many rows as columns holds features in its columns, as embeddings do."""
 
 
 class MatrixAxes(NamedTuple):
@@ -93,8 +96,9 @@ class Layout:
 def default_axes(shape: Sequence[int]) -> MatrixAxes:
     """The last axis is the outputs, the one before it the inputs, all before count matrices.
 
-    A matrix that is more than four times as tall as wide is taken for an embedding, (vocabulary, features), whose
-    features are sketched: so are those of an output head (features, vocabulary), and so PyTorch does in both.
+    A matrix that is more than four times as tall as wide is read as an embedding, (vocabulary, features), whose
+    features are sketched: so are those of an output head (features, vocabulary), and so PyTorch does in both. Whether
+    it keeps a momentum is the policy's decision (:func:`floragrad.policy.plan_tensor`).
 
     Example:
         >>> default_axes((768, 3072))
@@ -106,7 +110,7 @@ def default_axes(shape: Sequence[int]) -> MatrixAxes:
     """
     if len(shape) < 2 or 0 in shape:
         return MatrixAxes((), ())
-    if len(shape) == 2 and shape[0] > VOCABULARY_ASPECT * shape[1]:
+    if len(shape) == 2 and shape[0] > TALL * shape[1]:
         return MatrixAxes(-1, -2)
     return MatrixAxes()
 

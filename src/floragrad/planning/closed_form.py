@@ -64,7 +64,7 @@ def closed_form(model: nn.Module, name: OptimizerName, settings: PlanSettings) -
         state += 2 * 4 * EIGHT_BIT_BLOCK
     sketches = 0
     if ROWS[name].clip is not None and (settings.accumulate > 1 or ROWS[name].clip):
-        sketches = sum(plan_accumulator(param.shape, kind=_policy_kind(kind)).state_bytes for param, kind in trained)
+        sketches = sum(plan_accumulator(param.shape, kind=kind).state_bytes for param, kind in trained)
     return Kept(
         parameters=sum(map(_nbytes, tensors)),
         optimizer_state=state,
@@ -73,17 +73,13 @@ def closed_form(model: nn.Module, name: OptimizerName, settings: PlanSettings) -
     )
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
+def _trained(model: nn.Module) -> Iterator[tuple[Tensor, Kind]]:
     for group in param_groups(model, lr=0.0):
         yield from ((param, group["kind"]) for _, param in group["params"])
 
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _policy_kind(kind: str) -> Kind | None:
-    return kind if kind in ("matrix", "vocabulary") else None  # type: ignore[return-value]
 
 
 def _adamw(param: Tensor, *_: Any) -> int:
@@ -101,7 +97,7 @@ def _adafactor(param: Tensor, *_: Any) -> int:
     return adafactor_bytes(tuple(param.shape), param.dtype) + 4
 
 
-def _galore(param: Tensor, kind: str, settings: PlanSettings) -> int:
+def _galore(param: Tensor, kind: Kind, settings: PlanSettings) -> int:
     size = param.element_size()
     if kind != "matrix" or param.dim() != 2:
         return 2 * size * param.numel()
@@ -112,18 +108,18 @@ def _galore(param: Tensor, kind: str, settings: PlanSettings) -> int:
     return size * (2 * longer * rank + basis)
 
 
-def _flora(param: Tensor, kind: str, settings: PlanSettings) -> int:
+def _flora(param: Tensor, kind: Kind, settings: PlanSettings) -> int:
     rank = settings.rank if settings.ratio is None else None
     return plan_tensor(
         param.shape,
         rank=rank,
         ratio=settings.ratio,
         state_dtype=settings.state_dtype,
-        kind=_policy_kind(kind),
+        kind=kind,
     ).state_bytes
 
 
-_STATE: Final[dict[OptimizerName, Callable[[Tensor, str, PlanSettings], int]]] = {
+_STATE: Final[dict[OptimizerName, Callable[[Tensor, Kind, PlanSettings], int]]] = {
     "adamw": _adamw,
     "adamw-8bit": _adamw_8bit,
     "adafactor": _adafactor,

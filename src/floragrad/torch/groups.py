@@ -1,13 +1,22 @@
 """Sorting a model's parameters: hidden matrices, vocabulary-like tensors, vectors."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple, get_args
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from floragrad.policy import VOCABULARY_ASPECT, Kind, matrix_view
+from floragrad.policy import Kind, matrix_view
 
-_MATRIX_MODULES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_MATRIX_MODULES = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_VECTOR_WORDS = frozenset({"bias", "biases", "scale", "pos", "position", "positional"})
+_STATE_SPACE_NAMES = frozenset({"A_log", "D"})
+_HIDDEN: Final[tuple[Kind, ...]] = ("matrix", "convolution")
+_TALL: Final = 4
+"""A linear layer of the shape of an embedding of more than this many times as many rows as columns is its head."""
 
 
 def param_groups(
@@ -19,22 +28,24 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`floragrad.Flora`, or any other optimizer of torch's kind.
 
-    Sorts by the type of the module that owns a parameter first, by shape second:
+    Sorts by the module that owns a parameter, never by its aspect ratio:
 
-    * ``"vocabulary"``: embeddings, the model's output head (tied to an embedding, of the shape of a tall one,
-      or what ``get_output_embeddings()`` returns), and, outside the layers that torch knows as matrices, what
-      has an aspect ratio above 4. They want a learning rate of their own.
-    * ``"matrix"``: everything else with a matrix view.
-    * ``"vector"``: biases, norms, scalars: no weight decay.
+    * ``"vocabulary"``: embeddings and the model's output head (tied to an embedding, of the shape of a tall one,
+      or what ``get_output_embeddings()`` returns). They want a learning rate of their own.
+    * ``"vector"``: scalars, biases and norms of any shape, gains of weight normalization, class tokens and position
+      tables outside ``nn.Embedding``, ``A_log`` and ``D`` of state-space layers, and what is marked with a true
+      ``_no_weight_decay``: no weight decay.
+    * ``"convolution"``: kernels whose last dimension, 32 or more, would look like a stack of matrices.
+    * ``"matrix"``: everything else: linear layers, other convolutions, experts, routers, adapters.
 
     Frozen parameters are left out. Tied parameters stand once, under their first name, as vocabulary if any
     of their owners says so. Empty groups are left out.
 
     Args:
         model: Any module.
-        lr: Learning rate of matrices and vectors.
-        embedding_lr: Learning rate of vocabulary-like tensors; None: ``lr``.
-        weight_decay: Of matrices and vocabulary-like tensors.
+        lr: Learning rate of everything but vocabulary.
+        embedding_lr: Learning rate of embeddings and output heads; None: ``lr``.
+        weight_decay: Of everything but vectors.
         **options: Any further options for every group, such as ``rank``.
 
     Returns:
@@ -46,7 +57,7 @@ def param_groups(
         [('matrix', 0.001, 1), ('vocabulary', 0.01, 1), ('vector', 0.001, 1)]
     """
     kinds = _kinds(model)
-    rates: dict[Kind, float | Tensor] = {"matrix": lr, "vocabulary": lr, "vector": lr}
+    rates: dict[Kind, float | Tensor] = dict.fromkeys(get_args(Kind), lr)
     if embedding_lr is not None:
         rates["vocabulary"] = embedding_lr
     groups = []
@@ -65,58 +76,124 @@ def widest_matrix(model: nn.Module) -> int:
         >>> widest_matrix(nn.Sequential(nn.Embedding(1000, 512), nn.Linear(64, 48), nn.Linear(16, 16)))
         48
     """
-    matrices = [param for param, kind in _kinds(model).items() if kind == "matrix"]
-    views = [view for view in (matrix_view(param.shape) for param in matrices) if view is not None]
-    return max((min(view.rows, view.columns) for view in views), default=0)
+    hidden = [matrix_view(param.shape, kind) for param, kind in _kinds(model).items() if kind in _HIDDEN]
+    return max((min(view.rows, view.columns) for view in hidden if view is not None), default=0)
+
+
+class _Owned(NamedTuple):
+    """A trainable parameter: the module that computes with it, its name there, and whether it is a gain.
+
+    Attributes:
+        module: Its module; of a parametrized tensor, the module that has the parametrization.
+        name: Its name there; of a parametrized tensor, the tensor's.
+        param: The parameter.
+        gain: Whether it only scales a weight that is stored beside it, as weight normalization's magnitudes.
+    """
+
+    module: nn.Module
+    name: str
+    param: Tensor
+    gain: bool
 
 
 def _kinds(model: nn.Module) -> dict[Tensor, Kind]:
-    """What every trainable parameter is; vocabulary wins where owners disagree."""
-    heads, vocabularies = _declared_embeddings(model), _vocabulary_shapes(model)
+    """The kind of every trainable parameter; vocabulary wins where owners disagree."""
+    declared = _declared(model)
+    vocabularies = _vocabulary_shapes(model, declared)
     kinds: dict[Tensor, Kind] = {}
-    for module, param in _owned(model):
-        kind = _kind(module, param, heads, vocabularies)
-        if kind == "vocabulary" or param not in kinds:
-            kinds[param] = kind
+    for owned in _owned(model):
+        kind = _kind(owned, declared, vocabularies)
+        if kind == "vocabulary" or owned.param not in kinds:
+            kinds[owned.param] = kind
     return kinds
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+def _owned(model: nn.Module) -> Iterator[_Owned]:
+    parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        for param in module.parameters(recurse=False):
-            if param.requires_grad:
-                yield module, param
+        if is_parametrized(module):
+            for name, parts in module.parametrizations.items():  # type: ignore[union-attr, operator]
+                parametrized[parts] = module, name
+        largest = max((param.numel() for param in module.parameters(recurse=False)), default=0)
+        for name, param in module.named_parameters(recurse=False):
+            if not param.requires_grad:
+                continue
+            if module in parametrized:
+                yield _Owned(*parametrized[module], param, gain=param.numel() < largest)
+            else:
+                yield _Owned(module, name, param, gain=name.endswith("_g") and param.numel() < largest)
 
 
-def _kind(module: nn.Module, param: Tensor, heads: list[nn.Module], vocabularies: set[tuple[int, ...]]) -> Kind:
-    view = matrix_view(param.shape)
-    if view is None:
+def _kind(owned: _Owned, declared: "_Declared", vocabularies: set[tuple[int, ...]]) -> Kind:
+    module, name, param, gain = owned
+    if matrix_view(param.shape) is None or gain or isinstance(module, _NORMS):
         return "vector"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or any(module is head for head in heads):
+    if isinstance(module, _EMBEDDINGS) or declared.has(module, name):
         return "vocabulary"
-    if isinstance(module, nn.Linear):
-        return "vocabulary" if tuple(param.shape) in vocabularies else "matrix"
+    if isinstance(module, nn.Linear) and tuple(param.shape) in vocabularies:
+        return "vocabulary"
+    if _is_vector_by_name(name) or getattr(param, "_no_weight_decay", False):
+        return "vector"
+    if isinstance(module, _CONVOLUTIONS):
+        return "matrix" if matrix_view(param.shape) == matrix_view(param.shape, "convolution") else "convolution"
     if isinstance(module, _MATRIX_MODULES):
         return "matrix"
-    return "vocabulary" if view.aspect > VOCABULARY_ASPECT else "matrix"
+    return "vector" if _is_vector_by_shape(param.shape) else "matrix"
 
 
-def _vocabulary_shapes(model: nn.Module) -> set[tuple[int, ...]]:
-    """Shapes of the tall embeddings: a linear layer of the same shape is an output head."""
+def _is_vector_by_name(name: str) -> bool:
+    """Whether a parameter is added or scales, by its own name: stacked biases, position tables, state-space decays."""
+    return name in _STATE_SPACE_NAMES or not _VECTOR_WORDS.isdisjoint(name.split("_"))
+
+
+def _is_vector_by_shape(shape: Sequence[int]) -> bool:
+    """Whether a parameter of an unknown module holds vectors: one row or column, or a table that is broadcast."""
+    view = matrix_view(shape)
+    return view is None or min(view.rows, view.columns) == 1 or (len(shape) > 2 and shape[0] == 1)
+
+
+class _Declared(NamedTuple):
+    """The embeddings that Hugging Face models declare.
+
+    Attributes:
+        inputs: The input embedding; for images and sounds it may be any module.
+        outputs: The output heads.
+    """
+
+    inputs: nn.Module | None
+    outputs: tuple[nn.Module, ...]
+
+    def has(self, module: nn.Module, name: str) -> bool:
+        """Whether a tensor is the declared embedding's table or a declared head's weight."""
+        if not name.startswith("weight"):
+            return False
+        is_table = module is self.inputs and not isinstance(module, _MATRIX_MODULES)
+        return is_table or any(module is head for head in self.outputs)
+
+
+def _declared(model: nn.Module) -> _Declared:
+    head = _returned(model, "get_output_embeddings")
+    heads = tuple(head) if isinstance(head, nn.ModuleList) else (head,) if head is not None else ()
+    return _Declared(_returned(model, "get_input_embeddings"), heads)
+
+
+def _returned(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model's getter returns; None where it has none, or where its class says that there is nothing to get."""
+    get = getattr(model, getter, None)
+    try:
+        module = get() if callable(get) else None
+    except NotImplementedError:
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def _vocabulary_shapes(model: nn.Module, declared: _Declared) -> set[tuple[int, ...]]:
+    """Shapes of the tall embeddings that undeclared heads may have; of the declared one alone where there is one."""
+    if declared.outputs:
+        return set()
+    modules = [declared.inputs] if isinstance(declared.inputs, _EMBEDDINGS) else model.modules()
     return {
         (module.num_embeddings, module.embedding_dim)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        and module.num_embeddings > VOCABULARY_ASPECT * module.embedding_dim
+        for module in modules
+        if isinstance(module, _EMBEDDINGS) and module.num_embeddings > _TALL * module.embedding_dim
     }
-
-
-def _declared_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The input and output embeddings that Hugging Face models declare."""
-    declared = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        getter = getattr(model, name, None)
-        module = getter() if callable(getter) else None
-        if isinstance(module, nn.Module):
-            declared.append(module)
-    return declared

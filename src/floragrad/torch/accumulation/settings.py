@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
         for group in optimizer.param_groups:
             names = group.get("param_names") or [f"parameter {index + i}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
-                kind = group.get("kind") if group.get("kind") in ("matrix", "vocabulary") else None
+                kind = group.get("kind") if group.get("kind") in get_args(Kind) else None
                 yield Listed(index, name, param, kind, optimizer)
                 index += 1
 
