@@ -7,7 +7,6 @@ import torch
 
 from floragrad import Flora
 from floragrad.torch import vectors
-from floragrad.torch.tensor_step import TensorUpdate
 from tests.torch.test_traffic import Traffic
 
 pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Flora compresses no momentum")]
@@ -73,7 +72,7 @@ def test_large_ones_are_stepped_alone() -> None:
     param = torch.nn.Parameter(torch.zeros(vectors.WHOLE_ELEMENTS + 1))
     param.grad = torch.ones_like(param)
     optimizer = Flora([param], lr=1e-2)
-    vector = TensorUpdate(param, param.grad, *optimizer._begin_step(param))
+    vector = optimizer._begin_step(param, *optimizer._checked(param))
     assert not vectors.steps_with_others(vector)
     large = vectors.BLOCK_ELEMENTS
     sizes = [100, 100, large, 100]

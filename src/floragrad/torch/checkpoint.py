@@ -39,9 +39,13 @@ def check_loadable(
     return states
 
 
-def exact_state(saved: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copies of the saved tensors in their own dtypes, on ``device`` (the step stays on the CPU)."""
-    return {key: value.to("cpu" if key == "step" else device, copy=True) for key, value in saved.items()}
+def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
+    """Copies of the saved tensors in the dtypes of their plan, on ``device`` (the step stays on the CPU)."""
+    dtypes = {key: getattr(torch, buffer.dtype) for key, buffer in plan.buffers.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        return {
+            key: value.to("cpu" if key == "step" else device, dtypes[key], copy=True) for key, value in saved.items()
+        }
 
 
 def _check_options(number: int, saved: Group, group: Group) -> None:
@@ -79,6 +83,19 @@ def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None
         raise ValueError(
             f"the loaded state of parameter {key} has {found}, this optimizer's parameter of shape "
             f"{plan.shape} needs {expected}: it belongs to another model"
+        )
+    for name, buffer in plan.buffers.items():
+        if name != "step":
+            what = f"{name!r} in the loaded state of parameter {key}"
+            _check_dtype(what, saved[name].dtype, getattr(torch, buffer.dtype))
+
+
+def _check_dtype(what: str, found: torch.dtype, planned: torch.dtype) -> None:
+    """Floats are cast back to another floating dtype; the integers of low-bit storage mean nothing in another."""
+    if found != planned and not (found.is_floating_point and planned.is_floating_point):
+        raise ValueError(
+            f"{what} is {found}, this optimizer keeps {planned}, whose bytes cannot be had from it: "
+            "load the state as it was saved, without casting its tensors"
         )
 
 

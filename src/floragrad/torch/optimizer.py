@@ -11,13 +11,22 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
-from floragrad.torch.distributed.lockstep import ShardStep, here, is_sharded, step_together
+from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
+from floragrad.torch.handover import check_shape
 from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import resolve_group, warn_of_compile, without_compile
 from floragrad.torch.report import report_row
-from floragrad.torch.slots import Slot, exchanged_slots, fresh_state, placed_state, slots_of, without_repetition
+from floragrad.torch.slots import (
+    Slot,
+    checked_update,
+    exchanged_slots,
+    fresh_state,
+    placed_state,
+    slots_of,
+    without_repetition,
+)
 from floragrad.torch.step import step_part, step_tensors
-from floragrad.torch.tensor_step import TensorStep, TensorUpdate
+from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
 from floragrad.torch.vectors import step_vectors, steps_with_others
 
 if TYPE_CHECKING:
@@ -182,30 +191,23 @@ class Flora(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a parameter unknown; nothing has been updated then.
+            RuntimeError: A gradient is sparse, a parameter unknown, or a tensor (parameter, gradient, state) is
+                missing or not of the shape and dtype that were planned for; nothing has been updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        given = [(param, param.grad) for param in self._slots if param.grad is not None]
-        for param, grad in given:
-            if grad.is_sparse:
-                slot = self._slots[param]
-                raise RuntimeError(
-                    f"the gradient of parameter {slot.name} is sparse: Flora takes dense gradients; "
-                    "give sparse=False to its embedding"
-                )
+        given = [(param, self._checked(param)) for param in self._slots if param.grad is not None]
         sharded, native, vectors, others = [], [], [], []
-        for param, grad in given:
+        for param, checked in given:
+            update = self._begin_step(param, *checked)
             if is_sharded(param):
-                sharded.append(self._shard_step(param))
+                sharded.append(_shard_step(update, param))
+            elif param.numel() == 0:
                 continue
-            update = TensorUpdate(param, grad, *self._begin_step(param))
-            if param.numel() == 0:
-                continue
-            if can_step(*update):
+            elif can_step(*update):
                 native.append(update)
             elif steps_with_others(update):
                 vectors.append(update)
@@ -230,22 +232,21 @@ class Flora(torch.optim.Optimizer):
 
         Raises:
             ValueError: It has no gradient.
+            RuntimeError: As :meth:`step`.
         """
         if param not in self._slots:
             self._follow()
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
+        update = self._begin_step(param, *self._checked(param))
         if is_sharded(param):
-            step_together([self._shard_step(param)])
+            step_together([_shard_step(update, param)])
+        elif param.numel() == 0:
+            return
+        elif can_step(*update):
+            step_native([update])
         else:
-            update = TensorUpdate(param, grad, *self._begin_step(param))
-            if param.numel() == 0:
-                return
-            if can_step(*update):
-                step_native([update])
-            else:
-                step_tensors([update])
+            step_tensors([update])
 
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
@@ -266,14 +267,15 @@ class Flora(torch.optim.Optimizer):
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, every tensor in the dtype that it was saved in.
+        """Load a state, every tensor in the dtype of its plan.
 
         Args:
             state_dict: From :meth:`state_dict` of an optimizer with the same layout.
 
         Raises:
             ValueError: The state belongs to another optimizer, or to other ``rank``, ``kappa``, ``seed``,
-                ``projection``, … than this one's; nothing has been changed then.
+                ``projection``, … than this one's, or a tensor cannot be cast back; nothing has been changed then.
+            RuntimeError: A parameter was resized after the optimizer was made.
         """
         # Registered last, so that it sees what the caller's own hooks have made of the state.
         last = self.register_load_state_dict_pre_hook(lambda _, given: self._accept(given))
@@ -297,6 +299,8 @@ class Flora(torch.optim.Optimizer):
     def _accept(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
         self._follow()
+        for param, slot in self._slots.items():
+            check_shape(slot.name, param.shape, slot.plan.shape)
         plans = {param: slot.plan for param, slot in self._slots.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
 
@@ -305,7 +309,9 @@ class Flora(torch.optim.Optimizer):
         self.state.clear()
         for param in self._slots:
             if param in incoming:
-                self.state[param] = placed_state(param, self._slots[param], exact_state(incoming[param], param.device))
+                self.state[param] = placed_state(
+                    param, self._slots[param], exact_state(incoming[param], param.device, self._slots[param].plan)
+                )
             elif param.requires_grad:
                 self._state_of(param)
 
@@ -317,7 +323,7 @@ class Flora(torch.optim.Optimizer):
             state.update(fresh_state(param, slot))
         device = param.device
         # The model may have left the meta device, or moved to another, after the optimizer was made.
-        elsewhere = [key for key, value in state.items() if value.device != device and key != "step"]
+        elsewhere = [key for key in slot.layout.state if key in state and state[key].device != device]
         if any(state[key].is_meta for key in elsewhere):
             state.update(fresh_state(param, slot))
         for key in elsewhere:
@@ -333,26 +339,23 @@ class Flora(torch.optim.Optimizer):
             if old is not param:
                 state = self.state.pop(old, {})
                 if state and state["step"] > 0:
-                    self.state[param] = placed_state(param, slot, exact_state(state, param.device))
+                    self.state[param] = placed_state(param, slot, exact_state(state, param.device, slot.plan))
         self._slots = slots
         for param in slots:
             if param.requires_grad:
                 self._state_of(param)
 
-    def _begin_step(self, param: Tensor) -> tuple[dict[str, Tensor], TensorStep]:
-        """The parameter's state, one step on, and what the step goes by."""
-        slot, state = self._slots[param], self._state_of(param)
+    def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
+        """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
+        return checked_update(param, self._slots[param], self._state_of(param))
+
+    def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> TensorUpdate:
+        """Count a step of a parameter; what is here of it, and what the step goes by."""
+        slot = self._slots[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        return state, TensorStep(slot.plan, slot.group, slot.index, step, param.device, slot.part)
-
-    def _shard_step(self, param: "DTensor") -> ShardStep:
-        """The step of what is here of a sharded parameter, not begun yet."""
-        from floragrad.torch.distributed.shards import local_gradient
-
-        state, at = self._begin_step(param)
-        local = {key: here(value) for key, value in state.items()}
-        return ShardStep(step_part(param.to_local(), local_gradient(param), local, at), at.part, param.device_mesh)
+        at = TensorStep(slot.plan, slot.group, slot.index, step, param.device, slot.part)
+        return TensorUpdate(here, grad, state, at)
 
     def _warn_if_nothing_compressed(self) -> None:
         """Say once why no momentum is a sketch, where the options meant some to be."""
@@ -363,3 +366,8 @@ class Flora(torch.optim.Optimizer):
         reasons = ", ".join(f"{row.name} ({row.reason})" for row in report.rows[:5])
         more = f", and {len(report.rows) - 5} more" if len(report.rows) > 5 else ""
         warnings.warn(f"Flora compresses no momentum here: {reasons}{more}", UserWarning, stacklevel=3)
+
+
+def _shard_step(update: TensorUpdate, param: "DTensor") -> ShardStep:
+    """The step of what is here of a sharded parameter, not begun yet."""
+    return ShardStep(step_part(*update), update.at.part, param.device_mesh)

@@ -2,14 +2,21 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.distributed.flat import exchanged_for_others, refuse_flat
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.distributed.lockstep import here, is_sharded
+from floragrad.torch.handover import (
+    Layout,
+    check_parameter,
+    check_shape,
+    checked_gradient,
+    checked_state,
+)
 from floragrad.torch.options import plan_of
 from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
@@ -25,6 +32,7 @@ class Slot:
     group: Group
     plan: TensorPlan
     part: Part
+    layout: Layout
 
 
 def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
@@ -44,9 +52,12 @@ def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
     refuse_flat(names, group["params"])
     slots = {}
     for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-        plan = plan_of(param.shape, group)
-        slots[param] = Slot(first + offset, name, group, plan, _part(name, param, plan))
+        slots[param] = _slot(first + offset, name, group, param, plan_of(param.shape, group))
     return slots
+
+
+def _slot(index: int, name: str, group: Group, param: Tensor, plan: TensorPlan) -> Slot:
+    return Slot(index, name, group, plan, _part(name, param, plan), _layout(param, plan))
 
 
 def exchanged_slots(slots: Mapping[Tensor, Slot], groups: Iterable[Group]) -> dict[Tensor, Slot] | None:
@@ -63,7 +74,7 @@ def exchanged_slots(slots: Mapping[Tensor, Slot], groups: Iterable[Group]) -> di
     if [param.shape for param in params] != [param.shape for param in slots]:
         raise exchanged_for_others([param for param in params if param not in slots])
     return {
-        param: slot if param in slots else replace(slot, part=_part(slot.name, param, slot.plan))
+        param: slot if param in slots else _slot(slot.index, slot.name, slot.group, param, slot.plan)
         for param, slot in zip(params, slots.values(), strict=True)
     }
 
@@ -97,6 +108,40 @@ def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
     part = part_of(name, param, plan.view)
     check_columns(name, param, plan, part)
     return part
+
+
+def _layout(param: Tensor, plan: TensorPlan) -> Layout:
+    """Shapes and dtypes of what is here of a parameter and its state."""
+    buffers = plan.buffers
+    if is_sharded(param):
+        from floragrad.torch.distributed.shards import local_buffers
+
+        buffers = local_buffers(param, plan)
+    return Layout.of(tuple(here(param).shape), {key: each for key, each in buffers.items() if key != "step"})
+
+
+def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Tensor, State]:
+    """What is here of a parameter, its gradient and its state, each as its plan says; no value is changed.
+
+    Raises:
+        RuntimeError: Naming the tensor that is not.
+        TypeError: The gradient of a sharded parameter is a plain tensor.
+    """
+    check_shape(slot.name, param.shape, slot.plan.shape)
+    if not is_sharded(param):
+        assert param.grad is not None
+        check_parameter(slot.name, param)
+        return param, checked_gradient(slot.name, param.grad, param), checked_state(slot.name, state, slot.layout)
+    from floragrad.torch.distributed.shards import local_gradient
+
+    local, found = param.to_local(), {key: here(value) for key, value in state.items()}
+    check_shape(f"{slot.name}, on this device,", local.shape, slot.layout.shape)
+    check_parameter(slot.name, local)
+    return (
+        local,
+        checked_gradient(slot.name, local_gradient(param), local),
+        checked_state(slot.name, found, slot.layout),
+    )
 
 
 def without_repetition(params: Any) -> list[Any]:

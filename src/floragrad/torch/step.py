@@ -29,6 +29,7 @@ from floragrad.torch.storage import StoredRows
 from floragrad.torch.tensor_step import Group, State, TensorStep, TensorUpdate
 
 
+@torch.inference_mode(False)
 def initial_state(
     plan: TensorPlan, group: Group, index: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
 ) -> State:

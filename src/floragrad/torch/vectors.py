@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from floragrad.torch import update as pure
-from floragrad.torch.native.layout import is_plain
+from floragrad.torch.handover import is_plain
 from floragrad.torch.tensor_step import BLOCK_ELEMENTS, WHOLE_ELEMENTS, TensorUpdate
 
 

@@ -1,15 +1,10 @@
 """Which tensors the native kernels can take, and why not the others."""
 
-from typing import Final
-
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import TensorPlan
+from floragrad.torch.handover import PLAIN, is_plain
 from floragrad.torch.native.library import DTYPES, absence, library
-
-_PLAIN: Final = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
 
 
 def path_of(param: Tensor, plan: TensorPlan) -> str:
@@ -24,11 +19,6 @@ def unsuited(plan: TensorPlan) -> str:
     return "Gaussian projection" if plan.momentum == "sketch" and plan.projection == "gaussian" else ""
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass with a behaviour of its own."""
-    return type(tensor) in _PLAIN
-
-
 def obstacle_of(tensor: Tensor) -> str:
     """Why the kernels cannot take a tensor; empty where they can."""
     if lies_plainly(tensor) and tensor.dtype in DTYPES:
@@ -37,9 +27,11 @@ def obstacle_of(tensor: Tensor) -> str:
         return type(tensor).__name__
     if not tensor.is_cpu:
         return f"on {tensor.device.type}"
-    return "not contiguous" if tensor.dtype in DTYPES else str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype not in DTYPES:
+        return str(tensor.dtype).removeprefix("torch.")
+    return "negative bit" if tensor.is_neg() else "not contiguous"
 
 
 def lies_plainly(tensor: Tensor) -> bool:
     """Whether a buffer can be handed over by its address."""
-    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous()
+    return type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import Momentum
+from floragrad.torch.handover import is_plain
 from floragrad.torch.learnt import POWER_ITERATIONS, noisy
-from floragrad.torch.native.layout import lies_plainly, obstacle_of, unsuited
+from floragrad.torch.native.layout import obstacle_of, unsuited
 from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Library, Step, library
 from floragrad.torch.projection import normalise_buckets
 from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
@@ -36,7 +37,7 @@ def can_step(param: Tensor, grad: Tensor, state: State, at: TensorStep) -> bool:
         and not obstacle_of(param)
         and not obstacle_of(grad)
         and grad.dtype == param.dtype
-        and all(map(lies_plainly, state.values()))
+        and all(is_plain(value) and value.is_cpu for value in state.values())
     )
 
 
@@ -59,7 +60,7 @@ def _step_at_once(updates: Sequence[TensorUpdate], kernels: Library) -> None:
     if any(isinstance(update.param, FakeTensor) for update in updates):
         return  # what there would be to hold has been held
     kernels.steps(steps, len(steps), scratch.data_ptr())
-    torch.autograd.graph.increment_version([update.param for update in updates])
+    _count_versions(updates)
 
 
 def _described(update: TensorUpdate, kernels: Library) -> Step:
@@ -132,4 +133,9 @@ def _step_learning(update: TensorUpdate, kernels: Library) -> None:
         learnt = normalise_buckets(grown, at.plan.width, learnt)
     weight.copy_(learnt)
     kernels.update(given)
-    torch.autograd.graph.increment_version(update.param)
+    _count_versions([update])
+
+
+def _count_versions(updates: Sequence[TensorUpdate]) -> None:
+    """Let autograd see that parameters have changed; tensors of inference mode have no version."""
+    torch.autograd.graph.increment_version([each.param for each in updates if not each.param.is_inference()])

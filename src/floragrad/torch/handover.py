@@ -1,0 +1,162 @@
+"""Tensors held against their plan before a step or a fold, by the kernels or by PyTorch's code, touches them."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from floragrad.policy import Buffer
+
+PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
+"""Classes of tensors without a behaviour of their own."""
+
+_REAL: Final = PLAIN - {FakeTensor}
+
+
+class Layout(NamedTuple):
+    """The part of a parameter and of its state that is here.
+
+    Attributes:
+        shape: Of the parameter.
+        state: Shape and dtype of each state tensor, but for scalars, which stay on the CPU.
+    """
+
+    shape: tuple[int, ...]
+    state: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], buffers: Mapping[str, Buffer]) -> "Layout":
+        """The layout of a parameter with these buffers."""
+        return cls(shape, {key: (each.shape, getattr(torch, each.dtype)) for key, each in buffers.items()})
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass with a behaviour of its own."""
+    return type(tensor) in PLAIN
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether all elements lie in the tensor's storage, which its owner may have freed or shortened."""
+    if type(tensor) not in _REAL:
+        return True
+    first = tensor.storage_offset() * tensor.itemsize
+    size = tensor.nbytes if tensor.is_contiguous() else _extent(tensor)
+    # An efficient zero tensor has a storage of the right size that begins nowhere.
+    if tensor.untyped_storage().nbytes() >= first + size and tensor.data_ptr() != first:
+        return True
+    return tensor.is_meta or tensor.numel() == 0
+
+
+def fault_of(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """What differs from the expected shape and dtype, as the end of a sentence; empty where nothing does."""
+    if not isinstance(tensor, Tensor):
+        return f"is of class {type(tensor).__name__}, not a tensor of shape {shape}"
+    if tensor.shape != shape or tensor.dtype is not dtype:
+        return f"has shape {tuple(tensor.shape)} and dtype {_name(tensor.dtype)}, not {shape} and {_name(dtype)}"
+    return "" if has_memory(tensor) else f"of shape {shape} has no memory: its storage was freed or shortened"
+
+
+def check_shape(name: str, found: torch.Size, planned: tuple[int, ...]) -> None:
+    """Refuse a parameter that was resized after its optimizer or accumulator was made.
+
+    Raises:
+        RuntimeError: Naming the parameter, both shapes and the remedy.
+    """
+    if found != planned:
+        raise RuntimeError(
+            f"{name} has shape {tuple(found)}, but had {planned} when its state was allocated: resize first "
+            "(resize_token_embeddings, p.data = ...), then construct the optimizer and the accumulator"
+        )
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Refuse a parameter that cannot be written to.
+
+    Raises:
+        RuntimeError: Its storage was freed, it is an inference tensor, or its elements share memory.
+    """
+    if not has_memory(param):
+        raise RuntimeError(
+            f"{name} of shape {tuple(param.shape)} has no memory: its storage was freed or shortened; "
+            "restore it before the step"
+        )
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made under torch.inference_mode(), outside of which it cannot be updated: "
+            "make it under torch.no_grad(), or clone it"
+        )
+    if is_plain(param) and not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(f"{name} is expanded: several of its elements share memory; make it contiguous")
+
+
+def checked_gradient(name: str, grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient of a parameter, with the values in memory that it reads as.
+
+    Raises:
+        RuntimeError: It is not dense, or of another shape, device or kind of dtype than the parameter.
+    """
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is sparse ({grad.layout}): Flora takes dense gradients; "
+            "give sparse=False to its embedding"
+        )
+    grad = in_memory(grad)
+    # PyTorch's code takes gradients of another floating dtype.
+    fault = fault_of(grad, param.shape, grad.dtype if grad.is_floating_point() else param.dtype)
+    if not fault and grad.device != param.device:
+        fault = f"is on {grad.device}, not on {param.device}"
+    if fault:
+        raise RuntimeError(f"the gradient of {name} {fault}: zero_grad(), and run the backward pass again")
+    return grad
+
+
+def checked_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+    """The state of a parameter, each tensor in memory one element after the other.
+
+    Args:
+        name: Of the parameter.
+        state: Tensors that are not contiguous are replaced in it.
+        layout: Of the parameter.
+
+    Raises:
+        RuntimeError: Naming the entry that is missing, or has another shape or dtype.
+    """
+    if "step" not in state:
+        raise RuntimeError(_misfit("step", name, "is missing"))
+    for key, (shape, dtype) in layout.state.items():
+        value = state.get(key)
+        fault = fault_of(value, shape, dtype) if key in state else f"of shape {shape} is missing"
+        if fault:
+            raise RuntimeError(_misfit(key, name, fault))
+        assert isinstance(value, Tensor)
+        if is_plain(value) and (not value.is_contiguous() or value.is_neg()):
+            state[key] = in_memory(value).contiguous()
+    return state
+
+
+def _misfit(key: str, name: str, fault: str) -> str:
+    return (
+        f"state[{key!r}] of {name} {fault}: leave the optimizer's state as it is; "
+        "load_state_dict() restores a saved one, and optimizer.state[parameter].clear() begins a new one"
+    )
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory: negated where its negative bit is set, zeros where it has none."""
+    if not is_plain(tensor):
+        return tensor
+    if not has_memory(tensor) and torch._is_zerotensor(tensor):
+        return tensor.clone()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.itemsize
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
