@@ -27,10 +27,11 @@ from floragrad._text import format_bytes
 from floragrad.train import environment
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus
+from floragrad.train.disk import write_text
 from floragrad.train.display import Display
 from floragrad.train.engine import Engine, start
 from floragrad.train.errors import DivergenceError, StoppedError
-from floragrad.train.folder import CONFIG, CORPUS, RunFolder, new_folder, write_text
+from floragrad.train.folder import CONFIG, CORPUS, RunFolder, new_folder
 from floragrad.train.optimizers import state_tensors
 from floragrad.train.processes import Processes
 from floragrad.train.run import train, write_corpus

@@ -31,10 +31,12 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from floragrad.planning.command import app
-    from floragrad.train.errors import DivergenceError, LostError, StoppedError, UserError
+    from floragrad.train.errors import DivergenceError, LostError, StoppedError, StorageError, UserError
 
     try:
         result = app(arguments, prog_name="floragrad", standalone_mode=False)
+    except StorageError as error:
+        return _say(str(error), USAGE_ERROR)
     except UserError as error:
         return _fail(str(error), USAGE_ERROR)
     except DivergenceError as error:
@@ -43,7 +45,9 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except LostError as error:
         return _say(str(error), FAILURE)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes a file that ends early for the user's Ctrl-D
+            raise error.__cause__ from None
         return _fail(NOTHING_SAVED, INTERRUPTED)
     except _option_error() as error:
         return _fail(f"{error.format_message()}: see floragrad --help", USAGE_ERROR)  # type: ignore[attr-defined]

@@ -94,6 +94,18 @@ def command(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a wrong request gets."""
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("floragrad: ")
+    return lines[0].removeprefix("floragrad: ")
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -5,21 +5,9 @@ from pathlib import Path
 import pytest
 
 from floragrad._version import __version__
-from tests.train.support import FAST, command, fast_config, read_json, run, tree, write_gpt2, write_texts
+from tests.train.support import FAST, command, fast_config, read_json, refused, run, tree, write_gpt2, write_texts
 
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a wrong request gets."""
-    capsys.readouterr()
-    assert command(*arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("floragrad: ")
-    return lines[0].removeprefix("floragrad: ")
 
 
 @pytest.fixture

@@ -123,7 +123,13 @@ def test_a_run_of_a_comparison_is_the_run_itself(texts: Path, tmp_path: Path, he
     out = tmp_path / "out"
     done(plan(texts, "adafactor"), out)
     (path,) = (out / "runs").iterdir()
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "loss.png", "metrics.jsonl", "summary.json"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "loss.png",
+        "manifest.json",
+        "metrics.jsonl",
+        "summary.json",
+    ]
     alone = run(fast_config(texts, optimizer="adafactor", steps=3), tmp_path / "alone")
     assert timeless(RunFolder.open(path)) == timeless(alone)
 

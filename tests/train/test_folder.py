@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from floragrad.train import manifest
+from floragrad.train.disk import write_text
 from floragrad.train.errors import UserError
-from floragrad.train.folder import RunFolder, check_free, new_folder, write_text
+from floragrad.train.folder import RunFolder, check_free, new_folder
 from tests.train.support import fast_config, tree
 
 
@@ -15,6 +17,14 @@ def folder(tmp_path: Path) -> RunFolder:
     with new_folder(tmp_path / "run") as made:
         write_text(made / "config.json", fast_config(tmp_path).to_json())
     return RunFolder.open(tmp_path / "run")
+
+
+def publish(folder: RunFolder, step: int) -> None:
+    """Save a checkpoint of one file."""
+    written = folder.staging / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    (written / "weights").write_text(str(step))
+    folder.publish(step)
 
 
 def write_metrics(folder: RunFolder, *steps: int, rest: str = "") -> None:
@@ -27,14 +37,14 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     with new_folder(out) as made:
         (made / "file").write_text("text")
         assert not out.exists()
-    assert tree(tmp_path) == ["deep", "deep/down", "deep/down/file"]
+    assert tree(tmp_path) == ["deep", "deep/down", "deep/down/file", "deep/down/manifest.json"]
     assert out.stat().st_mode & 0o777 == 0o755
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     with new_folder(tmp_path) as made:
         (made / "file").write_text("text")
-    assert tree(tmp_path) == ["file"]
+    assert tree(tmp_path) == ["file", "manifest.json"]
 
 
 def test_nothing_is_left_of_a_folder_that_failed(tmp_path: Path) -> None:
@@ -85,33 +95,38 @@ def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_replaces_the_ones_before_it(folder: RunFolder) -> None:
     for step in (5, 10, 100):
-        (folder.staging / f"checkpoint-{step}").mkdir(parents=True)
-        folder.publish(step)
+        publish(folder, step)
         assert folder.checkpoints() == [(step, folder.path / f"checkpoint-{step}")]
         assert not folder.staging.exists()
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its name is before the older checkpoint goes."""
-    found = []
+    found: list[tuple[str, tuple[int, ...]]] = []
 
     def fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        found.append((path.name, [step for step, _ in folder.checkpoints()]))
+        found.append((path.name, tuple(step for step, _ in folder.checkpoints())))
 
     (folder.path / "checkpoint-5").mkdir()
     (folder.staging / "checkpoint-10" / "part").mkdir(parents=True)
     (folder.staging / "checkpoint-10" / "part" / "weights").write_text("1")
     monkeypatch.setattr(os, "fsync", fsync)
     folder.publish(10)
-    assert sorted(found[:3]) == [(name, [5]) for name in ("checkpoint-10", "part", "weights")]
-    assert found[3:] == [(folder.path.name, [5, 10])]
+    *contents, last = found
+    assert {("checkpoint-10", (5,)), ("part", (5,)), ("weights", (5,)), ("manifest.json", (5,))} <= set(contents)
+    assert ("metrics.jsonl", (5,)) in contents, "its first bytes are part of the checkpoint"
+    assert {steps for _, steps in contents} == {(5,)}
+    assert last == (folder.path.name, (5, 10))
     assert [step for step, _ in folder.checkpoints()] == [10]
 
 
 def test_going_back_drops_what_came_after_the_checkpoint(folder: RunFolder) -> None:
+    folder.corpus.mkdir()
+    manifest.write(folder.corpus, [])
+    write_metrics(folder, 0, *range(1, 11), 10)
+    publish(folder, 10)
     (folder.path / "checkpoint-9").mkdir()
-    (folder.path / "checkpoint-10").mkdir()
     (folder.staging / "checkpoint-20").mkdir(parents=True)
     write_metrics(folder, 0, *range(1, 11), 10, *range(11, 20), rest='{"step": 20, "lo')
     assert folder.rewind() == 10
@@ -120,6 +135,8 @@ def test_going_back_drops_what_came_after_the_checkpoint(folder: RunFolder) -> N
 
 
 def test_going_back_without_a_checkpoint_starts_over(folder: RunFolder) -> None:
+    folder.corpus.mkdir()
+    manifest.write(folder.corpus, [])
     write_metrics(folder, 0, 1, 2)
     assert folder.rewind() == 0
     assert folder.metrics() == []
@@ -138,4 +155,4 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder: RunFolder) -> None:
         pass
     with folder.locked():
         pass
-    assert tree(folder.path) == ["config.json"]
+    assert tree(folder.path) == ["config.json", "manifest.json"]

@@ -101,7 +101,10 @@ def test_the_checkpoint_is_the_model_that_was_validated(finished: Finished) -> N
 
 def test_the_folder_holds_everything_and_nothing_half_written(finished: Finished) -> None:
     top = sorted(path.name for path in finished.folder.path.iterdir())
-    assert top == ["checkpoint-20", "config.json", "corpus", "loss.png", "metrics.jsonl", "summary.json"]
+    assert top == [
+        *("checkpoint-20", "config.json", "corpus", "loss.png"),
+        *("manifest.json", "metrics.jsonl", "summary.json"),
+    ]
     assert finished.folder.config == finished.config
     assert (finished.folder.path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

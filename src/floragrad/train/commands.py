@@ -215,6 +215,8 @@ def _continue_training(path: Path, fsdp: bool | None, timeout: int | None) -> No
     if summary is not None:
         from floragrad.train.display import Display
 
+        if started() == 1:  # a kill after the summary leaves behind what is not kept
+            folder.tidy(checkpoints=folder.config.keep_checkpoint)
         Display(Console(quiet=not is_spokesman())).summary(summary, str(path))
         return
     config = folder.config.launched(fsdp, timeout)
@@ -228,7 +230,6 @@ def _train(folder: "RunFolder", processes: Processes) -> None:
     from floragrad.train.run import train
 
     display = Display(Console(quiet=not processes.leads))
-    display.say(f"run folder: {folder.path}")
     with processes.together(folder.path):
         display.summary(train(folder, display, processes), str(folder.path))
 

@@ -11,17 +11,19 @@ from typing import Any
 
 from rich.console import Console
 
+from floragrad.train import manifest
 from floragrad.train.comparison_table import Best, as_json, as_markdown
 from floragrad.train.config import CHOICES, FLORA_OPTIONS, SKETCH_OPTIONS, RunConfig, default_accumulator, option_name
+from floragrad.train.disk import write_text
 from floragrad.train.display import comparison
 from floragrad.train.errors import StoppedError, UserError
 from floragrad.train.figures import Contestant, comparison_figure, save
-from floragrad.train.folder import CONFIG, CORPUS, PLAN, RunFolder, check_free, new_folder, write_text
+from floragrad.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.presets import LEARNING_RATES
 from floragrad.train.run import check_model, write_corpus
 
-RUNS, TABLE, RESULTS, FIGURE = "runs", "table.md", "table.json", "comparison.png"
+TABLE, RESULTS, FIGURE = "table.md", "table.json", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Plan:
         """
         if not (folder / PLAN).is_file():
             raise UserError(f"--resume {folder} holds no comparison: give a folder that floragrad compare has made")
+        manifest.check(folder, RESTORE)
         values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         for where in (values, values["options"]):
             where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
@@ -212,6 +215,7 @@ class _Runner:
         summary = run.summary()
         assert summary is not None
         loss = summary["validation_loss"]
+        run.tidy(checkpoints=config.keep_checkpoint and loss is not None)
         outcome = f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
         self._console.print(f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False)
         return summary

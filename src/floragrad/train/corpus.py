@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from floragrad.train import manifest
 from floragrad.train.config import RunConfig
+from floragrad.train.disk import write_text
 from floragrad.train.errors import UserError
 from floragrad.train.presets import PRESETS
 from floragrad.train.sources import MEGABYTE, Documents
@@ -178,7 +180,8 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path) -> Cor
         dtype=dtype,
         sha256=digest.hexdigest(),
     )
-    (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
+    manifest.write(folder, folder.rglob("*"))
     return Corpus(folder, facts)
 
 

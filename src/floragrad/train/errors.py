@@ -8,6 +8,10 @@ class UserError(Exception):
     """The request cannot be met. The message is one line: what was given, what is allowed, what to do."""
 
 
+class StorageError(UserError):
+    """The run's folder could not be written. Of several processes, the one that wrote says so."""
+
+
 class DivergenceError(Exception):
     """The training loss stopped being a finite number.
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from floragrad._text import format_bytes
+from floragrad.train.disk import whole_file
 
 COLOURS = {"flora": "#1b7f4d", "adamw": "#c4572e", "adafactor": "#4464ad"}
 LINES = {"flora": "-", "exact": "--", "none": ":"}
@@ -85,9 +86,8 @@ def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and nothing in it half-written."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -11,36 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from floragrad.train import disk, manifest
 from floragrad.train.config import RunConfig
-from floragrad.train.errors import UserError
+from floragrad.train.disk import put_on_disk, read_object, remove, write_text
+from floragrad.train.errors import StorageError, UserError
 
 CONFIG, METRICS, SUMMARY, FIGURE = "config.json", "metrics.jsonl", "summary.json", "loss.png"
-PLAN, CORPUS, STAGING = "comparison.json", "corpus", ".staging"
+PLAN, RUNS, CORPUS, STAGING = "comparison.json", "runs", "corpus", ".staging"
+RESTORE = "put it back from a copy, or begin a new run"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, then give it its own: it is there whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _put_on_disk(*paths: Path) -> None:
-    """Wait until files and the names in folders have been written; a power cut may take what comes after, not these."""
-    if os.name != "posix":  # Windows opens no folders
-        return
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
+
+    The files that lie in it then are listed in its manifest.
 
     Args:
         out: What it will be called. It may exist if it is empty.
@@ -57,13 +44,29 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): give a folder you may write to") from error
     try:
         yield temporary
+        manifest.write(temporary, temporary.iterdir())
         temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.replace(out)
-    except BaseException:
+        put_on_disk(*temporary.rglob("*"), temporary)
+        _rename(temporary, out)
+        put_on_disk(out.parent)
+    except BaseException as error:
+        known = isinstance(error, UserError) or not isinstance(error, Exception)
+        reason = None if known else disk.refusal(error, temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
                 folder.rmdir()
+        if reason is not None:
+            raise UserError(f"--out {out} cannot be written ({reason}): make room, or give another folder") from error
+        raise
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    """Give a folder its name, unless another process was faster."""
+    try:
+        temporary.replace(out)
+    except OSError:
+        check_free(out)
         raise
 
 
@@ -96,16 +99,26 @@ class RunFolder:
         """The run in ``path``.
 
         Raises:
-            UserError: There is none.
+            UserError: There is none, or its configuration is damaged.
         """
+        whole = path.resolve()
+        if _CHECKPOINT.fullmatch(whole.name) and (whole.parent / CONFIG).is_file():
+            raise UserError(
+                f"--resume {path} is a checkpoint, and a run goes on from its newest one: give the run's folder, "
+                f"--resume {path.parent}"
+            )
         if not (path / CONFIG).is_file():
             raise UserError(f"--resume {path} holds no run: give a folder that floragrad train has made")
-        return cls(path)
+        run = cls(path)
+        if not (path / manifest.MANIFEST).exists():
+            _ = run.config  # another folder with a config.json is no run
+        manifest.check(path, RESTORE)
+        return run
 
     @property
     def config(self) -> RunConfig:
         """The configuration that the run was begun with."""
-        return RunConfig.from_json((self.path / CONFIG).read_text(encoding="utf-8"))
+        return RunConfig.from_json((self.path / CONFIG).read_text(encoding="utf-8", errors="replace"))
 
     @property
     def corpus(self) -> Path:
@@ -123,45 +136,143 @@ class RunFolder:
         matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir()]
         return sorted((int(match[1]), path) for match, path in matches if match)
 
-    def publish(self, step: int) -> None:
-        """Move a checkpoint that is whole to its place, and remove the ones before it."""
-        older = self.checkpoints()
-        written = self.staging / f"checkpoint-{step}"
-        _put_on_disk(*written.rglob("*"), written)
-        written.replace(self.path / written.name)
-        _put_on_disk(self.path)
-        shutil.rmtree(self.staging)
-        for _, path in older:
-            shutil.rmtree(path)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say in one line that the folder could not be written, and what is left.
 
-    def drop_checkpoints(self) -> None:
-        """Remove every checkpoint."""
-        for _, path in self.checkpoints():
-            shutil.rmtree(path)
+        Raises:
+            StorageError: The disk is full, read-only or failing, or a limit is reached.
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = None if isinstance(error, UserError) else disk.refusal(error, self.path)
+            if reason is None:
+                raise
+            raise StorageError(
+                f"{self.path} cannot be written ({reason}): make that possible, then --resume it: it goes on "
+                f"{_place(self._newest_whole())}"
+            ) from error
+
+    def publish(self, step: int) -> None:
+        """Move a checkpoint that is complete to its place with its manifest, and remove the ones before it."""
+        with self.writing():
+            written = self.staging / f"checkpoint-{step}"
+            manifest.write(written, written.rglob("*"), step=step, metrics=self._metrics_digest())
+            put_on_disk(*written.rglob("*"), written)
+            written.replace(self.path / written.name)
+            put_on_disk(self.path)
+            remove(self.staging)
+            for number, path in self.checkpoints():
+                if number < step:
+                    remove(path)
+
+    def tidy(self, checkpoints: bool) -> None:
+        """Remove what is written until it is whole, and every checkpoint where they are not to be kept."""
+        with self.writing():
+            for path in (self.staging, *(path for _, path in self.checkpoints() if not checkpoints)):
+                remove(path)
 
     def rewind(self) -> int:
-        """Go back to the newest checkpoint, and drop what came after it. Returns its step, or 0."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        """Go back to the newest checkpoint, and drop what came after it. Returns its step, or 0.
+
+        Raises:
+            UserError: It is damaged, or the text is, or the metrics up to it.
+            StorageError: The folder cannot be written.
+        """
+        manifest.check(self.corpus, RESTORE)
         saved = self.checkpoints()
-        step = saved[-1][0] if saved else -1
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        return max(step, 0)
+        step, kept = 0, 0
+        if saved:
+            step, newest = saved[-1]
+            found = self._fault(step, newest)
+            if found is not None:
+                raise UserError(
+                    f"{found}: put it back from a copy, or move {newest} away, and --resume goes on "
+                    f"{_place(self._newest_whole(below=step))}"
+                )
+            kept = manifest.read(newest)["metrics"]["bytes"]
+        with self.writing():
+            remove(self.staging)
+            if (self.path / METRICS).exists():
+                os.truncate(self.path / METRICS, kept)
+        return step
+
+    def _fault(self, step: int, checkpoint: Path) -> str | None:
+        """Say what is wrong with a checkpoint, or with the metrics up to it."""
+        found = manifest.fault(checkpoint)
+        if found is not None:
+            return f"{checkpoint} is damaged: {found}"
+        facts = manifest.read(checkpoint)
+        if facts.get("step") != step:
+            return f"{checkpoint} is not what it is called: it was saved after step {facts.get('step')}"
+        return self._metrics_fault(facts.get("metrics"), f"{checkpoint.name} was saved")
+
+    def _metrics_fault(self, wanted: Any, when: str) -> str | None:
+        """Say how the metrics differ from what they were when they were measured."""
+        size = wanted.get("bytes") if isinstance(wanted, dict) else None
+        path = self.path / METRICS
+        found = manifest.digest(path, size) if path.is_file() else None
+        if found is not None and found == wanted:
+            return None
+        return f"{path} is damaged: it does not begin with the {size} bytes that {when} with"
+
+    def _metrics_digest(self) -> dict[str, Any]:
+        """Size and SHA-256 of the metrics, which are on the disk then."""
+        path = self.path / METRICS
+        path.touch()
+        put_on_disk(path)
+        return manifest.digest(path)
+
+    def _newest_whole(self, below: int | None = None) -> Path | None:
+        """The newest checkpoint that a run can go on from."""
+        older = [each for each in self.checkpoints() if below is None or each[0] < below]
+        return next((path for step, path in reversed(older) if self._fault(step, path) is None), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the metrics. A last line that a crash has cut short is left out."""
+        """The lines of the metrics. A last line that a crash has cut short is left out.
+
+        Raises:
+            UserError: Another line is no object with a step.
+        """
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return [_metric(path, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with self.writing(), open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary: the mark of a finished run."""
-        write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        with self.writing():
+            whole = {**summary, "metrics": self._metrics_digest()}
+            text = json.dumps({**whole, "sha256": _seal(whole)}, indent=2) + "\n"
+            write_text(self.path / SUMMARY, text)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that."""
+        """The summary of a finished run; None before that.
+
+        Raises:
+            UserError: It is damaged, or the metrics are.
+        """
         path = self.path / SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            whole = read_object(path)
+            if whole.pop("sha256", None) != _seal(whole):
+                raise ValueError("its SHA-256 is another")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}): put it back from a copy, or move it away, and --resume goes on "
+                f"{_place(self._newest_whole())}"
+            ) from error
+        found = self._metrics_fault(whole.pop("metrics"), "the run ended")
+        if found is not None:
+            raise UserError(f"{found}: {RESTORE}")
+        return whole
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -183,3 +294,26 @@ class RunFolder:
             raise UserError(f"{self.path} is being trained by another process: wait for it to end") from error
         finally:
             os.close(descriptor)
+
+
+def _place(checkpoint: Path | None) -> str:
+    """Where a run goes on."""
+    if checkpoint is None:
+        return "from the beginning, for there is no other checkpoint that is whole"
+    return f"from {checkpoint.name}"
+
+
+def _metric(path: Path, number: int, line: str) -> dict[str, Any]:
+    """One line of the metrics."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise UserError(f"{path} is damaged: line {number} is no object with a step: {RESTORE}")
+    return values
+
+
+def _seal(summary: dict[str, Any]) -> str:
+    """The SHA-256 of a summary's values."""
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()

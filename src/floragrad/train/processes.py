@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from floragrad.train.config import RunConfig
-from floragrad.train.errors import LostError, UserError
+from floragrad.train.errors import LostError, StorageError, UserError
 
 T = TypeVar("T")
 
@@ -67,6 +67,8 @@ class Processes:
         if self.leads:
             try:
                 made[0] = make()
+            except StorageError as error:
+                made[1] = UserError(str(error))  # all know it then
             except (UserError, KeyboardInterrupt) as error:
                 made[1] = error
         broadcast_object_list(made, src=0, group=self.patient)

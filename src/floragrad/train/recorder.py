@@ -1,6 +1,5 @@
 """What watches a run, whatever the framework: when to evaluate, save and stop, and what is written down."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from math import exp, isfinite
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from floragrad.train.config import RunConfig
 from floragrad.train.display import Display
 from floragrad.train.environment import Gpu, memory_bytes
-from floragrad.train.folder import METRICS, RunFolder
+from floragrad.train.folder import RunFolder
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.processes import ALONE, Processes
 from floragrad.train.validation import standard_error
@@ -133,7 +132,8 @@ class Recorder:
         """Complete the checkpoint with the tokenizer, then put it in its place when all have written their part."""
         self._processes.wait()
         if self._processes.leads:
-            self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
+            with self._folder.writing():
+                self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
             self._folder.publish(step)
         self._processes.wait()
 
@@ -148,5 +148,4 @@ class Recorder:
             name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
         }
         line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
-        with open(self._folder.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._folder.append_metrics(line)

@@ -8,11 +8,12 @@ from typing import Any
 from floragrad.train import environment
 from floragrad.train.config import RunConfig
 from floragrad.train.corpus import Corpus, prepare_corpus
+from floragrad.train.disk import write_text
 from floragrad.train.display import Display
 from floragrad.train.engine import Engine, Start, start
 from floragrad.train.errors import DivergenceError, StoppedError, UserError
 from floragrad.train.figures import run_figure, save
-from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder, write_text
+from floragrad.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder
 from floragrad.train.interrupt import StopRequest
 from floragrad.train.presets import PRESETS
 from floragrad.train.processes import ALONE, Processes
@@ -81,6 +82,7 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
     stop = StopRequest()
     with contextlib.ExitStack() as held:
         step = processes.share(lambda: _take(folder, held))
+        display.say(f"run folder: {folder.path}")
         held.enter_context(stop.listening())
         config, corpus = folder.config, Corpus.load(folder.corpus)
         engine = start(config, folder, corpus, step, processes)
@@ -100,7 +102,9 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
 def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
     """Lock the folder, and go back to its newest checkpoint. Returns its step, or 0."""
     held.enter_context(folder.locked())
-    return folder.rewind()
+    step = folder.rewind()
+    held.callback(folder.tidy, checkpoints=True)
+    return step
 
 
 def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
@@ -126,9 +130,8 @@ def _finish(
     metrics = folder.metrics()
     evaluations = [line for line in metrics if "validation_loss" in line]
     first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
-    save(run_figure(metrics, f"{Path(config.model).name} with {config.label}"), folder.path / FIGURE)
-    if not config.keep_checkpoint:
-        folder.drop_checkpoints()
+    with folder.writing():
+        save(run_figure(metrics, f"{Path(config.model).name} with {config.label}"), folder.path / FIGURE)
     summary = {
         "model": config.model,
         "optimizer": config.optimizer,
@@ -160,4 +163,5 @@ def _finish(
         "versions": environment.versions(engine.libraries),
     }
     folder.write_summary(summary)
+    folder.tidy(checkpoints=config.keep_checkpoint)
     return summary

@@ -87,6 +87,7 @@ class TrainerEngine:
         """Let the Trainer train. Returns the steps made."""
         sketched = self._config.accumulator == "flora"
         trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
+            folder=self._folder,
             processes=self._processes,
             model=self._model,
             args=_arguments(self._config, self._folder, self._processes, begins=self._checkpoint is None),
@@ -134,14 +135,15 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     """The Trainer, but for its shuffling: the blocks come in their final order, each batch divided over processes.
 
     Args:
+        folder: Of the run.
         processes: Who trains.
         **kwargs: Of the Trainer.
     """
 
     control: Any
 
-    def __init__(self, processes: Processes, **kwargs: Any) -> None:
-        self._processes = processes
+    def __init__(self, folder: RunFolder, processes: Processes, **kwargs: Any) -> None:
+        self._folder, self._processes = folder, processes
         super().__init__(**kwargs)
         if self.args.world_size != processes.size:
             raise RuntimeError(f"the Trainer trains in {self.args.world_size} of {processes.size} processes")
@@ -167,6 +169,11 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, or say in one line why the disk refuses it."""
+        with self._folder.writing():
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save whole weights."""

@@ -15,17 +15,17 @@ def main(path: Path, title: str) -> int:
 
     A diverged run is a result here: its summary says so.
     """
-    folder = RunFolder.open(path)
-    config = folder.config
     try:
+        folder = RunFolder.open(path)
+        config = folder.config
         environment.prepare(config.backend, hub=config.uses_hub)
         from floragrad.train.display import Display
         from floragrad.train.run import train
 
         train(folder, Display(Console(), title, brief=True))
     except DivergenceError as error:
-        folder.drop_checkpoints()
         folder.write_summary({"optimizer": config.optimizer, "validation_loss": None, "diverged_at": error.step})
+        folder.tidy(checkpoints=False)
     except StoppedError as error:
         return error.exit_code
     except UserError as error:

@@ -107,7 +107,9 @@ class JaxEngine:
             if due.evaluate and recorder.diverged_at is None:
                 recorder.evaluation(self._step, self._validate())
             if due.save and recorder.diverged_at is None:
-                save(self._folder.staging / f"checkpoint-{self._step}", self._model_config, self._params, self._state)
+                written = self._folder.staging / f"checkpoint-{self._step}"
+                with self._folder.writing():
+                    save(written, self._model_config, self._params, self._state)
                 recorder.saved(self._step)
             if due.stop:
                 break
