@@ -194,13 +194,13 @@ def momentum_bytes(rows: int, width: int, state_dtype: str) -> int:
 @pytest.mark.parametrize("projection", ["sign", "adaptive", "gaussian"])
 @pytest.mark.parametrize("n", [96, 97, 127, 128, 129, 1, 2, 3])
 def test_bytes_of_a_matrix(n: int, projection: policy.Projection, state_dtype: policy.StateDtype) -> None:
-    """Momentum, weights where they are learnt, a row and a column, and the step: 4 bytes."""
+    """Momentum, weights where they are learnt, a row and a column, and two int64: step and number."""
     m = 30
     plan = plan_tensor((m, n), rank=None, ratio=2, projection=projection, state_dtype=state_dtype, kind="matrix")
     sketched = n >= 2
     width = (n + 1) // 2 if sketched else n
     learnt = 4 * n if projection == "adaptive" and sketched else 0
-    assert plan.state_bytes == 4 + momentum_bytes(m, width, state_dtype) + learnt + 4 * (m + n)
+    assert plan.state_bytes == 16 + momentum_bytes(m, width, state_dtype) + learnt + 4 * (m + n)
 
 
 @pytest.mark.parametrize("state_dtype", STORAGE)
@@ -208,13 +208,13 @@ def test_bytes_of_stacks_vectors_and_full_second_moments(state_dtype: str) -> No
     options: dict[str, Any] = {"rank": None, "ratio": 3, "state_dtype": state_dtype, "kind": "matrix"}
     stack = plan_tensor((2, 3, 10, 41), projection="adaptive", **options)
     batch, rows, width = 6, 60, 14
-    assert stack.state_bytes == 4 + momentum_bytes(rows, width, state_dtype) + 4 * (batch * 41 + rows + batch * 41)
+    assert stack.state_bytes == 16 + momentum_bytes(rows, width, state_dtype) + 4 * (batch * 41 + rows + batch * 41)
     full = plan_tensor((10, 41), factorize_second_moment=False, **options)
-    assert full.state_bytes == 4 + momentum_bytes(10, width, state_dtype) + 4 * 10 * 41
-    assert plan_tensor((41,), **options).state_bytes == 4 + 2 * 4 * 41
-    assert plan_tensor((), **options).state_bytes == 4 + 2 * 4
-    assert plan_tensor((41,), beta1=None, **options).state_bytes == 4 + 4 * 41
-    assert plan_tensor((0, 3), **options).state_bytes == 4
+    assert full.state_bytes == 16 + momentum_bytes(10, width, state_dtype) + 4 * 10 * 41
+    assert plan_tensor((41,), **options).state_bytes == 16 + 2 * 4 * 41
+    assert plan_tensor((), **options).state_bytes == 16 + 2 * 4
+    assert plan_tensor((41,), beta1=None, **options).state_bytes == 16 + 4 * 41
+    assert plan_tensor((0, 3), **options).state_bytes == 16
 
 
 def test_bytes_of_a_layer_that_can_be_checked_on_paper() -> None:
@@ -223,7 +223,7 @@ def test_bytes_of_a_layer_that_can_be_checked_on_paper() -> None:
     float32 AdamW keeps 134 MB for it.
     """
     plan = plan_tensor((4096, 4096), rank=128)
-    assert plan.state_bytes == 4 + 4096 * 128 + 4096 * 2 * 4 + 2 * 4096 * 4 == 589828
+    assert plan.state_bytes == 16 + 4096 * 128 + 4096 * 2 * 4 + 2 * 4096 * 4 == 589840
 
 
 matrices = st.tuples(st.integers(1, 40), st.integers(1, 140))

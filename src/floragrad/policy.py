@@ -25,7 +25,15 @@ VOCABULARY_LENGTH: Final = 8192
 QUANTIZATION_BLOCK: Final = 64
 """Columns of a row that share one scale in ``int8`` and ``int4`` storage."""
 
-_ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+SCALAR_STATE: Final = ("step", "tensor_id")
+"""State of no dimension, exact integers on the CPU: t, and the number that a tensor's random streams are drawn with."""
+
+STATE_KEYS: Final = frozenset(
+    {*SCALAR_STATE, "exp_avg", "exp_avg_scale", "projection_weight", "row_var", "col_var", "variance"}
+)
+"""Every key of a state; others in ``optimizer.state[parameter]`` are those of wrappers."""
+
+_ITEM_BYTES: Final = {"int64": 8, "float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 class MatrixView(NamedTuple):
@@ -144,7 +152,7 @@ class TensorPlan:
     @property
     def buffers(self) -> Mapping[str, Buffer]:
         """Every state tensor by its key in ``optimizer.state[parameter]``."""
-        buffers = {"step": Buffer((), "float32")}
+        buffers = {key: Buffer((), "int64") for key in SCALAR_STATE}
         if self.momentum != "none":
             if self.view is None:
                 buffers["exp_avg"] = Buffer(self.shape, "float32")
@@ -202,7 +210,7 @@ def plan_tensor(
 
     Example:
         >>> plan = plan_tensor((3072, 768), rank=128, state_dtype="float32")
-        >>> plan.ratio, plan.width, plan.state_bytes == 4 * (1 + 3072 * 128 + 3072 + 768)
+        >>> plan.ratio, plan.width, plan.state_bytes == 16 + 4 * (3072 * 128 + 3072 + 768)
         (6, 128, True)
     """
     shape = tuple(shape)

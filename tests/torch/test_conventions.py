@@ -336,7 +336,8 @@ def test_dtypes_keep_theirs(dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype for p in net.parameters())
     state = optimizer.state[net[0].weight]
     assert {key: value.dtype for key, value in state.items()} == {
-        "step": torch.float32,
+        "step": torch.int64,
+        "tensor_id": torch.int64,
         "exp_avg": torch.int8,
         "exp_avg_scale": torch.float32,
         "row_var": torch.float32,

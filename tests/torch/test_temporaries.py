@@ -95,11 +95,11 @@ def test_no_momentum_allocates_none(beta1: float | None) -> None:
     optimizer = Flora([param], lr=1e-3, rank=8, beta1=beta1)
     param.grad = torch.randn(64, 64)
     optimizer.step()
-    assert set(optimizer.state[param]) == {"step", "row_var", "col_var"}
+    assert set(optimizer.state[param]) == {"step", "tensor_id", "row_var", "col_var"}
 
 
 def test_a_vocabulary_keeps_no_momentum() -> None:
     param = torch.nn.Parameter(torch.zeros(8448, 64))
     with pytest.warns(UserWarning, match="vocabulary-like"):
         optimizer = Flora([param], lr=1e-3, rank=8)
-    assert set(optimizer.state[param]) == {"step", "row_var", "col_var"}
+    assert set(optimizer.state[param]) == {"step", "tensor_id", "row_var", "col_var"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floragrad.policy import TensorPlan
+from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
 from floragrad.torch.options import LAYOUT_OPTIONS
 
 Group = dict[str, Any]
@@ -33,18 +33,25 @@ def check_loadable(
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):
         _check_options(number, saved, group)
         for key, param in zip(saved["params"], group["params"], strict=False):
-            if key in state_dict["state"]:
+            # A frozen parameter may have entries of wrappers alone.
+            if own_state(state_dict["state"].get(key, {})):
                 states[param] = state_dict["state"][key]
                 _check_tensors(key, states[param], plans[param])
     return states
 
 
+def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Flora's entries of a parameter's state, without those of wrappers."""
+    return {key: value for key, value in state.items() if key in STATE_KEYS}
+
+
 def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
-    """Copies of the saved tensors in the dtypes of their plan, on ``device`` (the step stays on the CPU)."""
+    """Copies of Flora's tensors in the dtypes of their plan, on ``device`` (scalars on the CPU)."""
     dtypes = {key: getattr(torch, buffer.dtype) for key, buffer in plan.buffers.items()}
     with torch.inference_mode(False), torch.no_grad():
         return {
-            key: value.to("cpu" if key == "step" else device, dtypes[key], copy=True) for key, value in saved.items()
+            key: value.to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
+            for key, value in own_state(saved).items()
         }
 
 
@@ -78,14 +85,15 @@ def _check_options(number: int, saved: Group, group: Group) -> None:
 
 def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
     expected = {name: buffer.shape for name, buffer in plan.buffers.items()}
-    found = {name: tuple(value.shape) for name, value in saved.items()}
+    # States of earlier releases have no number: it is the position.
+    found = {"tensor_id": ()} | {name: tuple(value.shape) for name, value in own_state(saved).items()}
     if found != expected:
         raise ValueError(
             f"the loaded state of parameter {key} has {found}, this optimizer's parameter of shape "
             f"{plan.shape} needs {expected}: it belongs to another model"
         )
     for name, buffer in plan.buffers.items():
-        if name != "step":
+        if name not in SCALAR_STATE:
             what = f"{name!r} in the loaded state of parameter {key}"
             _check_dtype(what, saved[name].dtype, getattr(torch, buffer.dtype))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
-from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
-from floragrad.torch.checkpoint import check_loadable, exact_state, saved_groups_with_device
+from floragrad.policy import STATE_KEYS, EmbeddingMomentum, Projection, StateDtype
+from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.handover import check_shape
 from floragrad.torch.native.step import can_step, step_native
@@ -21,6 +21,9 @@ from floragrad.torch.slots import (
     checked_update,
     exchanged_slots,
     fresh_state,
+    make_scalars_exact,
+    next_number,
+    numbered_slots,
     placed_state,
     slots_of,
     without_repetition,
@@ -168,7 +171,7 @@ class Flora(torch.optim.Optimizer):
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         try:
-            self._slots.update(slots_of(group, len(self._slots)))
+            self._slots.update(slots_of(group, next_number(self._slots)))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -292,9 +295,16 @@ class Flora(torch.optim.Optimizer):
             options.pop("compile", None)  # of versions that compiled the step
         for group in self.param_groups:
             self._slots.update(slots_of(group, len(self._slots)))
-        incoming = self.__dict__.setdefault("_incoming", None)
-        if incoming is not None:
-            self._restore(incoming)
+        incoming = self.__dict__.setdefault("_incoming", None) or {}
+        for param, saved in incoming.items():
+            # In place of what the base class cast to the parameter's dtype; entries of wrappers stay as it left them.
+            self.state[param].update(
+                placed_state(param, self._slots[param], exact_state(saved, param.device, self._slots[param].plan))
+            )
+        self._slots = numbered_slots(self._slots, self.state)
+        for param in self._slots:
+            if param.requires_grad or param in incoming:
+                self._state_of(param)
 
     def _accept(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
@@ -304,23 +314,13 @@ class Flora(torch.optim.Optimizer):
         plans = {param: slot.plan for param, slot in self._slots.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
 
-    def _restore(self, incoming: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Replace what the base class cast to the parameters' dtypes by the tensors as they were saved."""
-        self.state.clear()
-        for param in self._slots:
-            if param in incoming:
-                self.state[param] = placed_state(
-                    param, self._slots[param], exact_state(incoming[param], param.device, self._slots[param].plan)
-                )
-            elif param.requires_grad:
-                self._state_of(param)
-
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The parameter's state, allocated if it is new, on the device where the parameter is now."""
         state: dict[str, Tensor] = self.state[param]
         slot = self._slots[param]
-        if not state:
+        if state.keys().isdisjoint(STATE_KEYS):
             state.update(fresh_state(param, slot))
+        make_scalars_exact(state, slot.index)
         device = param.device
         # The model may have left the meta device, or moved to another, after the optimizer was made.
         elsewhere = [key for key in slot.layout.state if key in state and state[key].device != device]
@@ -339,7 +339,8 @@ class Flora(torch.optim.Optimizer):
             if old is not param:
                 state = self.state.pop(old, {})
                 if state and state["step"] > 0:
-                    self.state[param] = placed_state(param, slot, exact_state(state, param.device, slot.plan))
+                    exact = placed_state(param, slot, exact_state(state, param.device, slot.plan))
+                    self.state[param] = state | exact
         self._slots = slots
         for param in slots:
             if param.requires_grad:
@@ -354,8 +355,10 @@ class Flora(torch.optim.Optimizer):
         slot = self._slots[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        at = TensorStep(slot.plan, slot.group, slot.index, step, param.device, slot.part)
-        return TensorUpdate(here, grad, state, at)
+        # The state's number, not the slot's: whoever puts another state in its place has put its number there too.
+        number = int(state["tensor_id"].item())
+        at = TensorStep(slot.plan, slot.group, number, step, param.device, slot.part)
+        return TensorUpdate(here, grad, own_state(state), at)
 
     def _warn_if_nothing_compressed(self) -> None:
         """Say once why no momentum is a sketch, where the options meant some to be."""

@@ -20,7 +20,7 @@ class Philox:
 
     Attributes:
         seed: The optimizer's seed, 0 to 2**63 - 1.
-        index: The tensor's position in the optimizer.
+        index: The number that the tensor's random streams are drawn with.
         counter: The epoch for projections, the step for rounding.
         stream: Which of the tensor's streams.
     """

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from floragrad.policy import TensorPlan
+from floragrad.policy import SCALAR_STATE, TensorPlan
 from floragrad.torch.distributed.flat import exchanged_for_others, refuse_flat
 from floragrad.torch.distributed.lockstep import here, is_sharded
 from floragrad.torch.handover import (
@@ -25,7 +26,15 @@ from floragrad.torch.tensor_step import Group, State
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter stands: its position in the optimizer, its name and group, its plan, and what is here of it."""
+    """Where a parameter stands.
+
+    Attributes:
+        index: The number that its random streams are drawn with: at first its position, then what its state says.
+        name: For messages and reports.
+        group: Its options.
+        plan: What is kept for it.
+        part: What of it is here.
+    """
 
     index: int
     name: str
@@ -40,7 +49,7 @@ def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
 
     Args:
         group: With all its options.
-        first: Parameters before it.
+        first: The number of its first parameter.
 
     Raises:
         ValueError: One of them cannot be updated, with the way out.
@@ -58,6 +67,39 @@ def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
 
 def _slot(index: int, name: str, group: Group, param: Tensor, plan: TensorPlan) -> Slot:
     return Slot(index, name, group, plan, _part(name, param, plan), _layout(param, plan))
+
+
+def next_number(slots: Mapping[Tensor, Slot]) -> int:
+    """A number above those of all slots."""
+    return max((slot.index for slot in slots.values()), default=-1) + 1
+
+
+def numbered_slots(slots: Mapping[Tensor, Slot], states: Mapping[Any, Mapping[str, Any]]) -> dict[Tensor, Slot]:
+    """The slots with the numbers that their states were written with.
+
+    A parameter without such a state keeps its number where no other's state has it, and gets an unused one elsewhere.
+    """
+    written = {param: int(states[param]["tensor_id"]) for param in slots if "tensor_id" in states.get(param, ())}
+    used, unused = set(written.values()), max([next_number(slots) - 1, *written.values()]) + 1
+    numbered = {}
+    for param, slot in slots.items():
+        index = written.get(param, slot.index)
+        if param not in written and index in used:
+            index, unused = unused, unused + 1
+        numbered[param] = replace(slot, index=index)
+    return numbered
+
+
+def make_scalars_exact(state: State, number: int) -> None:
+    """Make the step and the tensor's number exact integers on the CPU, wherever the state comes from.
+
+    States of earlier releases count in float32, and have no number.
+    """
+    if "tensor_id" not in state:
+        state["tensor_id"] = torch.tensor(number, dtype=torch.int64, device="cpu")
+    for key in SCALAR_STATE:
+        if key in state and (state[key].dtype != torch.int64 or not state[key].is_cpu):
+            state[key] = state[key].to("cpu", torch.int64)
 
 
 def exchanged_slots(slots: Mapping[Tensor, Slot], groups: Iterable[Group]) -> dict[Tensor, Slot] | None:
@@ -117,7 +159,7 @@ def _layout(param: Tensor, plan: TensorPlan) -> Layout:
         from floragrad.torch.distributed.shards import local_buffers
 
         buffers = local_buffers(param, plan)
-    return Layout.of(tuple(here(param).shape), {key: each for key, each in buffers.items() if key != "step"})
+    return Layout.of(tuple(here(param).shape), {key: each for key, each in buffers.items() if key not in SCALAR_STATE})
 
 
 def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Tensor, State]:

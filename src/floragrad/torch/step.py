@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import Buffer, TensorPlan
+from floragrad.policy import SCALAR_STATE, Buffer, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.learnt import POWER_ITERATIONS, grown, noisy
 from floragrad.torch.part import EVERYWHERE, ShardSum
@@ -38,7 +38,7 @@ def initial_state(
     Args:
         plan: Of the tensor.
         group: Its options.
-        index: Its position in the optimizer.
+        index: The number that its random streams are drawn with.
         device: Where the buffers are allocated.
         buffers: What of the plan's buffers is here; None: all of them.
     """
@@ -46,8 +46,9 @@ def initial_state(
         key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
         for key, buffer in (plan.buffers if buffers is None else buffers).items()
     }
-    # Among fake tensors only what was made of a number knows its value, and every step reads this one.
-    state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+    # Among fake tensors only what was made of a number knows its value, and every step reads these.
+    for key, value in zip(SCALAR_STATE, (0, index), strict=True):
+        state[key] = torch.tensor(value, dtype=torch.int64, device="cpu")
     if "projection_weight" in state and device.type != "meta":
         weight = state["projection_weight"]
         signs = random_signs(weight.shape[-1], group["seed"], index, 0, Stream.MOMENTUM).expand_as(weight)

@@ -51,7 +51,7 @@ class TensorStep:
     Attributes:
         plan: What is kept for the tensor.
         group: The options of its parameter group.
-        index: The tensor's position in the optimizer, for the random streams.
+        index: The number that the tensor's random streams are drawn with.
         step: t, from 1.
         device: Where the parameter is.
         part: What of the tensor is here.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from floragrad.policy import QUANTIZATION_BLOCK, Buffer, MatrixView, TensorPlan, leading_shape
+from floragrad.policy import QUANTIZATION_BLOCK, SCALAR_STATE, Buffer, MatrixView, TensorPlan, leading_shape
 from floragrad.torch.part import Axis, Part
 
 _OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
@@ -72,7 +72,7 @@ def local_buffers(param: DTensor, plan: TensorPlan) -> Mapping[str, Buffer]:
 
 
 def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as DTensors over the parameter's mesh; the step stays a plain number.
+    """The state as DTensors over the parameter's mesh; the step and the tensor's number stay plain.
 
     Args:
         param: The parameter.
@@ -81,7 +81,7 @@ def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor])
     """
     return {
         key: value
-        if key == "step"
+        if key in SCALAR_STATE
         else DTensor.from_local(
             value,
             param.device_mesh,
@@ -96,7 +96,7 @@ def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor])
 
 def placed(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
     """A loaded state tensor where this device wants it: a whole one is cut, and nothing is sent."""
-    if key == "step" or isinstance(value, DTensor):
+    if key in SCALAR_STATE or isinstance(value, DTensor):
         return value
     return distribute_tensor(value, param.device_mesh, _placements(param, plan, key), src_data_rank=None)
 
@@ -161,7 +161,7 @@ def _placements(param: DTensor, plan: TensorPlan, key: str) -> tuple[Placement, 
 
 
 def _state_placement(placement: Placement, plan: TensorPlan, key: str) -> Placement:
-    if placement.is_replicate() or key == "step":
+    if placement.is_replicate() or key in SCALAR_STATE:
         return Replicate()
     dim = _dim(placement)
     axis = _axes(plan.shape, plan.view)[dim]
