@@ -1,20 +1,21 @@
 """Gradient accumulation that never holds a gradient: when gradients are folded, and when a window ends."""
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
 from floragrad.torch.accumulation.agreement import share_window
 from floragrad.torch.accumulation.checkpoint import check_window, load_window, window_state
-from floragrad.torch.accumulation.finish import Finish, Materialise, Release, second_gradient
+from floragrad.torch.accumulation.finish import Finish, Materialise, Release
+from floragrad.torch.accumulation.micro_batches import MicroBatches
 from floragrad.torch.accumulation.report import AccumulatorReport, accumulator_row
 from floragrad.torch.accumulation.settings import (
     Settings,
@@ -24,15 +25,15 @@ from floragrad.torch.accumulation.settings import (
     check_release,
     ranks_of,
 )
-from floragrad.torch.accumulation.slots import Slots
-from floragrad.torch.accumulation.window import Slot, Window, exactly
+from floragrad.torch.accumulation.slots import Slots, owners_of
+from floragrad.torch.accumulation.window import Window, exactly
 from floragrad.torch.accumulation.witness import Witness
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientAccumulator:
+class GradientAccumulator(MicroBatches):
     r"""The mean gradient of a window of micro-batches, kept as sketches in few bits.
 
     As soon as the backward pass has a gradient gᵢ, it is folded into its tensor's sketch and freed; P is drawn
@@ -101,6 +102,8 @@ class GradientAccumulator:
     used whole where possible, vocabulary-like tensors not projected.
     """
 
+    expects_gradients = True
+
     def __init__(
         self,
         optimizer: Optimizer | Iterable[Optimizer],
@@ -129,15 +132,18 @@ class GradientAccumulator:
         shared = self._ranks is not None
         needs_norm = (steps > 1 or self._scaler is not None or shared) if clip is None else clip
         sketched = steps > 1 or (release and needs_norm) or shared
-        self._slots = Slots(optimizers, self._settings, sketched, self._fold, self._ranks.rank if self._ranks else 0)
+        self._slots = Slots(optimizers, self._settings, sketched, self, self._ranks.rank if self._ranks else 0)
         self._window = self._fresh(0)
         self._witness = Witness(self._slots, shared)
         self._finish: Finish = (
-            Release(self._slots, optimizers, needs_norm, self._scaler)
+            Release(self._slots, optimizers, needs_norm, self._scaler, self.advice.step)
             if release
             else Materialise(self._slots, optimizers, not shared, self._scaler)
         )
-        self._closed = False
+        self._closed = self._is_fed = False
+        self._last_report: AccumulatorReport | None = None
+        self._remove_hooks = weakref.finalize(self, _remove_hooks, self._slots, self._finish)
+        self._remove_hooks.atexit = False
 
     @property
     def complete(self) -> bool:
@@ -145,98 +151,21 @@ class GradientAccumulator:
         return self._window.ended
 
     @property
-    def steps(self) -> int:
-        """N, the micro-batches of a window."""
-        return self._settings.steps
-
-    @property
     def releases(self) -> bool:
         """Whether tensors are updated one at a time; else ``.grad`` holds the mean when a window is complete."""
         return self._finish.is_release
 
-    def backward(self, loss: Tensor, weight: float | None = None) -> None:
-        """Run the backward pass of one micro-batch; gradients are folded and freed on the way.
-
-        Inside :meth:`micro_batch` it is one of several passes of that micro-batch.
-
-        Args:
-            loss: Of one element.
-            weight: What this micro-batch's gradient is multiplied by in the window's sum. None: 1/steps, and
-                the window gives the mean, a shorter one too. Where the loss is normalised over the whole window
-                already, as with Hugging Face's ``num_items_in_batch``: 1. With n of the window's T tokens and a
-                mean loss: n/T.
-
-        Raises:
-            RuntimeError: The window is complete, or a pass of it broke off.
-            ValueError: Weights are given for some micro-batches of a window only.
-        """
-        if self._window.is_open and not self._window.failed:
-            if weight is not None:
-                raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
-            for slot in self._slots:
-                if slot.updated:
-                    raise second_gradient(slot)
-            self._run_backward(loss)
-            return
-        with self.micro_batch(weight=weight):
-            self._run_backward(loss)
-
-    @contextmanager
-    def micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> Iterator[None]:
-        """A micro-batch whose backward passes are run by somebody else, or are several.
-
-        Args:
-            weight: As in :meth:`backward`.
-            last: Whether it ends the window; None goes by ``steps``.
-
-        Raises:
-            RuntimeError: As in :meth:`backward`.
-            ValueError: As in :meth:`backward`.
-        """
-        self.begin_micro_batch(weight=weight, last=last)
-        try:
-            yield
-        except BaseException:
-            self._window.failed = True
-            raise
-        self.end_micro_batch()
-
-    def begin_micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> None:
-        """Expect gradients from now on; for loops that cannot use :meth:`micro_batch`."""
-        self._check_quiet()
+    @property
+    def takes_late_passes(self) -> bool:
+        """Whether more gradients can be added to the sum of a complete window, in ``.grad``."""
         self._settle()
         window = self._window
-        if window.ended:
-            raise RuntimeError("the window is complete: step() before the next micro-batch, or zero_grad() to drop it")
-        if window.seen == 0:
-            self._slots.adopt()
-            self._check_no_gradients()
-        given = weight is not None
-        if window.weighted not in (None, given):
-            raise ValueError(
-                f"weight={weight!r} in micro-batch {window.seen + 1}: give one for every micro-batch of a "
-                "window, or for none"
-            )
-        window.last = window.seen + 1 >= self.steps if last is None else last
-        if self.steps == 1 and not window.last:
-            raise ValueError("last=False with steps=1: construct the accumulator with more steps")
-        self._witness.begin()
-        window.weighted = given
-        window.weight = 1 / self.steps if weight is None else float(weight)
+        return window.ended and not (self.releases or self._ranks is not None or window.unscaled)
 
-    def end_micro_batch(self) -> None:
-        """No more gradients of this micro-batch; the last one completes the window."""
-        window = self._window
-        if not window.is_open:
-            raise RuntimeError("end_micro_batch() without begin_micro_batch()")
-        if not (window.last and self._finish.keeps_last):
-            window.failed = True  # until it is known that it has not
-            self._witness.check()
-            window.failed = False
-        if window.last:
-            self._end()
-        window.weight = None
-        window.seen += 1
+    @property
+    def is_shared(self) -> bool:
+        """Whether the sketches are summed over several processes."""
+        return self._ranks is not None
 
     def flush(self) -> bool:
         """End the window early, at the end of an epoch; clip and step as ever if it returns True.
@@ -254,8 +183,15 @@ class GradientAccumulator:
         if not window.ended and (window.seen or self._ranks is not None):
             if not window.seen:
                 self._slots.adopt()
+            self._check_no_gradients()
             self._end()
         return window.ended
+
+    def flush_if_fed(self) -> None:
+        """End the window if the last micro-batch has given a gradient here or on another process."""
+        fed = any(slot.folded for slot in self._slots)
+        if fed if self._ranks is None else self._ranks.any([fed], self._slots.device)[0]:
+            self.flush()
 
     @property
     def grad_norm(self) -> Tensor:
@@ -296,6 +232,8 @@ class GradientAccumulator:
             RuntimeError: The window is not complete.
         """
         self._check_complete("step()")
+        if self.releases:
+            self._check_no_gradients()
         if self._scaler is not None:
             _ = self.grad_norm  # the scaler must know whether all gradients are finite
         with exactly(self._slots.device):
@@ -348,7 +286,12 @@ class GradientAccumulator:
         self._window = load_window(state_dict, self._slots, self._fresh(0))
 
     def report(self) -> AccumulatorReport:
-        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table."""
+        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
+
+        After :meth:`close` it says what was kept.
+        """
+        if self._last_report is not None:
+            return self._last_report
         return AccumulatorReport(
             tuple(accumulator_row(slot.name, slot.plan, slot.sketch is not None) for slot in self._slots)
         )
@@ -365,6 +308,15 @@ class GradientAccumulator:
             )
         self._let_go()
 
+    @staticmethod
+    def close_all(model: nn.Module) -> None:
+        """Close every accumulator of a model's parameters, also one that no name refers to any more.
+
+        An accumulator that nobody holds closes itself. After an error in a notebook the traceback still holds it.
+        """
+        for owner in owners_of(model.parameters()):
+            owner.close()
+
     def __enter__(self) -> "GradientAccumulator":
         return self
 
@@ -375,33 +327,6 @@ class GradientAccumulator:
             self.close()
         else:
             self._let_go()
-
-    def _run_backward(self, loss: Tensor) -> None:
-        scaled = loss if self._scaler is None else self._scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
-
-    def _fold(self, slot: Slot) -> None:
-        """The hook: a gradient of one parameter has been added to its ``.grad``."""
-        window, grad = self._window, slot.local_grad()
-        if grad is None:
-            return
-        if window.weight is None:
-            raise RuntimeError(
-                f"a gradient of {slot.name} outside a micro-batch: call accumulator.backward(loss), or run the "
-                "backward pass inside `with accumulator.micro_batch():`"
-            )
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"the gradient of {slot.name} is sparse: the accumulator takes dense gradients; "
-                "give sparse=False to its embedding"
-            )
-        with exactly(grad.device):
-            if window.last and self._finish.keeps_last:
-                self._finish.last_gradient(slot, window)
-                return
-            assert slot.sketch is not None
-            slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
-            self._witness.free(slot)
 
     def _settle(self) -> None:
         """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
@@ -422,28 +347,27 @@ class GradientAccumulator:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
         with exactly(self._slots.device):
             if self._ranks is None or share_window(self._window, self._slots, self._settings, self._ranks):
+                if self.expects_gradients:
+                    self.check_fed()
                 self._finish.end(self._window)
                 self._window.ended = True
 
-    def _check_no_gradients(self) -> None:
-        for slot in self._slots:
-            if slot.param.grad is not None:
-                raise RuntimeError(
-                    f"{slot.name} has a gradient from before this window, which would be counted again: "
-                    "optimizer.zero_grad() first (with set_to_none=True, its default)"
-                )
+    def check_fed(self) -> None:
+        """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
 
-    def _check_quiet(self) -> None:
-        """Refuse to go on inside a micro-batch, after one that broke off, and after close()."""
-        if self._closed:
-            raise RuntimeError("the accumulator is closed: construct a new one")
-        if self._window.failed:
+        Raises:
+            RuntimeError: Naming the parameters, and the way out.
+        """
+        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
+        if not self._is_fed:
+            listed = list(self._slots.listed())
+            frozen = sum(not each.param.requires_grad for each in listed)
+            names = ", ".join(each.name for each in listed[:3])
             raise RuntimeError(
-                "a backward pass of this window broke off, and the window holds a part of its gradients: "
-                "zero_grad() drops the window"
+                f"no backward pass has reached a parameter of the optimizer ({len(listed)}: {names}, ..., of which "
+                f"{frozen} are frozen): what is trained are others; make the optimizer of the parameters that are "
+                "trained, after the model has got its adapters (get_peft_model, peft_config)"
             )
-        if self._window.is_open:
-            raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
 
     def _check_complete(self, what: str) -> None:
         self._check_quiet()
@@ -454,6 +378,12 @@ class GradientAccumulator:
             )
 
     def _let_go(self) -> None:
+        if not self._closed:
+            self._last_report = self.report()
         self._closed = True
-        self._slots.release()
-        self._finish.close()
+        self._remove_hooks()
+
+
+def _remove_hooks(slots: Slots, finish: Finish) -> None:
+    slots.release()
+    finish.close()

@@ -61,16 +61,23 @@ class Release:
         clip: Fold the last gradient too, so that the norm is known before any tensor is updated; else tensors
             are updated inside the last backward pass, as soon as their gradient is there.
         scaler: Of the loss; None where it is not enabled.
+        advice: What to do instead of ``optimizer.step()``.
     """
 
     is_release = True
 
     def __init__(
-        self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], clip: bool, scaler: GradScaler | None
+        self,
+        slots: Iterable[Slot],
+        optimizers: tuple[Optimizer, ...],
+        clip: bool,
+        scaler: GradScaler | None,
+        advice: str,
     ) -> None:
         self._slots = slots
         self.keeps_last = not clip
         self._scaler = scaler
+        self._advice = advice
         self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
         self._carrier: Optimizer | None = None
         self._stepping = self._has_warned = False
@@ -170,7 +177,7 @@ class Release:
             self._has_warned = True
             warnings.warn(
                 "optimizer.step() does nothing here: a GradientAccumulator updates the parameters of this "
-                "optimizer; call accumulator.step() alone",
+                f"optimizer; {self._advice}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -246,8 +253,8 @@ def second_gradient(slot: Slot) -> RuntimeError:
     """The error of a gradient that comes after its parameter was updated."""
     return RuntimeError(
         f"{slot.name} was updated inside the window's last backward pass, and more of its gradient comes: "
-        "several backward passes in a micro-batch, or a parameter shared by reentrant checkpoints; construct "
-        "the accumulator with clip=True, which updates in step()"
+        "several backward passes in a micro-batch, a parameter shared by reentrant checkpoints, or a gradient put "
+        "into .grad by hand; construct the accumulator with clip=True, which updates in step()"
     )
 
 

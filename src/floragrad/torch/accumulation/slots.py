@@ -1,10 +1,11 @@
 """The parameters under accumulation and their hooks: none is taken twice, all are given back."""
 
+import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from floragrad.policy import AccumulatorPlan
-from floragrad.torch.accumulation.settings import Settings, listed_parameters
+from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.settings import Listed, Settings, listed_parameters
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import Slot
 from floragrad.torch.distributed.lockstep import is_sharded
@@ -21,18 +23,40 @@ from floragrad.torch.part import Part
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_holder_of: Any = WeakTensorKeyDictionary()
-"""The live :class:`Slots` that each parameter is in, by weak reference."""
+_owners: Any = WeakTensorKeyDictionary()
+"""The accumulator of each parameter, by weak reference."""
+
+
+class Owner(Protocol):
+    """The accumulator of some parameters."""
+
+    advice: Advice
+
+    def fold(self, slot: Slot) -> None:
+        """Take in a gradient that has been added to the parameter's ``.grad``."""
+        ...
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        ...
+
+
+def owners_of(params: Iterable[Tensor]) -> list[Owner]:
+    """The live accumulators of these parameters, each once."""
+    found = (owner() for owner in (_owners.get(param) for param in params) if owner is not None)
+    return list(dict.fromkeys(owner for owner in found if owner is not None))
 
 
 class Slots:
     """One :class:`Slot` for each trainable parameter, with a hook that sees every gradient.
 
+    The hooks hold the accumulator weakly: once nobody else holds it, :meth:`release` can be called.
+
     Args:
         optimizers: Whose parameters they are.
         settings: What is kept of each.
         sketched: Whether gradients are kept at all.
-        hook: Called with the slot whenever a gradient has been added to ``.grad``.
+        owner: The accumulator; it is called whenever a gradient has been added to ``.grad``.
         rank: This process among those that train together.
 
     Raises:
@@ -45,13 +69,13 @@ class Slots:
         optimizers: tuple[Optimizer, ...],
         settings: Settings,
         sketched: bool,
-        hook: Callable[[Slot], None],
+        owner: Owner,
         rank: int,
     ) -> None:
         self._optimizers = optimizers
         self._settings = settings
         self._sketched = sketched
-        self._hook = hook
+        self._owner = weakref.ref(owner)
         self._rank = rank
         self._slots: dict[Tensor, Slot] = {}
         self.adopt()
@@ -64,43 +88,53 @@ class Slots:
         """Of the first parameter."""
         return next((param.device for param in self._slots), torch.device("cpu"))
 
+    def listed(self) -> Iterator[Listed]:
+        """All parameters of the optimizers, the frozen ones too."""
+        return listed_parameters(self._optimizers)
+
     def adopt(self) -> None:
         """Take in what is trainable and new: at first everything, later groups added and parameters unfrozen."""
-        new = [
-            each
-            for each in listed_parameters(self._optimizers)
-            if each.param.requires_grad and each.param not in self._slots
-        ]
-        for each in new:
-            holder = _holder_of.get(each.param)
-            if holder is not None and holder() is not None:
-                raise RuntimeError(
-                    f"{each.name} has a GradientAccumulator already: close() that one first, or use it as a "
-                    "context manager"
-                )
-        settings = self._settings
-        for each in new:
-            param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
-            if is_sharded(param):
-                plan, part = _share(each.name, param, plan)
-            sketch = None
-            if self._sketched:
-                sketch = GradientSketch(
-                    plan, settings.projection, settings.seed, each.index, param.device, self._rank, part
-                )
-            slot = Slot(each.index, each.name, param, each.optimizer, plan, sketch, part)
-            hook = partial(_call, self._hook, slot)
-            slot.handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._slots[param] = slot
-            _holder_of[param] = weakref.ref(self)
+        new = [each for each in self.listed() if each.param.requires_grad and each.param not in self._slots]
+        _check_free(new)
+        for slot in [self._slot(each) for each in new]:
+            hook = partial(_call, self._owner, slot)
+            slot.handle = slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._slots[slot.param] = slot
+            _owners[slot.param] = self._owner
 
     def release(self) -> None:
         """Remove the hooks and free the sketches."""
         for param, slot in self._slots.items():
             if slot.handle is not None:
                 slot.handle.remove()
-            _holder_of.pop(param, None)
+            _owners.pop(param, None)
         self._slots.clear()
+
+    def _slot(self, each: Listed) -> Slot:
+        settings = self._settings
+        param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
+        if is_sharded(param):
+            plan, part = _share(each.name, param, plan)
+        sketch = None
+        if self._sketched:
+            sketch = GradientSketch(
+                plan, settings.projection, settings.seed, each.index, param.device, self._rank, part
+            )
+        return Slot(each.index, each.name, param, each.optimizer, plan, sketch, part)
+
+
+def _check_free(new: list[Listed]) -> None:
+    """Refuse a parameter whose gradients go to another accumulator.
+
+    Raises:
+        RuntimeError: With the way out.
+    """
+    if not owners_of(each.param for each in new):
+        return
+    gc.collect()  # one that nobody can reach any more may be waiting in a cycle of references
+    for each in new:
+        for owner in owners_of([each.param]):
+            raise RuntimeError(f"{each.name} has a GradientAccumulator already: {owner.advice.close}")
 
 
 def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[AccumulatorPlan, Part]:
@@ -120,5 +154,7 @@ def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[Accumula
     return replace(plan, shape=tuple(param.to_local().shape), view=part.view), part
 
 
-def _call(hook: Callable[[Slot], None], slot: Slot, _: Tensor) -> None:
-    hook(slot)
+def _call(owner: "weakref.ref[Owner]", slot: Slot, _: Tensor) -> None:
+    accumulator = owner()
+    if accumulator is not None:
+        accumulator.fold(slot)

@@ -30,6 +30,7 @@ class Window:
         weight: Of the open micro-batch; None where none is open.
         last: Whether the open micro-batch, or the one that ended last, is the last.
         failed: Whether a backward pass broke off.
+        is_late: Whether gradients are added to ``.grad`` after the window has ended.
         unscaled: Whether ``.grad`` has been divided by the scaler's scale.
         norm: The global norm, once it has been asked for.
         clip: What all gradients are multiplied by to respect the norm that they were clipped to.
@@ -45,6 +46,7 @@ class Window:
     weight: float | None = None
     last: bool = False
     failed: bool = False
+    is_late: bool = False
     unscaled: bool = False
     norm: Tensor | None = None
     clip: Tensor | float = 1.0
@@ -78,6 +80,7 @@ class Slot:
         plan: What its sketch is, of what is here of it.
         sketch: Its sum of gradients; None where no gradient is ever kept.
         part: What of a sharded parameter is here; None where it is whole.
+        folded: Whether a gradient of the open micro-batch has been folded.
         updated: Whether it has been updated inside the window's last backward pass.
         handle: Of its hook.
     """
@@ -89,8 +92,15 @@ class Slot:
     plan: AccumulatorPlan
     sketch: GradientSketch | None
     part: Part | None = None
+    folded: bool = False
     updated: bool = False
     handle: RemovableHandle | None = field(default=None, repr=False)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the window has seen a gradient of it."""
+        is_folded = self.sketch is not None and self.sketch.folds > 0
+        return is_folded or self.updated or self.param.grad is not None
 
     def local_grad(self) -> Tensor | None:
         """What is here of ``.grad``."""

@@ -27,11 +27,14 @@ class Witness:
 
     def begin(self) -> None:
         """A micro-batch begins."""
+        for slot in self._slots:
+            slot.folded = False
         self._mark = None
         self._smallest = min(self._slots, key=lambda slot: slot.param.numel(), default=None) if self._several else None
 
     def free(self, slot: Slot) -> None:
         """Free a gradient that was folded."""
+        slot.folded = True
         slot.param.grad = None
         if slot is self._smallest:
             zeros = slot.param.grad = torch.zeros_like(slot.param)
@@ -41,7 +44,7 @@ class Witness:
         """The micro-batch ends.
 
         Raises:
-            RuntimeError: There are gradients which were not there, or are not as they were.
+            RuntimeError: A parameter whose gradient was folded has one again, or one that is not as it was.
         """
         smallest = self._smallest
         if smallest is not None and self._mark is not None:
@@ -50,9 +53,11 @@ class Witness:
                 smallest.param.grad = None
             self._mark = None
         for slot in self._slots:
-            if slot.param.grad is not None:
+            if slot.folded and slot.param.grad is not None:
                 raise RuntimeError(
                     f"{slot.name} has a gradient again after it was folded: with DistributedDataParallel run forward "
                     "and backward inside `with model.no_sync():`, or train the module that it wraps; the accumulator "
-                    "averages over the processes itself"
+                    "averages over the processes itself. A gradient put into .grad by hand, or by a hook, must come "
+                    "before any other of this micro-batch: take it from torch.autograd.grad, which fills no .grad, and "
+                    "register the hook before the accumulator is made"
                 )

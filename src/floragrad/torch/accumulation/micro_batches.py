@@ -1,0 +1,197 @@
+"""The micro-batches of a window: when each begins and ends, and how its gradients are folded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.amp import GradScaler
+
+from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.finish import Finish, second_gradient
+from floragrad.torch.accumulation.settings import Settings
+from floragrad.torch.accumulation.slots import Slots
+from floragrad.torch.accumulation.window import Slot, Window, exactly
+from floragrad.torch.accumulation.witness import Witness
+
+
+class MicroBatches:
+    """What :class:`GradientAccumulator` does until a window is complete."""
+
+    advice = Advice()
+
+    _settings: Settings
+    _slots: Slots
+    _window: Window
+    _witness: Witness
+    _finish: Finish
+    _scaler: GradScaler | None
+    _closed: bool
+
+    @property
+    def steps(self) -> int:
+        """N, the micro-batches of a window."""
+        return self._settings.steps
+
+    def backward(self, loss: Tensor, weight: float | None = None) -> None:
+        """Run the backward pass of one micro-batch; gradients are folded and freed on the way.
+
+        Inside :meth:`micro_batch` it is one of several passes of that micro-batch.
+
+        Args:
+            loss: Of one element.
+            weight: What this micro-batch's gradient is multiplied by in the window's sum. None: 1/steps, and
+                the window gives the mean, a shorter one too. Where the loss is normalised over the whole window
+                already, as with Hugging Face's ``num_items_in_batch``: 1. With n of the window's T tokens and a
+                mean loss: n/T.
+
+        Raises:
+            RuntimeError: The window is complete, or a pass of it broke off.
+            ValueError: Weights are given for some micro-batches of a window only.
+        """
+        if self._window.is_open and not self._window.failed:
+            if weight is not None:
+                raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
+            for slot in self._slots:
+                if slot.updated:
+                    raise second_gradient(slot)
+            self._run_backward(loss)
+            return
+        with self.micro_batch(weight=weight):
+            self._run_backward(loss)
+
+    @contextmanager
+    def micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> Iterator[None]:
+        """A micro-batch whose backward passes are run by somebody else, or are several.
+
+        A gradient that is put into ``.grad`` by hand, as from ``torch.autograd.grad``, is folded when the
+        micro-batch ends. With a scaler it must be the gradient of the scaled loss.
+
+        Args:
+            weight: As in :meth:`backward`.
+            last: Whether it ends the window; None goes by ``steps``.
+
+        Raises:
+            RuntimeError: As in :meth:`backward`.
+            ValueError: As in :meth:`backward`.
+        """
+        self.begin_micro_batch(weight=weight, last=last)
+        try:
+            yield
+        except BaseException:
+            self._window.failed = True
+            raise
+        self.end_micro_batch()
+
+    def begin_micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> None:
+        """Expect gradients from now on; for loops that cannot use :meth:`micro_batch`."""
+        self._check_quiet()
+        self._settle()
+        window = self._window
+        if window.ended:
+            raise RuntimeError("the window is complete: step() before the next micro-batch, or zero_grad() to drop it")
+        if window.seen == 0:
+            self._slots.adopt()
+        self._check_no_gradients()
+        given = weight is not None
+        if window.weighted not in (None, given):
+            raise ValueError(
+                f"weight={weight!r} in micro-batch {window.seen + 1}: give one for every micro-batch of a "
+                "window, or for none"
+            )
+        window.last = window.seen + 1 >= self.steps if last is None else last
+        if self.steps == 1 and not window.last:
+            raise ValueError("last=False with steps=1: construct the accumulator with more steps")
+        self._witness.begin()
+        window.weighted = given
+        window.weight = 1 / self.steps if weight is None else float(weight)
+
+    def end_micro_batch(self) -> None:
+        """No more gradients of this micro-batch; the last one completes the window."""
+        window = self._window
+        if not window.is_open:
+            raise RuntimeError("end_micro_batch() without begin_micro_batch()")
+        window.failed = True  # until it is known that it has not
+        if not (window.last and self._finish.keeps_last):
+            self._witness.check()
+        for slot in self._slots:
+            if slot.param.grad is not None:
+                self.fold(slot)  # put there by hand: no backward pass has seen it
+        window.failed = False
+        if window.last:
+            self._end()
+        window.weight = None
+        window.seen += 1
+
+    @contextmanager
+    def late_pass(self) -> Iterator[None]:
+        """A backward pass whose gradients autograd adds to the sum in ``.grad``, where :attr:`takes_late_passes`."""
+        self._check_quiet()
+        window = self._window
+        window.is_late, window.norm = True, None
+        try:
+            yield
+        except BaseException:
+            window.failed = True
+            raise
+        finally:
+            window.is_late = False
+
+    def fold(self, slot: Slot) -> None:
+        """Take in a gradient that has been added to the ``.grad`` of one parameter; its hook calls this."""
+        window, grad = self._window, slot.local_grad()
+        if grad is None or window.is_late:
+            return
+        if window.weight is None:
+            raise RuntimeError(f"a gradient of {slot.name} outside a micro-batch: {self.advice.backward}")
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"the gradient of {slot.name} is sparse: the accumulator takes dense gradients; "
+                "give sparse=False to its embedding"
+            )
+        with exactly(grad.device):
+            if window.last and self._finish.keeps_last:
+                self._finish.last_gradient(slot, window)
+                return
+            assert slot.sketch is not None
+            slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
+            self._witness.free(slot)
+
+    def _run_backward(self, loss: Tensor) -> None:
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def _settle(self) -> None:
+        """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """End the window."""
+        raise NotImplementedError
+
+    def _check_no_gradients(self) -> None:
+        """Refuse gradients that no micro-batch has taken in.
+
+        Raises:
+            RuntimeError: With the way out.
+        """
+        for slot in self._slots:
+            if slot.param.grad is not None:
+                raise RuntimeError(
+                    f"{slot.name} has a gradient from before this window, which would be counted again: "
+                    "optimizer.zero_grad() first (with set_to_none=True, its default)"
+                    if self._window.seen == 0
+                    else f"{slot.name} has a gradient that no backward pass of this window has seen: put gradients "
+                    "into .grad inside micro_batch(), before it ends, or free it (param.grad = None)"
+                )
+
+    def _check_quiet(self) -> None:
+        """Refuse to go on inside a micro-batch, after one that broke off, and after close()."""
+        if self._closed:
+            raise RuntimeError("the accumulator is closed: construct a new one")
+        if self._window.failed:
+            raise RuntimeError(
+                "a backward pass of this window broke off, and the window holds a part of its gradients: "
+                f"{self.advice.drop}"
+            )
+        if self._window.is_open:
+            raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
