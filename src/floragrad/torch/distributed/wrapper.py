@@ -1,5 +1,6 @@
 """DistributedDataParallel around a model whose gradients are averaged by somebody else."""
 
+import weakref
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -9,11 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 class Unsynced:
     """Holds wrappers in the state of their ``no_sync()``, and lets them go again.
 
-    A wrapper takes part where one of its parameters has a window.
+    A wrapper takes part where one of its parameters has a window. It is let go of where this object is lost, too.
     """
 
     def __init__(self) -> None:
         self._held: list[DistributedDataParallel] = []
+        weakref.finalize(self, _average_again, self._held).atexit = False
 
     def hold(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
         """Let no wrapper in a model average gradients, if it holds any of the parameters with a window."""
@@ -42,6 +44,10 @@ class Unsynced:
 
     def release(self) -> None:
         """Let all wrappers average gradients again."""
-        for wrapper in self._held:
-            wrapper.require_backward_grad_sync = True
-        self._held.clear()
+        _average_again(self._held)
+
+
+def _average_again(held: list[DistributedDataParallel]) -> None:
+    for wrapper in held:
+        wrapper.require_backward_grad_sync = True
+    held.clear()

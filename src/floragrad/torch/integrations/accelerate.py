@@ -1,5 +1,6 @@
 """Accelerate: the ordinary loop, with each window's gradients kept as sketches."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.accumulation.advice import Advice
 from floragrad.torch.distributed.wrapper import Unsynced
-from floragrad.torch.integrations import AccumulationOptions
+from floragrad.torch.integrations import AccumulationOptions, check_owned, checked_options
 
 require("accelerate", "accelerate")
 
@@ -23,40 +25,64 @@ _WINDOW = "accumulation"
 """The window's key in the state of its optimizer: there it is saved and loaded whoever saves the optimizer."""
 
 
+class AcceleratedAccumulator(GradientAccumulator):
+    """The accumulator of one prepared optimizer. A backward pass may be another optimizer's, and give it nothing."""
+
+    advice = Advice(
+        backward="call accelerator.backward(loss) instead of loss.backward(); accelerator.end_training() gives the "
+        "model back",
+        step="step the optimizer that accelerator.prepare() returned",
+        drop="optimizer.zero_grad() drops the window",
+        close="call end_training() or free_memory() of the accelerator that it was prepared with; where that one is "
+        "out of reach, floragrad.GradientAccumulator.close_all(model)",
+    )
+    expects_gradients = False
+
+
 class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     """An optimizer as :meth:`FloraAccelerator.prepare` returns it, with the window that it will be stepped with.
 
     Attributes:
         window: What gathers its gradients; None once the accelerator has let go of it.
+        accumulator: The same, or the closed one that it was.
         resumes_windows: Whether a window that was saved half full is taken up again; False where the loop goes
             back to the window's first micro-batch.
     """
 
     window: GradientAccumulator | None = None
+    accumulator: GradientAccumulator | None = None
     resumes_windows = True
     _broken = False
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """One backward pass, run by somebody else; with release a micro-batch may have several."""
+        """One backward pass, run by somebody else; a micro-batch may have several."""
         window = self.window
         if window is None:
             yield
             return
-        if window.complete:
+        if window.takes_late_passes:
+            passes = window.late_pass()
+        elif window.complete:
             raise RuntimeError(
                 "a backward pass after the window's last one: run each micro-batch inside `with "
-                "accelerator.accumulate(model):`, and its losses, if there are several, in one backward(a + b)"
+                "accelerator.accumulate(model):`, and its losses, if there are several, in one backward(a + b); freeze "
+                "(requires_grad_(False)) the models that another model's pass goes through"
             )
-        # What backward() gets is divided by the number of steps already, as Accelerate does it: sum up. With
-        # release nothing is in .grad, and the window ends where its gradient is first asked for.
-        last = self.gradient_state.sync_gradients and not window.releases
+        else:
+            # What backward() gets is divided by the number of steps already, as Accelerate does it: sum up. Where
+            # nothing is left in .grad, the window ends when its gradient is first asked for; where sketches are
+            # summed over processes, when a pass has given it a gradient.
+            last = self.gradient_state.sync_gradients and not (window.releases or window.is_shared)
+            passes = window.micro_batch(weight=1.0, last=last)
         try:
-            with window.micro_batch(weight=1.0, last=last):
+            with passes:
                 yield
         except BaseException:
             self._broken = True
             raise
+        if self.gradient_state.sync_gradients and window.is_shared and not window.releases:
+            window.flush_if_fed()
 
     def step(self, closure: Any = None) -> None:
         """Update with the window's gradient, where Accelerate steps; nothing happens without a window."""
@@ -68,7 +94,10 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             return
         if closure is not None:
             raise ValueError("step(closure) with accumulation: run backward(loss) before step(), without a closure")
-        if not window.flush():
+        is_complete = window.flush()
+        if is_complete or not self.trained:
+            window.check_fed()
+        if not is_complete:
             return
         stepped = window.step()
         if self.scaler is not None:
@@ -113,6 +142,10 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if window is None or not self.resumes_windows:
             self.window.zero_grad()
 
+    def gather(self, window: GradientAccumulator) -> None:
+        """Begin to gather gradients."""
+        self.window = self.accumulator = window
+
     def let_go(self) -> None:
         """Remove the hooks; what is left of a window is dropped."""
         if self.window is not None:
@@ -146,7 +179,8 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         **kwargs: Of ``accelerate.Accelerator``.
 
     Raises:
-        ValueError: The rank is given twice.
+        TypeError: ``accumulation`` is no dictionary.
+        ValueError: The rank is given twice, or there is no such option.
 
     Example:
         >>> from floragrad import Flora
@@ -163,6 +197,8 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         >>> accelerator.end_training()
     """
 
+    accumulator_type: type[GradientAccumulator] = AcceleratedAccumulator
+
     def __init__(
         self,
         accumulation_compression_rank: int | None = None,
@@ -170,7 +206,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         accumulation: AccumulationOptions | None = None,
         **kwargs: Any,
     ) -> None:
-        options: AccumulationOptions = {**accumulation} if accumulation else {}
+        options = checked_options(accumulation)
         if accumulation_compression_rank is not None:
             if options.get("rank") is not None:
                 raise ValueError("accumulation_compression_rank and accumulation={'rank': ...}: give one of them")
@@ -183,6 +219,14 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         self._accumulation_options = options
         self._unsynced = Unsynced()
         self._prepared: list[nn.Module] = []
+
+    @property
+    def accumulators(self) -> tuple[GradientAccumulator, ...]:
+        """The accumulators of the prepared optimizers, in order; after :meth:`end_training` closed ones.
+
+        Their ``report()`` says how each gradient is kept, and in how many bytes.
+        """
+        return tuple(each.accumulator for each in self._windows() if each.accumulator is not None)
 
     @property
     def window_steps(self) -> int:
@@ -260,12 +304,16 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             RuntimeError: The window has its last micro-batch already, or a parameter has no window.
+            ValueError: A parameter of a prepared model has a gradient, and no optimizer.
         """
         self._unsynced.check(self._trained())
         with ExitStack() as passes:
             for optimizer in self._windows():
                 passes.enter_context(optimizer.micro_batch())
             super().backward(loss, **kwargs)
+        owned = [param for each in self._optimizers for group in each.param_groups for param in group["params"]]
+        for model in self._prepared:
+            check_owned(model.named_parameters(), owned)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """As Accelerate does. With release, the norm is estimated from the sketches.
@@ -331,9 +379,12 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         self._prepared.clear()
 
     def _begin_windows(self, optimizer: AccumulatingOptimizer) -> None:
-        optimizer.window = GradientAccumulator(
+        accumulator = self.accumulator_type(
             optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
         )
+        optimizer.gather(accumulator)
+        # An accelerator that is lost leaves no hooks, even where somebody keeps its optimizers.
+        weakref.finalize(self, _forget, weakref.ref(optimizer)).atexit = False
 
     def _trained(self) -> list[Tensor]:
         """The parameters with a window."""
@@ -360,6 +411,12 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             if each.window.releases:
                 releasing = each
         return releasing
+
+
+def _forget(lost: "weakref.ref[AccumulatingOptimizer]") -> None:
+    optimizer = lost()
+    if optimizer is not None:
+        optimizer.window = optimizer.accumulator = None
 
 
 _MATERIALISE = "accumulation={'release': False} leaves the window's sum in .grad, for everything that reads it"

@@ -6,14 +6,25 @@ from torch import Tensor
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.accumulation.advice import Advice
 from floragrad.torch.distributed.wrapper import Unsynced
-from floragrad.torch.integrations import AccumulationOptions
+from floragrad.torch.integrations import AccumulationOptions, check_owned, checked_options
 
 require("lightning", "lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E402
+
+
+class _LightningAccumulator(GradientAccumulator):
+    advice = Advice(
+        backward="return the loss from training_step, and Lightning runs its backward pass; for other gradients call "
+        "torch.autograd.grad",
+        step="Lightning updates them when a window ends",
+        drop="Lightning drops the window when the training ends",
+        close="let the training that it belongs to end, or call floragrad.GradientAccumulator.close_all(module)",
+    )
 
 
 class FloraAccumulation(Callback):
@@ -36,6 +47,8 @@ class FloraAccumulation(Callback):
     Raises:
         RuntimeError: At the start of the training: parameters that are sharded over processes, manual
             optimization, or with release what reads ``.grad``.
+        TypeError: ``accumulation`` is no dictionary.
+        ValueError: There is no such option; after a backward pass, a parameter has a gradient and no optimizer.
 
     Example:
         >>> import torch
@@ -61,11 +74,20 @@ class FloraAccumulation(Callback):
     """
 
     def __init__(self, accumulation: AccumulationOptions | None = None) -> None:
-        self._options: AccumulationOptions = {**accumulation} if accumulation else {}
+        self._options = checked_options(accumulation)
         self._window: GradientAccumulator | None = None
+        self._last: GradientAccumulator | None = None
         self._saved: dict[str, Any] | None = None
         self._unsynced = Unsynced()
         self.grad_norm: Tensor | None = None
+
+    @property
+    def accumulator(self) -> GradientAccumulator | None:
+        """The accumulator, whose ``report()`` says how each gradient is kept; closed once the training is over.
+
+        None before the first window, and while a window is one micro-batch.
+        """
+        return self._last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work."""
@@ -88,12 +110,12 @@ class FloraAccumulation(Callback):
         if steps == (1 if self._window is None else self._window.steps):
             return
         self._let_go()
-        self.grad_norm = None
+        self.grad_norm = self._last = None
         if steps > 1:
             options = self._options
             if _scaler(trainer) is not None and options.get("release") is None:
                 options = {**options, "release": False}
-            self._window = GradientAccumulator(trainer.optimizers[0], steps, **options)
+            self._window = self._last = _LightningAccumulator(trainer.optimizers[0], steps, **options)
             if self._window.releases:
                 _check_release(trainer, pl_module)
             if trainer.strategy.model is not None:
@@ -109,12 +131,13 @@ class FloraAccumulation(Callback):
     def on_before_backward(self, trainer: Trainer, _module: LightningModule, _loss: Tensor) -> None:
         """Gradients come, of a loss that Lightning has divided by the number of micro-batches."""
         if self._window is not None:
-            self._unsynced.check(_trained(trainer))
+            self._unsynced.check(_parameters(trainer))
             self._window.begin_micro_batch(weight=1.0, last=not trainer.fit_loop._should_accumulate())
 
-    def on_after_backward(self, _trainer: Trainer, _module: LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The gradients are there; the last ones complete the window."""
         if self._window is not None:
+            check_owned(pl_module.named_parameters(), _parameters(trainer))
             self._window.end_micro_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
@@ -172,7 +195,7 @@ class FloraAccumulation(Callback):
         self._unsynced.release()
 
 
-def _trained(trainer: Trainer) -> list[Tensor]:
+def _parameters(trainer: Trainer) -> list[Tensor]:
     return [param for group in trainer.optimizers[0].param_groups for param in group["params"]]
 
 

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from floragrad._extras import require
-from floragrad.torch.integrations import AccumulationOptions
+from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.integrations import AccumulationOptions, checked_options
 
 require("transformers", "transformers")
 require("accelerate", "transformers")
@@ -13,7 +15,21 @@ require("accelerate", "transformers")
 from accelerate import Accelerator  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
-from floragrad.torch.integrations.accelerate import AccumulatingOptimizer, FloraAccelerator  # noqa: E402
+from floragrad.torch.integrations.accelerate import (  # noqa: E402
+    AcceleratedAccumulator,
+    AccumulatingOptimizer,
+    FloraAccelerator,
+)
+
+
+class _TrainerAccumulator(AcceleratedAccumulator):
+    advice = Advice(
+        backward="call self.accelerator.backward(loss) instead of loss.backward() in training_step, and "
+        "torch.autograd.grad in callbacks",
+        step="the Trainer steps after the window's last training_step",
+        drop="optimizer.zero_grad() drops the window",
+        close=AcceleratedAccumulator.advice.close,
+    )
 
 
 class _TrainerAccelerator(FloraAccelerator):
@@ -23,6 +39,7 @@ class _TrainerAccelerator(FloraAccelerator):
         trainer_steps: The Trainer's ``gradient_accumulation_steps``.
     """
 
+    accumulator_type = _TrainerAccumulator
     trainer_steps: int
 
     @property
@@ -52,13 +69,15 @@ class FloraTrainerMixin:
 
     Raises:
         RuntimeError: The Trainer makes an accelerator of a class of its own.
+        TypeError: ``accumulation`` is no dictionary.
+        ValueError: There is no such option; when training begins, the optimizer does not train what is trained.
     """
 
     accelerator: Any
     args: Any
 
     def __init__(self, *args: Any, accumulation: AccumulationOptions | None = None, **kwargs: Any) -> None:
-        self._accumulation: AccumulationOptions = {**accumulation} if accumulation else {}
+        self._accumulation = checked_options(accumulation)
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -73,6 +92,14 @@ class FloraTrainerMixin:
         self.accelerator.__class__ = _TrainerAccelerator
         self.accelerator.adopt_options(self._accumulation)
         self.accelerator.trainer_steps = self.args.gradient_accumulation_steps
+
+    @property
+    def accumulator(self) -> GradientAccumulator | None:
+        """The accumulator, whose ``report()`` says how each gradient is kept; closed once ``train()`` is over.
+
+        None before ``train()``, and with ``gradient_accumulation_steps=1``.
+        """
+        return next(iter(self.accelerator.accumulators), None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does; afterwards the model has no hooks of ours."""
