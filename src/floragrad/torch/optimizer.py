@@ -14,8 +14,9 @@ from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, s
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.handover import check_shape
 from floragrad.torch.native.step import can_step, step_native
-from floragrad.torch.options import resolve_group, warn_of_compile, without_compile
+from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
 from floragrad.torch.report import report_row
+from floragrad.torch.scheduling import adopt_momentum, is_lr_ignored, scheduler_defaults, step_size
 from floragrad.torch.slots import (
     Slot,
     checked_update,
@@ -64,10 +65,11 @@ class Flora(torch.optim.Optimizer):
         eps: Added to squared gradients; least parameter scale.
         clip_threshold: Bound on the root mean square of an update.
         decay_rate: Exponent of the second moment's decay.
-        beta1: Decay of the momentum; None or 0 keeps none and allocates nothing.
+        beta1: Decay of the momentum; None or 0 keeps none and allocates nothing. ``OneCycleLR`` and ``CyclicLR``
+            cycle it, as ``momentum`` of the groups.
         weight_decay: Decoupled, times the step size.
         scale_parameter: Multiply ``lr`` by max(eps2, rms(W)), as Adafactor and flora-opt do by default.
-        relative_step: Derive the step size from the step: min(1e-2, 1/√t).
+        relative_step: Derive the step size from the step: min(1e-2, 1/√t). Schedulers run, and change nothing.
         warmup_init: With ``relative_step``: min(1e-6·t, 1/√t).
         factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
         seed: Of projections and of rounding. The same seed gives the same numbers.
@@ -103,6 +105,9 @@ class Flora(torch.optim.Optimizer):
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024,
     algorithm 2; Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4.
     """
+
+    _tells_lr = False
+    """Whether the user knows which learning rate is used where ``relative_step`` derives it."""
 
     def __init__(
         self,
@@ -152,9 +157,12 @@ class Flora(torch.optim.Optimizer):
         }
         if compile is not None:
             warn_of_compile(stacklevel=2)
+        if relative_step:
+            check_relative_lr(lr)
         self._slots: dict[Tensor, Slot] = {}
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
+        self.defaults.update(scheduler_defaults(defaults, self.param_groups))
         self._warn_if_nothing_compressed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -168,8 +176,9 @@ class Flora(torch.optim.Optimizer):
         """
         group = without_compile(param_group, stacklevel=2)
         group["params"] = without_repetition(group["params"])
-        group = resolve_group(group, self.defaults)
+        group = resolve_group(group, {name: value for name, value in self.defaults.items() if name != "momentum"})
         super().add_param_group(group)
+        group.pop("momentum", None)  # a scheduler's to set
         try:
             self._slots.update(slots_of(group, next_number(self._slots)))
         except ValueError:
@@ -294,6 +303,8 @@ class Flora(torch.optim.Optimizer):
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
         for group in self.param_groups:
+            if group["relative_step"] and group["lr"] is None:  # of versions that kept schedulers out
+                group["lr"] = relative_lr(group, 1)
             self._slots.update(slots_of(group, len(self._slots)))
         incoming = self.__dict__.setdefault("_incoming", None) or {}
         for param, saved in incoming.items():
@@ -348,6 +359,7 @@ class Flora(torch.optim.Optimizer):
 
     def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
+        self._follow_schedulers(self._slots[param].group)
         return checked_update(param, self._slots[param], self._state_of(param))
 
     def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> TensorUpdate:
@@ -359,6 +371,25 @@ class Flora(torch.optim.Optimizer):
         number = int(state["tensor_id"].item())
         at = TensorStep(slot.plan, slot.group, number, step, param.device, slot.part)
         return TensorUpdate(here, grad, own_state(state), at)
+
+    def _follow_schedulers(self, group: Group) -> None:
+        """Read what schedulers have written into a group."""
+        adopt_momentum(group)
+        if not self._tells_lr and is_lr_ignored(group):
+            self._tells_lr = True
+            warnings.warn(
+                f"lr={group['lr']!r} of a scheduler is ignored: relative_step=True derives the learning rate from "
+                "the step; give lr=... and relative_step=False, or a constant schedule",
+                UserWarning,
+                stacklevel=6,
+            )
+
+    def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
+        """The step size of a group's first parameter; transformers' ``AdafactorSchedule`` asks for it by this name."""
+        self._tells_lr = True  # what it writes into the group is read from here
+        param = group["params"][0].detach()
+        rms = float(param.float().square().mean().sqrt()) if group["scale_parameter"] else 1.0
+        return step_size(group, max(int(state["step"]), 1), rms)
 
     def _warn_if_nothing_compressed(self) -> None:
         """Say once why no momentum is a sketch, where the options meant some to be."""

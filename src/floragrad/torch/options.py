@@ -1,5 +1,6 @@
 """The options of a parameter group: their checks, and what follows from them."""
 
+import math
 import warnings
 from typing import Any, Final, get_args
 
@@ -117,6 +118,21 @@ def state_dtype_name(value: Any) -> Any:
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(value, value)
 
 
+def relative_lr(group: dict[str, Any], step: int) -> float:
+    """The learning rate that ``relative_step`` derives from the step."""
+    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+
+
+def check_relative_lr(lr: Any) -> None:
+    """Refuse a learning rate beside ``relative_step``.
+
+    Raises:
+        ValueError: It is not None.
+    """
+    if lr is not None:
+        raise ValueError(f"lr={lr!r} and relative_step=True: the step derives the learning rate; give lr=None")
+
+
 def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The group with every option filled in and checked.
 
@@ -126,6 +142,8 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
         ValueError: An option has a wrong value, or two options contradict each other.
     """
     resolved = {**defaults, "kind": None, **group}
+    if "lr" not in group and defaults["relative_step"]:
+        resolved["lr"] = None  # the default is for schedulers to read
     if group.get("ratio") is not None:
         resolved["rank"] = group.get("rank")
     elif group.get("rank") is not None:
@@ -136,6 +154,10 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     for name in _CHECKS:
         check_option(name, resolved[name])
     _check_together(resolved)
+    if resolved["relative_step"]:
+        first = relative_lr(resolved, 1)
+        check_relative_lr(resolved["lr"] if resolved["lr"] != first else None)
+        resolved["lr"] = first  # for schedulers to read
     if resolved["rank"] is not None:
         resolved["rank"] = int(resolved["rank"])
     if resolved["residual"] is None:
@@ -150,10 +172,6 @@ def _check_together(group: dict[str, Any]) -> None:
         (
             group["lr"] is None and not group["relative_step"],
             "lr=None: give a learning rate (AdamW's fit), or relative_step=True to derive one from the step",
-        ),
-        (
-            group["lr"] is not None and group["relative_step"],
-            f"lr={group['lr']!r} and relative_step=True: the step derives the learning rate; give lr=None",
         ),
         (
             group["warmup_init"] and not group["relative_step"],

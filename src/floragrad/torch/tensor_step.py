@@ -10,6 +10,7 @@ from torch import Tensor
 
 from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
+from floragrad.torch.options import relative_lr
 from floragrad.torch.part import Part
 from floragrad.torch.philox import Philox
 from floragrad.torch.projection import (
@@ -91,7 +92,7 @@ class TensorStep:
         if not group["relative_step"]:
             rate: float | Tensor = group["lr"]
             return rate
-        return min(1e-6 * self.step if group["warmup_init"] else 1e-2, 1 / math.sqrt(self.step))
+        return relative_lr(group, self.step)
 
     @property
     def step_lr(self) -> float | Tensor:

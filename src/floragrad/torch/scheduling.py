@@ -1,0 +1,49 @@
+"""What learning-rate schedulers read and write in the options of an optimizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from floragrad.torch.options import check_option, relative_lr
+
+Group = dict[str, Any]
+
+
+def scheduler_defaults(defaults: Group, groups: Iterable[Group]) -> Group:
+    """The defaults that schedulers look for, as they are named in ``torch.optim``.
+
+    ``lr`` is the first group's where the constructor was given none. ``momentum`` says that ``OneCycleLR`` and
+    ``CyclicLR`` may cycle it; it is β₁, where any group keeps a momentum.
+    """
+    groups = list(groups)
+    lr = groups[0]["lr"] if defaults["lr"] is None else defaults["lr"]
+    momentum = next((group["beta1"] for group in groups if group["beta1"]), None)
+    return {"lr": lr} if momentum is None else {"lr": lr, "momentum": momentum}
+
+
+def adopt_momentum(group: Group) -> None:
+    """Take the ``momentum`` that a scheduler has written into a group as its β₁.
+
+    Raises:
+        ValueError: It is no decay of a momentum that is kept.
+    """
+    momentum = group.get("momentum")
+    if momentum is None or momentum == group["beta1"] or not group["beta1"]:
+        return
+    check_option("beta1", momentum)
+    if not momentum:
+        raise ValueError("momentum=0 of a scheduler: the state keeps a momentum; give base_momentum > 0")
+    group["beta1"] = momentum
+
+
+def step_size(group: Group, step: int, rms: float) -> float:
+    """The step size α of a group's parameter at a step, of whose elements ``rms`` is the root mean square."""
+    lr = relative_lr(group, step) if group["relative_step"] else float(group["lr"])
+    return lr * max(group["eps"][1], rms) if group["scale_parameter"] else lr
+
+
+def is_lr_ignored(group: Group) -> bool:
+    """Whether a scheduler has set a learning rate where ``relative_step`` derives it from the step.
+
+    0 is not counted: ``AdafactorSchedule`` begins with it, and so does a warm-up.
+    """
+    return bool(group["relative_step"] and group["lr"] not in (0.0, relative_lr(group, 1)))
