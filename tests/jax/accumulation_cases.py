@@ -9,8 +9,8 @@ import numpy as np
 SHAPES = {
     "kernel": (96, 64),
     "experts": {"kernel": (2, 64, 70)},
-    "embedding": (300, 40),
-    "head": (40, 300),
+    "embedding": (8200, 4),
+    "head": (4, 8200),
     "bias": (64,),
     "scale": (),
 }
