@@ -1,5 +1,7 @@
 """param_groups: module type first, shape second, every parameter once."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -168,6 +170,27 @@ def test_rates_decay_and_further_options() -> None:
         "vocabulary": (1e-2, 0.1, 4),
         "vector": (5e-4, 0.0, 4),
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embeding_lr": 1e-2}, r"got 'embeding_lr', .* \(did you mean embedding_lr\?\); .*extra=\{'embeding_lr'"),
+        ({"rnk": 8}, r"got 'rnk', .* \(did you mean rank\?\)"),
+        ({"betas": (0.9, 0.95)}, r"an option of another optimizer goes into extra=\{'betas': \.\.\.\}"),
+        ({"fused": True}, r"got 'fused', which is no option of Flora; an option of another"),
+        ({"kind": "matrix"}, r"sets 'kind' for each group by itself: leave it out"),
+        ({"extra": {"lr": 1.0}}, r"sets 'lr' for each group by itself: leave it out"),
+    ],
+)
+def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        param_groups(nn.Linear(8, 8), lr=1e-3, **options)
+
+
+def test_options_of_another_optimizer_are_passed_on() -> None:
+    groups = param_groups(nn.Linear(8, 8), lr=1e-3, extra={"betas": (0.8, 0.9)})
+    assert [group["betas"] for group in torch.optim.AdamW(groups).param_groups] == [(0.8, 0.9)] * 2
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])

@@ -1,12 +1,13 @@
 """Sorting a model's parameters: hidden matrices, vocabulary-like tensors, vectors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from floragrad.policy import Kind, matrix_view
+from floragrad.torch.options import nearest, option_names
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -15,6 +16,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 _VECTOR_WORDS = frozenset({"bias", "biases", "scale", "pos", "position", "positional"})
 _STATE_SPACE_NAMES = frozenset({"A_log", "D"})
 _HIDDEN: Final[tuple[Kind, ...]] = ("matrix", "convolution")
+_SORTED: Final = ("params", "kind", "lr", "weight_decay")
 _TALL: Final = 4
 """A linear layer of the shape of an embedding of more than this many times as many rows as columns is its head."""
 
@@ -24,6 +26,8 @@ def param_groups(
     lr: float | Tensor,
     embedding_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
+    *,
+    extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`floragrad.Flora`, or any other optimizer of torch's kind.
@@ -46,16 +50,21 @@ def param_groups(
         lr: Learning rate of everything but vocabulary.
         embedding_lr: Learning rate of embeddings and output heads; None: ``lr``.
         weight_decay: Of everything but vectors.
-        **options: Any further options for every group, such as ``rank``.
+        extra: Options of another optimizer for every group, such as ``{"betas": (0.9, 0.95)}``; not checked.
+        **options: Options of :class:`floragrad.Flora` for every group, such as ``rank``.
 
     Returns:
         Groups with ``params`` as (name, tensor) pairs, ``kind``, ``lr``, ``weight_decay`` and the options.
+
+    Raises:
+        TypeError: An option is none of Flora's, or is set by the sorting.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 64))
         >>> [(g["kind"], g["lr"], len(g["params"])) for g in param_groups(model, lr=1e-3, embedding_lr=1e-2)]
         [('matrix', 0.001, 1), ('vocabulary', 0.01, 1), ('vector', 0.001, 1)]
     """
+    _check_names(options, extra or {})
     kinds = _kinds(model)
     rates: dict[Kind, float | Tensor] = dict.fromkeys(get_args(Kind), lr)
     if embedding_lr is not None:
@@ -65,8 +74,25 @@ def param_groups(
         named = [(name, param) for name, param in model.named_parameters() if kinds.get(param) == kind]
         if named:
             decay = 0.0 if kind == "vector" else weight_decay
-            groups.append({"params": named, "kind": kind, "lr": rate, "weight_decay": decay, **options})
+            groups.append(
+                {"params": named, "kind": kind, "lr": rate, "weight_decay": decay, **options, **(extra or {})}
+            )
     return groups
+
+
+def _check_names(options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Refuse options that no optimizer would read, and those that sorting decides."""
+    own = ("lr", "embedding_lr", "weight_decay", "extra")
+    known = [name for name in option_names() if name not in _SORTED]
+    for name in (*options, *extra):
+        if name in _SORTED:
+            raise TypeError(f"param_groups() sets {name!r} for each group by itself: leave it out")
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"param_groups() got {name!r}, which is no option of Flora{nearest(name, (*own, *known))}; "
+                f"an option of another optimizer goes into extra={{{name!r}: ...}}"
+            )
 
 
 def widest_matrix(model: nn.Module) -> int:

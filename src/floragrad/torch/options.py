@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Final, get_args
 
 import torch
@@ -77,6 +79,22 @@ _CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
 }
 
 
+def option_names() -> tuple[str, ...]:
+    """All options that a group of parameters may have."""
+    return tuple(_CHECKS)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that another is a misspelling of, as a question in brackets; empty where there is none.
+
+    Example:
+        >>> nearest("embeding_lr", ("lr", "embedding_lr")), nearest("initial_lr", ("lr", "rank"))
+        (' (did you mean embedding_lr?)', '')
+    """
+    found = get_close_matches(name, known, n=1, cutoff=0.8)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def check_option(name: str, value: Any) -> None:
     """Refuse a wrong value of one option.
 
@@ -139,8 +157,13 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     A ``rank`` or ``ratio`` of the group's own replaces either of the constructor's.
 
     Raises:
-        ValueError: An option has a wrong value, or two options contradict each other.
+        ValueError: An option is misspelt or has a wrong value, or two options contradict each other.
     """
+    for name in group.keys() - defaults.keys() - {"kind", "params", "param_names"}:
+        # Schedulers and users keep entries of their own in groups; misspelt options are not among them.
+        meant = nearest(name, option_names())
+        if meant:
+            raise ValueError(f"a group has {name}={group[name]!r}, which is no option of Flora{meant}")
     resolved = {**defaults, "kind": None, **group}
     if "lr" not in group and defaults["relative_step"]:
         resolved["lr"] = None  # the default is for schedulers to read
