@@ -57,7 +57,7 @@ def test_the_kind_decides_over_the_view() -> None:
     assert matrix_view((768, 768), "convolution") == matrix_view((768, 768)) == MatrixView(1, 768, 768)
     assert matrix_view((32, 5760), "vector") is None
     plan = plan_tensor((32, 5760), kind="vector")
-    assert plan.state_bytes == 4 + 2 * 4 * 32 * 5760
+    assert plan.state_bytes == 16 + 2 * 4 * 32 * 5760
 
 
 def test_view_takes_a_torch_size() -> None:

@@ -2,9 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 from floragrad._text import format_bytes, format_table
 from floragrad.policy import MatrixView, Momentum
+
+FROZEN: Final = "frozen: no state"
+"""The reason of a tensor that is not trained."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ class Report:
         return "\n".join([*format_table(cells), "", *self._totals()])
 
     def _totals(self) -> list[str]:
-        tensors = "1 tensor" if len(self.rows) == 1 else f"{len(self.rows)} tensors"
+        frozen = sum(row.reason == FROZEN for row in self.rows)
+        trained = len(self.rows) - frozen
+        tensors = ("1 tensor" if trained == 1 else f"{trained} tensors") + (
+            f" ({frozen} more frozen)" if frozen else ""
+        )
         lines = [f"{self.compressed} of {tensors} keep a sketch; state {format_bytes(self.state_bytes)}"]
         for name, peer in (("AdamW", self.adamw_bytes), ("Adafactor with momentum", self.adafactor_bytes)):
             if peer:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -457,6 +458,55 @@ def test_warns_once_where_nothing_is_compressed() -> None:
         Flora(model().parameters(), lr=1e-3)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+def linears(*shapes: tuple[int, int]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        # 40 x 40 and two of 16 x 40 at rank 12: 1,600 numbers are sketched, 1,280 are not.
+        (linears((40, 40), (16, 40), (16, 40)), None),
+        (
+            linears((40, 40), (16, 40), (16, 64)),
+            r"compresses 49% of the momentum of hidden tensors here: "
+            r"parameter 2 \(rank 12 > 16 // 2: every column kept\)"
+            r", parameter 1 \(rank 12 > 16 // 2: every column kept\); a smaller rank",
+        ),
+        (
+            [{"params": linears((40, 40))}, {"params": linears((64, 640)), "kind": "vocabulary"}],
+            None,
+        ),
+        (
+            linears((40, 40), (8200, 8)),
+            r"2% of .* parameter 1 \(vocabulary-like, .*no momentum\); param_groups\(model\) tells embeddings",
+        ),
+        ([{"params": linears((40, 40))}, {"params": linears((16, 640)), "ratio": 1}], None),
+        ([{"params": linears((40, 40))}, {"params": linears((16, 640)), "beta1": None}], None),
+        ([linears((40, 40))[0], *(param.requires_grad_(False) for param in linears((16, 640)))], None),
+    ],
+)
+def test_warns_where_less_than_half_of_hidden_momentum_is_compressed(params: list[Any], message: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Flora(params, lr=1e-3, rank=12)
+    found = [str(each.message) for each in caught]
+    assert len(found) == (message is not None), found
+    assert message is None or re.search(message, found[0]), found
+
+
+def test_a_misspelt_option_of_a_group_is_refused() -> None:
+    """Entries that are no option, as schedulers keep, are taken."""
+    [param] = linears((40, 40))
+    for name, meant in (("rnk", "rank"), ("betas", "beta1"), ("weight_dcay", "weight_decay")):
+        with pytest.raises(
+            ValueError, match=rf"a group has {name}=3, which is no option of Flora \(did you mean {meant}"
+        ):
+            Flora([{"params": [param], name: 3}], lr=1e-3)
+    optimizer = Flora([{"params": [param], "initial_lr": 1.0, "max_lr": 2.0, "name": "a", "layer": 3}], lr=1e-3, rank=8)
+    assert optimizer.param_groups[0]["layer"] == 3
 
 
 def test_state_dict_is_a_plain_file_of_tensors() -> None:

@@ -277,5 +277,5 @@ def test_shapes_alone_keep_the_momentum_of_hidden_tensors() -> None:
     assert {rows[f"{name}.weight"].momentum for name in ("down", "middle", "up", "wide")} == {"sketch"}
     assert {rows[name].momentum for name in ("depthwise.weight", "A", "B")} == {"whole"}
     # 8 bits for each number, a scale for each block of 64, a factored second moment, and the step.
-    assert rows["A"].state_bytes == 8 * 4096 + 4 * 8 * 64 + 4 * (8 + 4096) + 4
-    assert rows["B"].state_bytes == 4096 * 8 + 4 * 4096 + 4 * (8 + 4096) + 4
+    assert rows["A"].state_bytes == 8 * 4096 + 4 * 8 * 64 + 4 * (8 + 4096) + 16
+    assert rows["B"].state_bytes == 4096 * 8 + 4 * 4096 + 4 * (8 + 4096) + 16

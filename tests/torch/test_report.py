@@ -8,7 +8,7 @@ from floragrad import Flora
 from floragrad._text import format_bytes
 from tests.torch.cases import CASES, Case
 
-pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses")
 
 
 def bytes_of(state: object) -> int:
@@ -45,6 +45,45 @@ def test_peers_bytes_are_the_peers(shape: tuple[int, ...], dtype: torch.dtype) -
         # Hugging Face's Adafactor keeps the parameter's RMS for the step at hand: a scalar, not state.
         state = {key: value for key, value in peer.state[param].items() if key != "RMS"}
         assert bytes_of(state) == predicted
+
+
+def reported(optimizer: Flora) -> tuple[int, int, int]:
+    """The bytes of the report, of the state that is there, and of the one that AdamW would have."""
+    report = optimizer.report()
+    return report.state_bytes, bytes_of(dict(optimizer.state)), report.adamw_bytes
+
+
+def test_frozen_tensors_count_when_they_have_a_state() -> None:
+    """Frozen from the start, trained, frozen in between: as the state that is there, and AdamW's."""
+    first, second = (torch.nn.Parameter(torch.ones(48, 48)) for _ in range(2))
+    second.requires_grad_(False)
+    optimizer = Flora([first, second], lr=1e-3, rank=8)
+    one = Flora([torch.nn.Parameter(torch.ones(48, 48))], lr=1e-3, rank=8).report()
+    assert reported(optimizer) == (one.state_bytes, one.state_bytes, one.adamw_bytes)
+    text = str(optimizer.report())
+    assert "frozen: no state" in text
+    assert "1 of 1 tensor (1 more frozen) keep a sketch" in text
+    second.requires_grad_(True)
+    assert reported(optimizer) == (2 * one.state_bytes, 2 * one.state_bytes, 2 * one.adamw_bytes)
+    second.grad = torch.ones(48, 48)
+    optimizer.step()
+    second.requires_grad_(False)
+    assert reported(optimizer) == (2 * one.state_bytes, 2 * one.state_bytes, 2 * one.adamw_bytes)
+
+
+def test_adapters_beside_a_frozen_model() -> None:
+    """All parameters are given to the optimizer; only the adapters' count, whole and in low-bit storage."""
+    base = [torch.nn.Parameter(torch.zeros(64, 64), requires_grad=False) for _ in range(4)]
+    factors = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 64), (64, 4))]
+    adapters_only = torch.optim.AdamW(factors)
+    for factor in factors:
+        factor.grad = torch.ones_like(factor)
+    adapters_only.step()
+    optimizer = Flora([*base, *factors], lr=1e-3)
+    momentum = 4 * 64 + 4 * 4 + 64 * 4 + 4 * 64  # int8 and a scale for each begun block of 64
+    kept = momentum + 2 * (4 * (4 + 64) + 16)
+    assert reported(optimizer) == (kept, kept, bytes_of(dict(adapters_only.state)))
+    assert {row.momentum for row in optimizer.report().rows[4:]} == {"whole"}
 
 
 def test_the_table() -> None:

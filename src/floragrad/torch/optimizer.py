@@ -15,7 +15,7 @@ from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_tog
 from floragrad.torch.handover import check_shape
 from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
-from floragrad.torch.report import report_row
+from floragrad.torch.report import little_compressed, report_row
 from floragrad.torch.scheduling import adopt_momentum, is_lr_ignored, scheduler_defaults, step_size
 from floragrad.torch.slots import (
     Slot,
@@ -51,13 +51,14 @@ class Flora(torch.optim.Optimizer):
         W ← W − α·weight_decay·W − α·D / max(1, rms(D) / clip_threshold)
 
     M is m x k with k ≈ n·rank / min(m, n): the only large state. Compression is along the last dimension of
-    the tensor's matrix view; 0-D and 1-D tensors are kept whole, and vocabulary-like tensors (aspect ratio
-    above 4) keep no momentum unless asked to. :meth:`report` says what happened to each tensor, and why.
+    the tensor's matrix view; vectors are kept whole, and embeddings and output heads keep no momentum unless asked to.
+    :func:`floragrad.param_groups` finds those by the model's modules; without it, only matrices above 8,192 long and at
+    least 8 times as long as wide are taken for them. :meth:`report` says what happened to each tensor, and why.
 
     Args:
         params: Tensors, (name, tensor) pairs, or groups of either; see :func:`floragrad.param_groups`. Any
-            option below may be set per group. A group may also say which ``kind`` its tensors are
-            (``"matrix"`` or ``"vocabulary"``), where the aspect ratio would be a guess.
+            option below may be set per group. A group may also say which ``kind`` its tensors are (``"matrix"``,
+            ``"convolution"``, ``"vocabulary"`` or ``"vector"``), where their shapes would be a guess.
         lr: Learning rate, a number or a tensor of one element, in AdamW's units (see ``scale_parameter``).
             None with ``relative_step``.
         rank: r of the paper; ρ = min(m, n) // r columns share one number of the momentum.
@@ -163,7 +164,7 @@ class Flora(torch.optim.Optimizer):
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self.defaults.update(scheduler_defaults(defaults, self.param_groups))
-        self._warn_if_nothing_compressed()
+        self._warn_if_little_is_compressed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its state is allocated at once.
@@ -263,6 +264,8 @@ class Flora(torch.optim.Optimizer):
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
 
+        The bytes are those of the state that is there: frozen tensors have none until they are unfrozen.
+
         Example:
             >>> optimizer = Flora([torch.nn.Parameter(torch.zeros(512, 512))], lr=1e-3, rank=64)
             >>> report = optimizer.report()
@@ -270,7 +273,15 @@ class Flora(torch.optim.Optimizer):
             (8, True)
         """
         self._follow()
-        return Report(tuple(report_row(slot.name, param, slot.plan) for param, slot in self._slots.items()))
+        for param in self._slots:
+            if param.requires_grad:
+                self._state_of(param)
+        return Report(
+            tuple(
+                report_row(slot.name, param, slot.plan, has_state="step" in self.state.get(param, {}))
+                for param, slot in self._slots.items()
+            )
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
@@ -391,15 +402,12 @@ class Flora(torch.optim.Optimizer):
         rms = float(param.float().square().mean().sqrt()) if group["scale_parameter"] else 1.0
         return step_size(group, max(int(state["step"]), 1), rms)
 
-    def _warn_if_nothing_compressed(self) -> None:
-        """Say once why no momentum is a sketch, where the options meant some to be."""
-        meant = any(group["beta1"] and group["ratio"] != 1 for group in self.param_groups)
-        report = self.report()
-        if not meant or report.compressed or not report.rows:
-            return
-        reasons = ", ".join(f"{row.name} ({row.reason})" for row in report.rows[:5])
-        more = f", and {len(report.rows) - 5} more" if len(report.rows) > 5 else ""
-        warnings.warn(f"Flora compresses no momentum here: {reasons}{more}", UserWarning, stacklevel=3)
+    def _warn_if_little_is_compressed(self) -> None:
+        """Say once why most momentum is no sketch, where the options meant it to be."""
+        groups = (slot.group for slot in self._slots.values())
+        reasons = little_compressed(zip(self.report().rows, groups, strict=True))
+        if reasons:
+            warnings.warn(reasons, UserWarning, stacklevel=3)
 
 
 def _shard_step(update: TensorUpdate, param: "DTensor") -> ShardStep:

@@ -1,18 +1,29 @@
-"""The report's rows of PyTorch's parameters."""
+"""The report's rows of PyTorch's parameters, and what they say of compression."""
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
 from torch import Tensor
 
-from floragrad._report import ReportRow
+from floragrad._report import FROZEN, ReportRow
 from floragrad.policy import TensorPlan
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.native.layout import path_of
+from floragrad.torch.tensor_step import Group
 
 
-def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
-    """The row of one parameter; of a sharded one, with the bytes on this device."""
+def report_row(name: str, param: Tensor, plan: TensorPlan, has_state: bool) -> ReportRow:
+    """The row of one parameter; of a sharded one, with the bytes on this device.
+
+    Args:
+        name: The parameter's.
+        param: The parameter.
+        plan: Of its global shape.
+        has_state: Whether it has one; a frozen parameter has none, here and in its peers.
+    """
+    if not has_state:
+        return ReportRow(name, plan.shape, plan.view, 1, "none", 0, 0, 0, FROZEN)
     buffers, here = plan.buffers, plan.shape
     if is_sharded(param):
         from floragrad.torch.distributed.shards import local_buffers
@@ -30,6 +41,33 @@ def report_row(name: str, param: Tensor, plan: TensorPlan) -> ReportRow:
         reason=plan.reason,
         path=path_of(param, plan),
     )
+
+
+def little_compressed(rows: Iterable[tuple[ReportRow, Group]]) -> str:
+    """Why less than half of the momentum of hidden tensors is kept as sketches; empty where more is.
+
+    Left out are frozen tensors, those that are declared as vocabulary, and groups that want no sketch.
+
+    Args:
+        rows: The tensors of an optimizer with their groups.
+    """
+    hidden = [
+        row
+        for row, group in rows
+        if row.reason != FROZEN and group["beta1"] and group["ratio"] != 1 and group["kind"] != "vocabulary"
+    ]
+    left = sorted((row for row in hidden if row.momentum != "sketch"), key=lambda row: -prod(row.shape))
+    total = sum(prod(row.shape) for row in hidden)
+    missing = sum(prod(row.shape) for row in left)
+    if 2 * missing <= total:
+        return ""
+    compressed = "no momentum" if missing == total else f"{1 - missing / total:.0%} of the momentum of hidden tensors"
+    reasons = ", ".join(f"{row.name} ({row.reason})" for row in left[:5])
+    more = f", and {len(left) - 5} more" if len(left) > 5 else ""
+    remedy = "a smaller rank compresses more, and ratio=1 keeps every column without this warning"
+    if any(row.reason.startswith("vocabulary-like") for row in left):
+        remedy = f"param_groups(model) tells embeddings from matrices by the model's modules; {remedy}"
+    return f"Flora compresses {compressed} here: {reasons}{more}; {remedy}"
 
 
 def adamw_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
