@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 from floragrad import Flora
 from tests.distributed import cases
@@ -112,3 +113,26 @@ def low_bit_equals_whole(_: int, options: dict[str, Any]) -> None:
 def test_low_bit_state_is_rounded_as_in_the_whole(worlds: Worlds, state_dtype: str) -> None:
     """The same random bits for each row: what is stored is the same, but where a sum's last bit decides."""
     worlds(2).run(low_bit_equals_whole, options_of(state_dtype=state_dtype))
+
+
+def dead_units_equal_whole(rank: int) -> None:
+    """Rows that are zero beside others of 1e10, on one process or on both, are no NaN in sums over shards."""
+    grad = 1e10 * torch.randn(SHAPES["uneven"], generator=torch.Generator().manual_seed(0))
+    grad[[0, 3, 12]] = 0
+    made = []
+    for sharding in (None, cases.fsdp, cases.tensor_parallel(1)):
+        model = Tensors({"uneven": SHAPES["uneven"]})
+        [param] = list(model.tensors) if sharding is None else sharding(model)
+        optimizer = Flora([param], **options_of())
+        for _ in range(3):
+            param.grad = grad if sharding is None else distribute_tensor(grad, param.device_mesh, param.placements)
+            optimizer.step()
+        made.append(full(param))
+    whole, *sharded = made
+    assert whole.isfinite().all()
+    for found in sharded:
+        assert (found - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+def test_dead_units_equal_whole_tensors(worlds: Worlds) -> None:
+    worlds(2).run(dead_units_equal_whole)

@@ -33,19 +33,24 @@ class Ingredients(NamedTuple):
         return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
 
 
+def signed(scales: pure.Scales, projection: Projection) -> BucketProjection | None:
+    """The projection, if its signs can go with the columns' factors, as ‖V‖ does not see them."""
+    if scales.rows is None or not isinstance(projection, BucketProjection):
+        return None
+    return projection if projection.has_signs else None
+
+
 def encode(
     sketch: Tensor, norms: Tensor, grad: Tensor, scales: pure.Scales, projection: Projection, room: Tensor
 ) -> None:
-    """Write what one block is encoded to into ``sketch``, and ‖V‖ of its rows into ``norms``."""
-    if scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs:
-        # Signs go with the columns' factors, as ‖V‖ does not see them.
-        signed = pure.within_rows(grad, scales.rest * projection.columns, room)
-        torch.linalg.vector_norm(signed, dim=-1, keepdim=True, out=norms)
-        values = projection.add_up(signed)
-    else:
-        update = pure.within_rows(grad, scales.rest, room)
-        torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms)
-        values = projection.encode(update, room)
+    """Write what one block is encoded to into ``sketch``, and ‖V‖ of its rows into ``norms``.
+
+    Of a :func:`signed` projection the columns' factors have been multiplied by the signs.
+    """
+    update = pure.within_rows(grad, scales.rest, room)
+    torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms)
+    with_signs = signed(scales, projection)
+    values = projection.encode(update, room) if with_signs is None else with_signs.add_up(update)
     if scales.rows is None:
         sketch.copy_(values)
     else:

@@ -60,7 +60,8 @@ class UpdatePasses:
         exchanged = self._exchange(sketches, moves=is_held)
         self._exchanges = sketches
         if by.knows_square:
-            square = square * by.own**2 + exchanged / at.part.column_parts
+            own = square if by.own == 1 else square * by.own**2
+            square = own + (exchanged if at.part.column_parts == 1 else exchanged / at.part.column_parts)
         else:
             square = self._square_of_directions()
         if not is_held:
@@ -89,30 +90,34 @@ class UpdatePasses:
     def _encoded(self) -> tuple[Tensor, Tensor]:
         """encode(U) of all rows, of the columns that are here, and ‖U‖²."""
         assert self._by is not None
-        at = self._at
+        at, scales = self._at, self._scales
+        with_signs = blocks.signed(scales, self._by.projection)
+        if with_signs is not None:
+            scales = scales._replace(rest=scales.rest * with_signs.columns)
         sketches = self._grads.new_empty((*at.view[:2], self._stored.width), dtype=torch.float32)
         norms = self._grads.new_empty((*at.view[:2], 1), dtype=torch.float32)
         room = at.room()
         for where in at.blocks():
             grad, projection = self._grads[where], of_batch(self._by.projection, where)
-            scales = scales_of(self._scales, where)
-            blocks.encode(sketches[where], norms[where], grad, scales, projection, room_for(grad, room))
-        if self._scales.rows is not None:
-            norms.mul_(self._scales.rows)
+            of_block = scales_of(scales, where)
+            blocks.encode(sketches[where], norms[where], grad, of_block, projection, room_for(grad, room))
+        if scales.rows is not None:
+            norms.mul_(scales.rows)
         return sketches, norms.square_().sum()
 
     def _exchange(self, sketches: Tensor, *, moves: bool) -> Tensor:
         """Replace encode(U) by X / R; ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
         at, stored, by = self._at, self._stored, self._by
         assert by is not None
-        total = torch.zeros((), device=at.device)
+        total: Tensor | None = None
         for where in at.sketch_blocks():
             here = by._replace(projection=of_batch(by.projection, where), previous=of_batch(by.previous, where))
             rows = None if self._scales.rows is None else self._scales.rows[where]
-            total += blocks.exchange(
+            added = blocks.exchange(
                 sketches[where], rows, stored.read(where), stored.bits(where), here, moves, stored.dtype
             )
-        return total
+            total = added if total is None else total + added
+        return torch.zeros((), dtype=torch.float32, device=at.device) if total is None else total
 
     def _square_of_directions(self) -> Tensor:
         at = self._at

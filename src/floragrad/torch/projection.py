@@ -311,5 +311,9 @@ def normalise_buckets(weight: Tensor, k: int, fallback: Tensor) -> Tensor:
     n = weight.shape[-1]
     slots = ceil(n / k)
     padded = torch.nn.functional.pad(weight, (0, slots * k - n)).reshape(*weight.shape[:-1], slots, k)
-    norm = torch.linalg.vector_norm(padded, dim=-2, keepdim=True).expand_as(padded).flatten(-2)[..., :n]
-    return torch.where(norm == 0, fallback, weight / norm)
+    # Of numbers around 1, whose squares neither overflow nor vanish.
+    largest = padded.abs().amax(-2, keepdim=True)
+    around_one = padded / largest
+    norm = torch.linalg.vector_norm(around_one, dim=-2, keepdim=True)
+    normal = (around_one / norm).flatten(-2)[..., :n]
+    return torch.where(largest.expand_as(padded).flatten(-2)[..., :n] == 0, fallback, normal)

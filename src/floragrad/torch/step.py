@@ -104,7 +104,7 @@ def _second_moment(
             yield sums
         variance = state["variance"].view(at.view)
         for where in at.blocks():
-            pure.average_(variance[where], grads[where].float().square(), 1, beta2, eps1)
+            pure.average_(pure.saturate_(variance[where]), grads[where].float().square(), 1, beta2, eps1)
         return pure.Scales(None, variance)
     assert at.plan.view is not None
     _, all_rows, all_columns = at.plan.view
@@ -122,9 +122,9 @@ def _second_moment(
     sums += [ShardSum(col_sums, ("rows",)), ShardSum(row_sums, ("columns",)), ShardSum(row_total, ("rows", "columns"))]
     yield sums
     pure.average_(row_var, row_sums, all_columns, beta2, eps1)
-    pure.average_(col_var, col_sums, all_rows, beta2, eps1)
+    pure.average_(pure.saturate_(col_var), col_sums, all_rows, beta2, eps1)
     row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
-    return pure.Scales((row_var / row_mean).rsqrt_(), col_var.rsqrt())
+    return pure.factored_scales(row_var, row_mean, col_var)
 
 
 def _step_size(norm: Tensor | None, at: TensorStep) -> float | Tensor:

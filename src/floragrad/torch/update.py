@@ -6,13 +6,19 @@ Formulas: design of Flora (Hao, Cao, Mou, ICML 2024) on Adafactor (Shazeer, Ster
 listed in ``docs/method.md``.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, linalg, promote_types
 
 from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.quantize import round_to_bfloat16
+
+BALANCE: Final = 2.0**36
+"""Factor of C whose inverse is in R: so V² = (G · C)² neither vanishes in rows far below the others nor overflows."""
+LARGEST_MEAN: Final = 2.0**96
+"""Bound on the mean of the rows' averages, so that U² stays finite: a root mean square of 2.8e14."""
+LARGEST_FLOAT: Final = torch.finfo(torch.float32).max
 
 
 def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor) -> None:
@@ -31,8 +37,13 @@ def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor) 
 
 
 def average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float) -> None:
-    """V ← β·V + (1 − β)·(sums / count + ε)."""
+    """V ← β·V + (1 − β)·(sums / count + ε); see :func:`saturate_`."""
     average.mul_(beta).add_(sums, alpha=(1 - beta) / count).add_((1 - beta) * eps)
+
+
+def saturate_(average: Tensor) -> Tensor:
+    """Make averages finite that squares beyond float32 have made infinite, so that fresh ones can pull them down."""
+    return average.clamp_(max=LARGEST_FLOAT)
 
 
 class Scales(NamedTuple):
@@ -45,6 +56,18 @@ class Scales(NamedTuple):
 
     rows: Tensor | None
     rest: Tensor
+
+
+def factored_scales(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> Scales:
+    """The scales of a factored second moment: √mean(row) / √row and 1 / √col, no quotient of which overflows.
+
+    Args:
+        row_var: (..., rows, 1); infinite averages are made finite.
+        row_mean: Their mean over rows, (..., 1, 1); it is written over.
+        col_var: (..., 1, n); where squares overflow it is infinite, and its columns do not move.
+    """
+    root = row_mean.clamp_(max=LARGEST_MEAN).sqrt_().div_(BALANCE)
+    return Scales(saturate_(row_var).rsqrt().mul_(root), col_var.rsqrt().mul_(BALANCE))
 
 
 def normalise(grad: Tensor, scales: Scales) -> Tensor:

@@ -52,6 +52,7 @@ def _step(vectors: list[TensorUpdate]) -> None:
     numels = torch.tensor([param.numel() for param in params], dtype=torch.float32, device=at.device)
     grads = [vector.grad.float() for vector in vectors]
     variances = [vector.state["variance"] for vector in vectors]
+    torch._foreach_clamp_max_(variances, pure.LARGEST_FLOAT)  # update.saturate_
     torch._foreach_mul_(variances, beta2)
     torch._foreach_add_(variances, torch._foreach_mul(grads, grads), alpha=1 - beta2)
     torch._foreach_add_(variances, (1 - beta2) * eps[0])

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -110,6 +111,14 @@ inline Floats load(const int8_t* from, int64_t count) {
 }
 
 inline void store(float* to, Floats values, int64_t count) { store_items(to, values, count); }
+
+// An average of squares, which overflow may have made infinite, as one that fresh ones can pull down again.
+constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
+inline float saturated(float average) { return average > LARGEST_FLOAT ? LARGEST_FLOAT : average; }
+inline Floats saturated(Floats averages) {
+  const Floats most = Floats{} + LARGEST_FLOAT;
+  return averages > most ? most : averages;
+}
 
 inline Floats inverse_root(Floats values) {
   for (int64_t i = 0; i < LANES; ++i) values[i] = 1 / std::sqrt(values[i]);

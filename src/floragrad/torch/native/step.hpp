@@ -41,7 +41,7 @@ class TensorStep : public StepTensor {
         float* variance = at.variance + top * n;
         for (int64_t j = 0; j < count; j += LANES) {
           const Floats g = load(grad + j, count - j);
-          store(variance + j, load(variance + j, count - j) * beta2 + (g * g + eps) * fresh, count - j);
+          store(variance + j, saturated(load(variance + j, count - j)) * beta2 + (g * g + eps) * fresh, count - j);
         }
       });
       return;
@@ -60,7 +60,7 @@ class TensorStep : public StepTensor {
           squares += square;
         }
         float& average = at.row_var[row];
-        average = average * beta2 + (sum(squares) / n + eps) * fresh;
+        average = saturated(average * beta2 + (sum(squares) / n + eps) * fresh);
         total += average;
       }
       chunk_sums[chunk] = total;
@@ -68,12 +68,14 @@ class TensorStep : public StepTensor {
     for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
       double total = 0;
       for (int64_t part = 0; part < chunks.per_matrix; ++part) total += chunk_sums[matrix * chunks.per_matrix + part];
-      row_means[matrix] = total / at.rows;
+      const double mean = total / at.rows;
+      row_roots[matrix] = static_cast<float>(std::sqrt(mean > LARGEST_MEAN ? LARGEST_MEAN : mean) / BALANCE);
     }
     sum_columns([&](int64_t matrix, int64_t j, float sum) {
       float& average = at.col_var[matrix * n + j];
-      average = average * beta2 + (sum / at.rows + eps) * fresh;
-      col_factors[matrix * n + j] = 1 / std::sqrt(average);
+      const float moved = average * beta2 + (sum / at.rows + eps) * fresh;
+      average = saturated(moved);
+      col_factors[matrix * n + j] = BALANCE / std::sqrt(moved);  // 0 where squares overflow
     });
   }
 
@@ -98,7 +100,7 @@ class TensorStep : public StepTensor {
   // as D is a R times all the rest. Here everything is over R. A block of buckets passes from one to the next in the
   // first cache. ``ORDINARY`` steps are most: what others need takes nothing of them.
   template <bool STORES, bool ORDINARY, class Value, bool SIGNS>
-  Floats move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
+  double move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
     const bool reads_again = !ORDINARY && row.reading != row.weight, residual = ORDINARY || at.residual;
     const float beta1 = static_cast<float>(at.beta1), a = ORDINARY ? 1.f : own, over = 1 / row.factor;
     const float* carried = !ORDINARY && carries ? carry + row.matrix * whole_lanes(at.width) : nullptr;
@@ -131,8 +133,11 @@ class TensorStep : public StepTensor {
       if (STORES) stored.save_block(first, end - first, momentum);
     }
     for (const Floats& each : squares) square += each * (a * a);
-    return square * (row.factor * row.factor);
+    return over_factor(square, row.factor);
   }
+
+  // A row's squares, which are over the square of its factor: that alone may be beyond a float.
+  static double over_factor(const Floats& squares, double factor) { return sum(squares) * factor * factor; }
 
   template <class Value>
   void update_of() const {
@@ -141,7 +146,7 @@ class TensorStep : public StepTensor {
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       double total = 0;
       const Room mine = room(thread);
-      for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += sum(squares(row, rows[row.number], mine)); });
+      for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += squares(row, rows[row.number], mine); });
       chunk_sums[chunk] = total;
     });
     double total = 0;
@@ -158,7 +163,7 @@ class TensorStep : public StepTensor {
 
   // The squares of D.
   template <class Value, bool SIGNS>
-  Floats squares(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
+  double squares(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
     if (SIGNS || at.momentum == SKETCH)
       return is_ordinary ? move_on<false, true>(row, stored, room) : move_on<false, false>(row, stored, room);
     return at.momentum == WHOLE ? walk<true, false>(row, stored, 0) : walk<false, false>(row, stored, 0);
@@ -179,7 +184,7 @@ class TensorStep : public StepTensor {
 
   // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
   template <bool KEPT, bool MOVES, class Value, bool SIGNS>
-  Floats walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
+  double walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
     const int64_t n = at.columns, span = KEPT ? BLOCK : n;
     const float beta1 = static_cast<float>(at.beta1);
     const Floats kept = Floats{} + keep;
@@ -204,7 +209,7 @@ class TensorStep : public StepTensor {
       });
       if (MOVES && KEPT) stored.save_block(first, count, momentum);
     }
-    return square;
+    return sum(square);
   }
 
   // W ← keep W − size D, with D = a R (G · C + decode(what is in the room)).

@@ -15,6 +15,10 @@
 
 namespace floragrad {
 
+// update.BALANCE and update.LARGEST_MEAN.
+constexpr float BALANCE = 0x1p36f;
+constexpr double LARGEST_MEAN = 0x1p96;
+
 enum Momentum : int64_t { NONE = 0, WHOLE = 1, SKETCH = 2 };
 
 // Mirrored by library.Step: every field takes eight bytes.
@@ -65,8 +69,8 @@ class StepTensor {
   const Chunks chunks;
   const Threads threads;
   Scratch scratch;
-  double *row_means, *chunk_sums;
-  float *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
+  double* chunk_sums;
+  float *row_roots, *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
   uint32_t *state_words, *value_words;
 
   int64_t row_words() const { return at.is_vector ? at.columns : at.batch * at.rows; }
@@ -78,8 +82,8 @@ class StepTensor {
     const int64_t n = at.columns, k = at.width;
     const bool sketched = at.momentum == SKETCH, drawn = sketched && !at.learnt;
     const bool reads_otherwise = has_signed_factors() && at.opens_epoch && !at.residual;
-    row_means = scratch.take<double>(at.batch);
     chunk_sums = scratch.take<double>(chunks.count);
+    row_roots = scratch.take<float>(at.batch);
     col_factors = scratch.take<float>(at.factored ? at.batch * n : 0);
     reading_factors = reads_otherwise ? scratch.take<float>(at.batch * n) : col_factors;
     partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
@@ -190,7 +194,7 @@ class StepTensor {
     const int64_t n = at.columns;
     return {number,
             matrix,
-            at.factored ? 1 / std::sqrt(at.row_var[number] / static_cast<float>(row_means[matrix])) : 1.f,
+            at.factored ? row_roots[matrix] / std::sqrt(at.row_var[number]) : 1.f,
             static_cast<const Value*>(at.grad) + number * n,
             at.factored ? col_factors + matrix * n : nullptr,
             at.factored ? nullptr : at.variance + number * n,
