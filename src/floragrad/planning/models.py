@@ -125,7 +125,7 @@ class PlannedModel:
         config = self.config if blocks == self.blocks else _shallower(self.config, blocks)
         model = _BUILDERS[self.task].from_config(config, dtype=dtype)
         experts = "grouped_mm" in model.get_experts_implementation().values()
-        if experts and dtype != torch.bfloat16 and torch.empty(0).is_meta:
+        if experts and dtype != torch.bfloat16 and torch.get_default_device().type == "meta":
             raise UserError(
                 f"MODEL {self.name} is a mixture of experts, whose kernel torch knows without memory in bfloat16 "
                 "only: give --dtype bfloat16"
@@ -140,14 +140,17 @@ class PlannedModel:
             sequence: Tokens of an example, and of its target; images have the size that the model reads.
             dtype: Of images.
         """
+        device = torch.get_default_device()
         if not self.reads_text:
             size = getattr(self.config, "image_size", DEFAULT_IMAGE_SIZE)
             height, width = (size, size) if isinstance(size, int) else size
+            channels = self.config.num_channels
             return {
-                "pixel_values": torch.rand(batch, self.config.num_channels, height, width, dtype=dtype),
-                "labels": torch.randint(self.config.num_labels, (batch,)),
+                "pixel_values": torch.rand(batch, channels, height, width, dtype=dtype, device=device),
+                "labels": torch.randint(self.config.num_labels, (batch,), dtype=torch.int64, device=device),
             }
-        tokens = torch.randint(self.config.get_text_config().vocab_size, (batch, sequence))
+        words = self.config.get_text_config().vocab_size
+        tokens = torch.randint(words, (batch, sequence), dtype=torch.int64, device=device)
         return {"input_ids": tokens, "labels": tokens.clone()}
 
 

@@ -84,7 +84,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
             return discard
 
         count(("norm",), sketch.plan, work)
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
 
     def emptied(sketch: GradientSketch, plan: AccumulatorPlan) -> GradientSketch:
         small = GradientSketch(plan, sketch._kind, 0, 0, torch.device("cpu"))

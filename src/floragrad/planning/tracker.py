@@ -60,7 +60,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Example:
         >>> with MemoryTracker() as memory:
-        ...     ones = torch.ones(1000)
+        ...     ones = torch.ones(1000, dtype=torch.float32, device="cpu")
         ...     del ones
         >>> memory.live, memory.peak
         (0, 4000)

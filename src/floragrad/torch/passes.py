@@ -121,7 +121,7 @@ class UpdatePasses:
 
     def _square_of_directions(self) -> Tensor:
         at = self._at
-        total = torch.zeros((), device=at.device)
+        total = torch.zeros((), dtype=torch.float32, device=at.device)
         room = at.room()
         for where in at.blocks():
             total += blocks.direction_square(self._ingredients(where, room))

@@ -67,7 +67,7 @@ def signs_from(source: Philox, n: int) -> Tensor:
 
 def bucket_sizes(n: int, k: int) -> Tensor:
     """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
-    sizes = torch.full((k,), float(n // k))
+    sizes = torch.full((k,), float(n // k), dtype=torch.float32, device="cpu")
     if n % k:
         sizes[: n % k] += 1
     return sizes
@@ -133,7 +133,7 @@ class BucketProjection:
     @classmethod
     def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
         """Of weights with norm 1 in each bucket: orthonormal rows."""
-        return cls(weight, torch.ones(k, device=weight.device))
+        return cls(weight, torch.ones(k, dtype=torch.float32, device=weight.device))
 
     def _runs(self) -> Iterator["_Run"]:
         """What is here of the columns: the rest of a slice of k columns, whole slices, the start of another."""
@@ -199,7 +199,7 @@ class BucketProjection:
     def matrix(self) -> Tensor:
         """P, dense."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
-        buckets = torch.nn.functional.one_hot(torch.arange(n, device=self.weight.device) % k, k)
+        buckets = torch.nn.functional.one_hot(torch.arange(n, dtype=torch.int64, device=self.weight.device) % k, k)
         return buckets.T * self.weight
 
 
@@ -234,7 +234,8 @@ class GaussianProjection:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         for start in range(0, self.k, self.piece):
             part = slice(start, min(start + self.piece, self.k))
-            drawn = torch.randn(part.stop - start, self.n, generator=generator, device=self.device)
+            size = (part.stop - start, self.n)
+            drawn = torch.randn(size, generator=generator, dtype=torch.float32, device=self.device)
             yield part, drawn.mul_(self.k**-0.5)[:, self.part or slice(None)]
 
     def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:  # noqa: ARG002

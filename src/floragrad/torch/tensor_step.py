@@ -145,7 +145,8 @@ class TensorStep:
     def room(self, *, rounds: bool = False) -> Tensor:
         """Room for a block in float32, one after the other."""
         matrices, rows = next(self.blocks(rounds=rounds), (slice(0, 0), slice(0, 0)))  # no later block is larger
-        return torch.empty(matrices.stop * rows.stop * self.view.columns, device=self.device)
+        elements = matrices.stop * rows.stop * self.view.columns
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
 
     def rounding(self, stream: Stream, width: int, columns: slice) -> RoundingBits:
         """What to round the rows that are here with; nothing of it needs saving."""

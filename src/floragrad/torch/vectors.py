@@ -69,7 +69,11 @@ def _step(vectors: list[TensorUpdate]) -> None:
     squares = torch.stack(torch._foreach_norm(directions)).square_()
     sizes = pure.clipped(alphas, squares, numels, at.group["clip_threshold"])
     decay = at.group["weight_decay"]
-    keeps = (1 - torch.as_tensor(alphas, device=at.device) * decay).expand_as(sizes) if decay else [None] * len(params)
+    keeps = (
+        (1 - torch.as_tensor(alphas, dtype=torch.float32, device=at.device) * decay).expand_as(sizes)
+        if decay
+        else [None] * len(params)
+    )
     for vector, direction, size, keep in zip(vectors, directions, sizes, keeps, strict=True):
         pure.descend_(vector.param, direction, keep, size, _bits(vector))
 

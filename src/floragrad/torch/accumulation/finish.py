@@ -102,7 +102,7 @@ class Release:
             )
         held = [(slot, slot.sketch.squared_norm()) for slot in self._slots if slot.sketch and slot.sketch.folds]
         if not held:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         sum_over_parts(
             ([ShardSum(square, EVERYWHERE)], slot.part, slot.param.device_mesh)
             for slot, square in held

@@ -168,7 +168,7 @@ class GradientSketch:
         Every rounding error has mean zero whatever came before it, so they add to ‖C‖² in the mean exactly
         the sum of their squares. A single value can be negative.
         """
-        total = torch.zeros((), device=self._buffers["data"].device)
+        total = torch.zeros((), dtype=torch.float32, device=self._buffers["data"].device)
         stored, columns = self._stored(total.device), self._column_sizes(total.device)
         for where in self._blocks(total.device):
             rows = load(stored.read(where), self.plan.state_dtype, stored.width)

@@ -140,7 +140,7 @@ class _Sent:
         if not whole:
             self.sketch = GradientSketch(self.plan, settings["projection"], settings["seed"], index, param.device, rank)
             if settings["error_feedback"]:
-                self.error = torch.zeros(param.shape, device=param.device)
+                self.error = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
     def encode(self, grad: Tensor, step: int) -> Tensor | None:
         """Fold a gradient, with what was not sent before, into the sketch.

@@ -120,7 +120,7 @@ def as_gradient(param: DTensor, local: Tensor) -> DTensor:
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Of a contiguous tensor."""
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def _axes(shape: tuple[int, ...], view: MatrixView | None) -> list[Axis | None]:

@@ -47,7 +47,8 @@ def fold_native(
     assert kernels is not None
     # What has no matrices is summed exactly, in one row.
     batch, rows, columns_here = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
-    noise = torch.zeros((), dtype=torch.float64) if measure_noise and "noise" in buffers else None
+    measures = measure_noise and "noise" in buffers
+    noise = torch.zeros((), dtype=torch.float64, device="cpu") if measures else None
     fold = Fold(
         batch=batch,
         rows=rows,
@@ -66,7 +67,7 @@ def fold_native(
         thread_number=kernels.thread_number,
         threads=torch.get_num_threads(),
     )
-    scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8)
+    scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8, device="cpu")
     if isinstance(grad, FakeTensor):
         return  # what there would be to hold has been held
     fold.grad, fold.data, fold.scratch = grad.data_ptr(), buffers["data"].data_ptr(), scratch.data_ptr()

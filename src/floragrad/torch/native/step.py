@@ -56,7 +56,7 @@ def step_native(updates: Sequence[TensorUpdate]) -> None:
 def _step_at_once(updates: Sequence[TensorUpdate], kernels: Library) -> None:
     """One after the other in the same room, in one call."""
     steps = (Step * len(updates))(*(_described(update, kernels) for update in updates))
-    scratch = torch.empty(kernels.most_step_bytes(steps, len(steps)), dtype=torch.uint8)
+    scratch = torch.empty(kernels.most_step_bytes(steps, len(steps)), dtype=torch.uint8, device="cpu")
     if any(isinstance(update.param, FakeTensor) for update in updates):
         return  # what there would be to hold has been held
     kernels.steps(steps, len(steps), scratch.data_ptr())
@@ -119,7 +119,7 @@ def _step_learning(update: TensorUpdate, kernels: Library) -> None:
     """A step that learns the projection's weights on its way."""
     weight, at = update.state["projection_weight"], update.at
     given = _described(update, kernels)
-    scratch = torch.empty(kernels.most_step_bytes(given, 1), dtype=torch.uint8)
+    scratch = torch.empty(kernels.most_step_bytes(given, 1), dtype=torch.uint8, device="cpu")
     previous = weight.clone()
     if isinstance(update.param, FakeTensor):
         return  # what there would be to hold has been held
