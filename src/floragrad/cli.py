@@ -21,10 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``floragrad``; None reads ``sys.argv``.
     """
     try:
-        require("typer", "train")
-    except ImportError as error:
-        return _fail(str(error), USAGE_ERROR)
-    return _run(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            require("typer", "train")
+        except ImportError as error:
+            return _fail(str(error), USAGE_ERROR)
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        # While the libraries are imported, there is no run yet.
+        return _fail(NOTHING_SAVED, INTERRUPTED)
 
 
 def _run(arguments: list[str]) -> int:

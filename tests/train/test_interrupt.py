@@ -5,9 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import pytest
+from rich.console import Console
+
+from floragrad import cli
+from floragrad.train import compare as comparison
+from floragrad.train.compare import Plan, begin, compare
+from floragrad.train.errors import StoppedError
 from floragrad.train.folder import METRICS, RunFolder
+from floragrad.train.interrupt import StopRequest
 from tests.train.support import FAST, Here, command, fast_config, run, timeless
 
 PATIENCE = 120.0
@@ -93,3 +104,122 @@ def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here
     assert (out / "table.md").is_file()
     one = run(fast_config(texts, optimizer="adamw", steps=STEPS), tmp_path / "whole")
     assert timeless(RunFolder.open(stopped)) == timeless(one)
+
+
+def in_every_place(function: Callable[[], None], code: Any) -> int:
+    """Call ``function`` again and again, with SIGINT before the first, second, … instruction of ``code``.
+
+    Returns:
+        How many places there were.
+    """
+    place = 0
+    while True:
+        seen = 0
+
+        def trace(frame: FrameType, event: str, _argument: object, place: int = place) -> Any:
+            nonlocal seen
+            if frame.f_code is not code:
+                return trace
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                if seen == place:
+                    signal.raise_signal(signal.SIGINT)
+                seen += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            function()
+        finally:
+            sys.settrace(None)
+        if seen <= place:
+            return place
+        place += 1
+
+
+@pytest.mark.parametrize("method", [StopRequest.forwarding.__wrapped__, StopRequest._deliver])
+def test_a_signal_is_forwarded_once_wherever_it_comes(method: Callable[..., object]) -> None:
+    def start_and_wait() -> None:
+        stop, forwarded = StopRequest(), []
+        with stop.listening():
+            with stop.forwarding(forwarded.append):
+                sent = stop.signum is not None
+            # One that comes when the worker is left may reach it or not.
+            assert forwarded == [signal.SIGINT] if sent else forwarded in ([], [signal.SIGINT])
+
+    assert in_every_place(start_and_wait, method.__code__) > 5
+
+
+class _Worker:
+    """Stands for a worker's process: it ends with 130 where it was told to, and with 0 otherwise."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.send_signal = self.signals.append
+
+    def wait(self) -> int:
+        return 128 + self.signals[0] if self.signals else 0
+
+
+def a_comparison(texts: Path, out: Path) -> Path:
+    options = {**FAST, "steps": 2, "text": (str(texts),), "keep_checkpoint": False}
+    begin(Plan(("adamw",), None, (0,), None, None, options, "floragrad compare"), out)
+    return out
+
+
+def test_ctrl_c_while_a_worker_is_started_reaches_it(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = []
+
+    def popen(*_arguments: object, **_options: object) -> _Worker:
+        workers.append(_Worker())
+        signal.raise_signal(signal.SIGINT)
+        return workers[-1]
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", popen)
+    with pytest.raises(StoppedError, match="floragrad compare --resume"):
+        compare(a_comparison(texts, tmp_path / "out"), Console(quiet=True))
+    assert [worker.signals for worker in workers] == [[signal.SIGINT]]
+
+
+def test_a_starting_worker_says_nothing_and_saves(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started = subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        process = started(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)  # long before the worker has imported anything
+        return process
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", popen)
+    out = a_comparison(texts, tmp_path / "out")
+    with pytest.raises(StoppedError):
+        compare(out, Console(quiet=True))
+    assert capfd.readouterr().err == ""
+    (stopped,) = (out / "runs").iterdir()
+    assert [step for step, _ in RunFolder.open(stopped).checkpoints()] == [1]
+
+
+def test_a_second_ctrl_c_ends_a_comparison_that_can_be_continued(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison._Runner, "_train", interrupted)
+    with pytest.raises(StoppedError, match="floragrad compare --resume") as caught:
+        compare(a_comparison(texts, tmp_path / "out"), Console(quiet=True))
+    assert caught.value.exit_code == 130
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "require", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "floragrad: stopped before there was anything to save\n"

@@ -19,7 +19,7 @@ from floragrad.train.display import comparison
 from floragrad.train.errors import StoppedError, UserError
 from floragrad.train.figures import Contestant, comparison_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
-from floragrad.train.interrupt import StopRequest
+from floragrad.train.interrupt import StopRequest, blocked
 from floragrad.train.presets import LEARNING_RATES
 from floragrad.train.run import check_model, write_corpus
 
@@ -148,8 +148,17 @@ def compare(folder: Path, console: Console) -> None:
     """
     plan, stop = Plan.load(folder), StopRequest()
     runner = _Runner(folder, plan.runs, console, stop)
-    with stop.listening():
-        bests = [_best(plan, contestant, runner) for contestant in plan.contestants]
+    try:
+        with stop.listening():
+            bests = [_best(plan, contestant, runner) for contestant in plan.contestants]
+            _write_results(folder, plan, bests, console)
+    except KeyboardInterrupt:
+        # A second Ctrl-C ends a run at once. Its newest checkpoint and the finished runs are kept.
+        raise StoppedError(folder, "floragrad compare") from None
+
+
+def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console) -> None:
+    """Write the table and the picture, and show the table."""
     finished = [best for best in bests if best.loss is not None]
     numbers = as_json(bests, plan.command)
     write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
@@ -237,16 +246,15 @@ class _Runner:
     def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
         """A process that trains the run, in a session of its own: signals reach it through us, once."""
         command = [sys.executable, "-m", "floragrad.train.worker", str(path), title]
-        process = subprocess.Popen(command, start_new_session=True)
-        self._stop.forward = process.send_signal
+        with blocked():
+            process = subprocess.Popen(command, start_new_session=True)
         try:
-            yield process
+            with self._stop.forwarding(process.send_signal):
+                yield process
         except BaseException:
             process.kill()
             process.wait()
             raise
-        finally:
-            self._stop.forward = None
 
 
 def _name(config: RunConfig) -> str:
