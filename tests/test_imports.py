@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+import floragrad
+
 FRAMEWORKS = ("torch", "jax", "transformers", "accelerate", "datasets", "tokenizers")
 # Refuses to find the modules named, as if they were not installed.
 BLOCK = """
@@ -177,3 +179,12 @@ def test_require_names_the_extra() -> None:
         "no_such_package no_such_package.part is not installed, and this part of floragrad needs it: "
         "pip install 'floragrad[torch]'"
     )
+
+
+def test_the_version_needs_no_extra() -> None:
+    code = """
+    import floragrad.cli
+    raise SystemExit(floragrad.cli.main(["--version"]))
+    """
+    missing = ("typer", "rich", "numpy", "torch", "jax")
+    assert run(code, blocked=missing) == f"floragrad {floragrad.__version__}"

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from floragrad._extras import require
+from floragrad._version import __version__
 
 FAILURE = 1
 USAGE_ERROR = 2
@@ -14,18 +15,23 @@ NOTHING_SAVED = "stopped before there was anything to save"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code.
 
-    0: done. 1: the training diverged. 2: the request cannot be met, said in one line. 130: stopped by Ctrl-C
-    (143: by SIGTERM); what can be continued is saved.
+    0: done. 1: the training diverged, or nothing fits the device of ``plan --fits``. 2: the request cannot be met,
+    said in one line. 130: stopped by Ctrl-C (143: by SIGTERM); what can be continued is saved.
 
     Args:
         arguments: What follows ``floragrad``; None reads ``sys.argv``.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        # Answered without what the commands need.
+        print(f"floragrad {__version__}")
+        return 0
     try:
         try:
             require("typer", "train")
         except ImportError as error:
             return _fail(str(error), USAGE_ERROR)
-        return _run(sys.argv[1:] if arguments is None else list(arguments))
+        return _run(given)
     except KeyboardInterrupt:
         # While the libraries are imported, there is no run yet.
         return _fail(NOTHING_SAVED, INTERRUPTED)
@@ -56,7 +62,9 @@ def _run(arguments: list[str]) -> int:
     except _option_error() as error:
         return _fail(f"{error.format_message()}: see floragrad --help", USAGE_ERROR)  # type: ignore[attr-defined]
     # Newer versions of typer turn Ctrl-C into an exit code of their own.
-    return _fail(NOTHING_SAVED, INTERRUPTED) if result == INTERRUPTED else 0
+    if result == INTERRUPTED:
+        return _fail(NOTHING_SAVED, INTERRUPTED)
+    return result if isinstance(result, int) else 0
 
 
 def _option_error() -> type[Exception]:

@@ -33,10 +33,10 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, exit_code: int = 0) -> str:
     """What a plan prints, and nothing beside it."""
     capsys.readouterr()
-    assert command("plan", *arguments) == 0
+    assert command("plan", *arguments) == exit_code
     out, err = capsys.readouterr()
     assert err == ""
     return out
@@ -75,6 +75,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("gpt2", "--ddp", 2, "--fsdp", 2), "--ddp=2 and fsdp=2: give one of them"),
         (("gpt2", "--largest"), "--largest looks for what fits a device, and none is given: add one, like --fits 24GB"),
         (("gpt2", "--picture", "no/plan.png"), "--picture no/plan.png lies in no folder that is there: make no"),
+        (("gpt2", "--picture", "plan.docx"), "--picture plan.docx names no kind of picture that can be drawn: give a"),
+        (("gpt2", "--picture", "plan"), "--picture plan names no kind of picture that can be drawn: give a file that"),
+        (("gpt2", "--picture", "llama"), "--picture llama is a folder: give a file, like llama/plan.png"),
         (("mixtral-8x7b", "--dtype", "float32"), "MODEL mixtral-8x7b is a mixture of experts"),
         (("gpt2", "gpt2-xl"), "Got unexpected extra argument"),
     ],
@@ -124,6 +127,31 @@ def test_json_is_one_object_of_integers(there: Path, capsys: pytest.CaptureFixtu
         )
         assert fits["optimizers"][name] == {"fits": row.peak <= 10**6, "spare": 10**6 - row.peak}
     assert fits["memory"] == 10**6
+
+
+@pytest.mark.parametrize("picture", ["plan.png", "plan.JPG", "plan.svg"])
+def test_the_exit_code_says_whether_anything_fits(
+    there: Path, capsys: pytest.CaptureFixture[str], picture: str
+) -> None:
+    """A picture is drawn either way, in the format of its name."""
+    planned = plan_of("llama", optimizers=("adamw", "flora"), sequence=64, rank=16)
+    adamw, flora = (planned.optimizers[name].peak for name in ("adamw", "flora"))
+    assert flora < adamw
+    between = f"{(adamw + flora) // 2 / 1000}k"
+    assert "does not fit" in said(capsys, "llama", *FAST, "--fits", between), "one of them does"
+    shown = said(capsys, "llama", *FAST, "--fits", f"{flora / 2000}k", "--picture", picture, exit_code=1)
+    assert "fits" not in shown.replace("does not fit", "")
+    begins = {"png": b"\x89PNG", "jpg": b"\xff\xd8\xff", "svg": b"<?xml"}
+    assert (there / picture).read_bytes().startswith(begins[picture[-3:].lower()])
+    assert sorted(path.name for path in there.iterdir()) == ["llama", picture]
+
+
+def test_a_size_in_powers_of_1024_is_said_in_the_units_of_all_others(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = plan_of("llama", optimizers=("flora",), sequence=64, rank=16)
+    spare = format_bytes(2**30 - planned.optimizers["flora"].peak)
+    assert f"fits 1.1 GB (1 GiB) with {spare} to spare" in said(capsys, "llama", "--optimizers", "flora", "--fits=1gi")
 
 
 def test_the_largest_that_fits_do_and_one_more_does_not(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,20 @@
 """What is predicted on fake tensors is what the same step holds on real ones."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import floragrad
 from floragrad.planning.closed_form import closed_form
@@ -149,3 +158,38 @@ def test_the_tracker_counts_what_torchs_own_counts() -> None:
                 step(model, optimizer)
             peaks.append(tracker.peak)
     assert peaks[0] == peaks[1]
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = LlamaConfig(**TINY, vocab_size=64)
+SETTINGS = {"sequence": 16, "rank": 4, "optimizers": ("flora",)}
+
+
+def test_a_model_a_configuration_and_a_path_are_the_same_plan(tmp_path: Path) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    rows = [
+        floragrad.plan(given, **SETTINGS).optimizers["flora"] for given in (LLAMA, LlamaForCausalLM(LLAMA), tmp_path)
+    ]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_model_of_images_and_text_is_planned() -> None:
+    images = {**TINY, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(vision_config=images, text_config={**TINY, "vocab_size": 64})
+    row = floragrad.plan(config, **SETTINGS).optimizers["flora"]
+    model = CLIPForImageClassification(config)
+    assert row.parameters == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("given", [nn.Linear(8, 8), LLAMA.to_dict(), 7, None], ids=["module", "dict", "number", "None"])
+def test_what_cannot_be_planned_for_is_named(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^plan\(\) was given a {type(given).__name__}, and takes a preset's name, a "
+    ):
+        floragrad.plan(given, **SETTINGS)
+
+
+def test_a_model_with_another_head_is_not_taken_for_the_usual_one() -> None:
+    message = r"given a LlamaForSequenceClassification, and plans for the LlamaForCausalLM of its configuration: give"
+    with pytest.raises(TypeError, match=message):
+        floragrad.plan(LlamaForSequenceClassification(LLAMA), **SETTINGS)

@@ -11,11 +11,16 @@ from transformers import (
     AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
+    CLIPConfig,
+    DeiTConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    SiglipConfig,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
@@ -23,6 +28,7 @@ from transformers import (
     ViTConfig,
 )
 
+from floragrad.planning import models
 from floragrad.planning.models import PlannedModel, find_model, planned_model
 from floragrad.train.errors import UserError
 
@@ -34,6 +40,7 @@ KINDS = {
     "vit-b-16": ("image classifier", 12),
 }
 
+IMAGES = {"image_size": 32, "patch_size": 16}
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 SMALL = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64),
@@ -41,7 +48,11 @@ SMALL = {
     "mixtral": MixtralConfig(**WIDTH, vocab_size=64, num_key_value_heads=1, num_local_experts=2),
     "t5": T5Config(d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0),
     "vit": ViTConfig(**WIDTH, image_size=32),
+    "deit": DeiTConfig(**WIDTH, **IMAGES),
 }
+
+
+PROPHET = ProphetNetConfig(hidden_size=32, num_encoder_layers=3, num_decoder_layers=3, vocab_size=64)
 
 
 def shapes(model: PlannedModel, blocks: int) -> Counter[tuple[int, ...]]:
@@ -91,8 +102,9 @@ def test_the_model_is_linear_in_its_blocks(name: str) -> None:
         (BartConfig(encoder_layers=2, decoder_layers=3, d_model=32, vocab_size=64), BartForConditionalGeneration),
         (T5Config(num_layers=2, num_decoder_layers=4, d_model=32, vocab_size=64), T5ForConditionalGeneration),
         (SwinConfig(depths=[2, 2, 6, 2]), SwinForImageClassification),
+        (PROPHET, ProphetNetForConditionalGeneration),
     ],
-    ids=["attention of two kinds", "a deeper decoder", "a deeper decoder, T5", "stages"],
+    ids=["attention of two kinds", "a deeper decoder", "a deeper decoder, T5", "stages", "a depth without a setter"],
 )
 def test_a_model_whose_blocks_differ_is_only_built_whole(config: Any, built: Any) -> None:
     model = planned_model(config, "model")
@@ -215,3 +227,27 @@ def test_a_model_of_another_kind_is_refused() -> None:
         UserError, match=r"MODEL it is a wav2vec2, which is none of .*: causal language model, sequence"
     ):
         planned_model(AutoConfig.for_model("wav2vec2"), "it")
+
+
+@pytest.mark.parametrize("kind", [CLIPConfig, SiglipConfig])
+def test_the_images_of_a_model_of_images_and_text_are_those_of_its_vision(kind: Any) -> None:
+    config = kind(vision_config={**WIDTH, **IMAGES, "num_channels": 1}, text_config={**WIDTH, "vocab_size": 64})
+    model = planned_model(config, "it")
+    inputs = model.inputs(2, 8, torch.float32)
+    assert inputs["pixel_values"].shape == (2, 1, 32, 32)
+    assert model.build(torch.float32, model.blocks)(**inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["imagegpt", "siglip2", "shieldgemma2"])
+def test_an_image_classifier_that_reads_something_else_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"^MODEL it is a {kind}, which does not read images alone"):
+        planned_model(AutoConfig.for_model(kind), "it")
+
+
+def test_a_model_that_needs_a_missing_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_arguments: Any, **_options: Any) -> None:
+        raise ImportError("\nIt requires the natten library\nbut it was not found.")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_config", missing)
+    with pytest.raises(UserError, match=r"^MODEL it cannot be built: It requires the natten library but it was not"):
+        planned_model(LlamaConfig(**{**WIDTH, "num_hidden_layers": 3}, vocab_size=64), "it")

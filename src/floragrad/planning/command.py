@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from floragrad.planning import display, options
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "plan"]
 
 ALL = ",".join(OPTIMIZERS)
+NOTHING_FITS = 1
+"""The exit code where no optimizer fits the device of ``--fits``."""
 HELP = (
     "Say what a training step holds in memory with each optimizer, without holding it.\n\n"
     "One whole step (micro-batches, clipping, update) is run on tensors without memory, with the real model, "
@@ -73,8 +76,8 @@ def plan(
     )
     if largest and fits is None:
         raise UserError("--largest looks for what fits a device, and none is given: add one, like --fits 24GB")
-    if picture is not None and not picture.parent.is_dir():
-        raise UserError(f"--picture {picture} lies in no folder that is there: make {picture.parent}, or give another")
+    if picture is not None:
+        _check_picture(picture)
     environment.prepare("torch", hub=model not in MODELS and not Path(model).exists())
     from floragrad.planning.engine import plan_subject
     from floragrad.planning.limits import limits_of
@@ -101,6 +104,23 @@ def plan(
             screen.print(display.measured_table(measurement, subject.reads_text))
     if picture is not None:
         _draw(planned, heading, fits, picture)
+    if fits is not None and not any(row.peak <= fits.nbytes for row in planned.optimizers.values()):
+        raise typer.Exit(NOTHING_FITS)
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is planned."""
+    if not path.parent.is_dir():
+        raise UserError(f"--picture {path} lies in no folder that is there: make {path.parent}, or give another")
+    if path.is_dir():
+        raise UserError(f"--picture {path} is a folder: give a file, like {path / 'plan.png'}")
+    from floragrad.train.figures import file_format, formats
+
+    if file_format(path) not in formats():
+        raise UserError(
+            f"--picture {path} names no kind of picture that can be drawn: give a file that ends with one of "
+            f"{', '.join(f'.{name}' for name in formats())}"
+        )
 
 
 def _as_json(

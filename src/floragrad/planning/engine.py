@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from os import PathLike, fspath
 from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from floragrad.planning.closed_form import closed_form
 from floragrad.planning.depth import SHALLOW, DepthError, deepened
@@ -34,7 +37,8 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
     the real model, optimizer and accumulator code, under a dispatch mode that counts what is made and freed.
 
     Args:
-        model: A preset or another name that ``floragrad plan`` takes, a configuration or a model of transformers.
+        model: A preset or another name or path that ``floragrad plan`` takes, a configuration or a model of
+            transformers.
         progress: Called with the row in work and the fraction of all rows that is done.
         **settings: Of :class:`floragrad.planning.result.PlanSettings`: ``batch=1``, ``sequence=1024``,
             ``dtype="float32"``, ``optimizers=…``, ``rank=128``, ``ratio=None``, ``state_dtype="int8"``,
@@ -46,6 +50,7 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
 
     Raises:
         ValueError: A setting has a wrong value.
+        TypeError: The model is none of these, or has another head than what is planned for.
         floragrad.train.errors.UserError: There is no such model, or it cannot be planned for.
 
     Example:
@@ -86,10 +91,22 @@ def plan_subject(
 
 
 def _subject(model: Any) -> Subject:
-    if isinstance(model, str):
-        return find_model(model)
-    config = getattr(model, "config", model)
-    return planned_model(config, config.model_type)
+    if isinstance(model, str | PathLike):
+        return find_model(fspath(model))
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"plan() was given a {type(model).__name__}, and takes a preset's name, a path, or a configuration or "
+            "model of transformers, whose inputs it knows: for any other module, "
+            "Flora(param_groups(model)).report() says the bytes of its optimizer state"
+        )
+    subject = planned_model(config, config.model_type)
+    if config is not model and subject.built is not type(model):
+        raise TypeError(
+            f"plan() was given a {type(model).__name__}, and plans for the {subject.built.__name__} of its "
+            "configuration: give model.config where that is meant"
+        )
+    return subject
 
 
 def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:

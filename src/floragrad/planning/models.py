@@ -29,8 +29,16 @@ _BUILDERS: Final[dict[Task, Any]] = {
     "sequence-to-sequence model": AutoModelForSeq2SeqLM,
     "image classifier": AutoModelForImageClassification,
 }
+_MAPPINGS: Final[dict[Task, Any]] = {
+    "causal language model": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "sequence-to-sequence model": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "image classifier": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
 DEFAULT_IMAGE_SIZE: Final = 224
 """Height and width of images, for models that read any."""
+DEFAULT_CHANNELS: Final = 3
+_OTHER_INPUTS: Final = ("imagegpt", "shieldgemma2", "siglip2")
+"""Image classifiers that read colour clusters, a text beside the image, or patches."""
 DEFAULT_SEQUENCE: Final = 1024
 """Tokens of an example where nobody says, and where the model reads so many."""
 _DEPTHS: Final = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
@@ -57,6 +65,13 @@ class PlannedModel:
     def reads_text(self) -> bool:
         """Whether its examples are sequences of tokens; else they are images."""
         return self.task != "image classifier"
+
+    @property
+    def built(self) -> type:
+        """The class that :meth:`build` makes one of."""
+        found = _MAPPINGS[self.task][type(self.config)]
+        kinds: tuple[type, ...] = found if isinstance(found, tuple) else (found,)
+        return next((kind for kind in kinds if kind.__name__ in self.config.architectures), kinds[0])
 
     @property
     def positions(self) -> int | None:
@@ -123,7 +138,7 @@ class PlannedModel:
             UserError: It is built on the meta device, and torch cannot run it without memory.
         """
         config = self.config if blocks == self.blocks else _shallower(self.config, blocks)
-        model = _BUILDERS[self.task].from_config(config, dtype=dtype)
+        model = _built(config, self.task, self.name, dtype=dtype)
         experts = "grouped_mm" in model.get_experts_implementation().values()
         if experts and dtype != torch.bfloat16 and torch.get_default_device().type == "meta":
             raise UserError(
@@ -142,9 +157,11 @@ class PlannedModel:
         """
         device = torch.get_default_device()
         if not self.reads_text:
-            size = getattr(self.config, "image_size", DEFAULT_IMAGE_SIZE)
+            # Models of images and text, as CLIP, keep what is said of images apart.
+            vision = getattr(self.config, "vision_config", self.config)
+            size = getattr(vision, "image_size", DEFAULT_IMAGE_SIZE)
             height, width = (size, size) if isinstance(size, int) else size
-            channels = self.config.num_channels
+            channels = getattr(vision, "num_channels", DEFAULT_CHANNELS)
             return {
                 "pixel_values": torch.rand(batch, channels, height, width, dtype=dtype, device=device),
                 "labels": torch.randint(self.config.num_labels, (batch,), dtype=torch.int64, device=device),
@@ -188,45 +205,64 @@ def planned_model(config: Any, name: str) -> PlannedModel:
         name: What to call it.
 
     Raises:
-        UserError: It is no model that is trained on tokens, or on images with labels.
+        UserError: It is no model that is trained on tokens, or on images with labels, or cannot be built here.
     """
     task = _task(config)
     if task is None:
         raise UserError(
             f"MODEL {name} is a {config.model_type}, which is none of what can be planned for: {', '.join(_BUILDERS)}"
         )
+    if task == "image classifier" and config.model_type in _OTHER_INPUTS:
+        raise UserError(f"MODEL {name} is a {config.model_type}, which does not read images alone: choose another")
     config = deepcopy(config)
+    # transformers looks through it where a configuration has several classes, and fails on None.
+    config.architectures = config.architectures or []
     # What generation keeps of every layer, no training step needs.
     config.use_cache = False
-    return PlannedModel(name, config, task, _repeated_blocks(config, task))
+    return PlannedModel(name, config, task, _repeated_blocks(config, task, name))
 
 
 def _task(config: Any) -> Task | None:
     if getattr(config, "is_encoder_decoder", False):
-        return "sequence-to-sequence model" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return "causal language model"
-    return "image classifier" if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else None
+        tasks: tuple[Task, ...] = ("sequence-to-sequence model",)
+    else:
+        tasks = ("causal language model", "image classifier")
+    return next((task for task in tasks if type(config) in _MAPPINGS[task]), None)
 
 
-def _repeated_blocks(config: Any, task: Task) -> int:
+def _repeated_blocks(config: Any, task: Task, name: str) -> int:
     """How many blocks there are if all but the first are alike; else 1."""
     depths = {getattr(config, name) for name in _DEPTHS if isinstance(getattr(config, name, None), int)}
     kinds = set((getattr(config, "layer_types", None) or [])[1:])
     if len(depths) != 1 or len(kinds) > 1 or depths <= {1, 2}:
         return 1
     (blocks,) = depths
-    whole, one, two = (_shapes(_shallower(config, count), task) for count in (blocks, 1, 2))
+    try:
+        whole, one, two = (_shapes(_shallower(config, count), task, name) for count in (blocks, 1, 2))
+    except NotImplementedError:
+        return 1  # a configuration that has no setter for its depth
     step = two - one  # empty where the depth is said elsewhere too
     alike = step and whole == one + Counter({shape: (blocks - 1) * count for shape, count in step.items()})
     return blocks if alike else 1
 
 
-def _shapes(config: Any, task: Task) -> Counter[tuple[int, ...]]:
+def _shapes(config: Any, task: Task, name: str) -> Counter[tuple[int, ...]]:
     """How many parameters of each shape a model has."""
     with torch.device("meta"):
-        model = _BUILDERS[task].from_config(config)
+        model = _built(config, task, name)
     return Counter(tuple(parameter.shape) for parameter in model.parameters())
+
+
+def _built(config: Any, task: Task, name: str, **options: Any) -> Any:
+    """A model of a configuration, on torch's default device.
+
+    Raises:
+        UserError: It needs a package that is not installed.
+    """
+    try:
+        return _BUILDERS[task].from_config(config, **options)
+    except ImportError as error:
+        raise UserError(f"MODEL {name} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def _shallower(config: Any, blocks: int) -> Any:

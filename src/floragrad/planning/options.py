@@ -127,7 +127,8 @@ Fits = Annotated[
         parser=_size,
         metavar="SIZE",
         rich_help_panel=DEVICE,
-        help="Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare.",
+        help="Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare. The exit code is 1 "
+        "where no optimizer does.",
         show_default=False,
     ),
 ]
@@ -147,7 +148,7 @@ Picture = Annotated[
     typer.Option(
         rich_help_panel=OUTPUT,
         metavar="FILE",
-        help="Draw live bytes over one step, a panel for each optimizer, to a PNG.",
+        help="Draw live bytes over one step, a panel for each optimizer: a .png, .jpg, .pdf or .svg.",
         show_default=False,
     ),
 ]

@@ -85,9 +85,19 @@ def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure in the format that the path ends with, whole or not at all."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
+        figure.savefig(temporary, dpi=DOTS_PER_INCH, format=file_format(path))
+
+
+def file_format(path: Path) -> str:
+    """The format of a picture's name, as matplotlib calls it: ``"jpg"``."""
+    return path.suffix.removeprefix(".").lower()
+
+
+def formats() -> list[str]:
+    """The formats that figures can be saved in."""
+    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
