@@ -30,6 +30,7 @@ class Options:
     warmup_init: bool = False
     factored: bool = True
     residual: bool = True
+    maximize: bool = False
 
 
 @dataclass
@@ -76,7 +77,8 @@ def orthogonal_decode(sketch: Array, projection: Array) -> Array:
 
 
 def second_moment(grad: Array, state: State, options: Options) -> Array:
-    """U, the gradient over the root of Adafactor's second moment; updates ``state``."""
+    """U, the gradient (negative with ``maximize``) over the root of Adafactor's second moment; updates ``state``."""
+    grad = -grad if options.maximize else grad
     beta2 = 1 - state.step**options.decay_rate
     squares = grad**2 + options.eps[0]
     if not options.factored:

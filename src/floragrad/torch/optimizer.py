@@ -83,6 +83,7 @@ class Flora(torch.optim.Optimizer):
             last three rounded stochastically, so that the average stays unbiased.
         stochastic_rounding: Round bfloat16 parameters stochastically; float16 ones round to nearest.
         compile: Deprecated; it changes nothing.
+        maximize: Go up the gradient; weight decay still shrinks.
 
     Raises:
         ValueError: An option has a wrong value, options contradict each other, or a parameter is complex.
@@ -134,6 +135,7 @@ class Flora(torch.optim.Optimizer):
         state_dtype: StateDtype | torch.dtype = "int8",
         stochastic_rounding: bool = True,
         compile: bool | None = None,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -155,6 +157,7 @@ class Flora(torch.optim.Optimizer):
             "embedding_momentum": embedding_momentum,
             "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
         }
         if compile is not None:
             warn_of_compile(stacklevel=2)
@@ -313,6 +316,7 @@ class Flora(torch.optim.Optimizer):
         self._slots = {}
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
+            options.setdefault("maximize", False)  # of versions that had none
         for group in self.param_groups:
             if group["relative_step"] and group["lr"] is None:  # of versions that kept schedulers out
                 group["lr"] = relative_lr(group, 1)

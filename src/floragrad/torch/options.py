@@ -75,6 +75,7 @@ _CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
     "factorize_second_moment": FLAG,
     "seed": (lambda value: is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
     "stochastic_rounding": FLAG,
+    "maximize": FLAG,
     "kind": one_of(None, *get_args(Kind)),
 }
 

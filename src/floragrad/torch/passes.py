@@ -71,7 +71,7 @@ class UpdatePasses:
     def move(self, param: Tensor, square: Tensor, alpha: float | Tensor) -> None:
         """Clip, scale and apply D to the parameter; the momentum's buffers move on to the next step."""
         at, decay = self._at, self._at.group["weight_decay"]
-        size = pure.clipped(alpha, square, torch.Size(at.plan.shape).numel(), at.group["clip_threshold"])
+        size = pure.clipped(alpha * at.sign, square, torch.Size(at.plan.shape).numel(), at.group["clip_threshold"])
         rows = None if self._keeps_all else self._scales.rows
         sizes = size if rows is None else size * rows
         keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=at.device) if decay else None

@@ -4,6 +4,7 @@ All of them act on the last dimension alone: rows never mix, so a shard of rows 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -203,6 +204,12 @@ class BucketProjection:
         return buckets.T * self.weight
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products in float32, whatever the caller has autocast to: a step may stand inside the forward pass's block."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
 @dataclass(frozen=True)
 class GaussianProjection:
     """The paper's P ~ N(0, 1/k), regenerated on ``device`` piece by piece whenever it is used.
@@ -242,7 +249,8 @@ class GaussianProjection:
         """X Pᵀ."""
         sketch = rows.new_empty(*rows.shape[:-1], self.k)
         for part, drawn in self._pieces():
-            sketch[..., part] = rows @ drawn.T
+            with without_autocast(rows.device):
+                sketch[..., part] = rows @ drawn.T
         return sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
@@ -254,7 +262,8 @@ class GaussianProjection:
         """X ← X + Z P."""
         flat = rows.view(-1, rows.shape[-1])
         for part, drawn in self._pieces():
-            flat.addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
+            with without_autocast(rows.device):
+                flat.addmm_(sketch[..., part].reshape(-1, drawn.shape[0]), drawn)
         return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:

@@ -101,6 +101,11 @@ class TensorStep:
         return lr.to(self.device, torch.float32).reshape(()) if isinstance(lr, Tensor) else lr
 
     @property
+    def sign(self) -> float:
+        """Of the step along D: all of it is odd in G, so with ``maximize`` M is kept as of G, and W goes up."""
+        return -1.0 if self.group["maximize"] else 1.0
+
+    @property
     def beta2(self) -> float:
         """β₂ = 1 − t^decay_rate."""
         return 1.0 - math.pow(float(self.step), self.group["decay_rate"])

@@ -67,7 +67,7 @@ def _step(vectors: list[TensorUpdate]) -> None:
         norms = torch._foreach_norm(params, dtype=torch.promote_types(params[0].dtype, torch.float32))
         alphas = pure.relative(torch.stack(norms).float().square_(), numels, eps[1]) * alphas
     squares = torch.stack(torch._foreach_norm(directions)).square_()
-    sizes = pure.clipped(alphas, squares, numels, at.group["clip_threshold"])
+    sizes = pure.clipped(alphas * at.sign, squares, numels, at.group["clip_threshold"])
     decay = at.group["weight_decay"]
     keeps = (
         (1 - torch.as_tensor(alphas, dtype=torch.float32, device=at.device) * decay).expand_as(sizes)

@@ -93,7 +93,7 @@ def _described(update: TensorUpdate, kernels: Library) -> Step:
         beta2=at.beta2,
         eps=group["eps"][0],
         keep=1 - size * group["weight_decay"],
-        size=size,
+        size=size * at.sign,
         clip_threshold=group["clip_threshold"],
         parallel=kernels.parallel,
         thread_number=kernels.thread_number,
