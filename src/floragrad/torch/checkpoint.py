@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
-from floragrad.torch.options import LAYOUT_OPTIONS
+from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
 
 Group = dict[str, Any]
 
@@ -23,7 +23,7 @@ def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) ->
 def check_loadable(
     state_dict: Mapping[str, Any], groups: Sequence[Group], plans: Mapping[Tensor, TensorPlan]
 ) -> dict[Tensor, Mapping[str, Any]]:
-    """The saved state of each parameter; a state that would be decoded in a foreign basis is refused.
+    """The saved state of each parameter; a state that would be misread is refused.
 
     Raises:
         ValueError: Naming the option or tensor that differs, both values, and what to do.
@@ -57,23 +57,13 @@ def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan
 
 def _check_options(number: int, saved: Group, group: Group) -> None:
     where = f"group {number} of the loaded state"
-    for option in LAYOUT_OPTIONS:
-        if option not in saved:
-            raise ValueError(
-                f"{where} has no {option!r}: it was not written by Flora, and other optimizers' states "
-                "cannot be converted; start with a fresh state"
-            )
-        if saved[option] != group[option]:
-            raise ValueError(
-                f"{where} was written with {option}={saved[option]!r}, this optimizer has "
-                f"{option}={group[option]!r}: its momentum would be decoded in a foreign basis; "
-                f"build Flora with {option}={saved[option]!r}, or start with a fresh state"
-            )
-    if bool(saved["beta1"]) != bool(group["beta1"]):
+    check_written_by_flora(where, saved)
+    option = changed_option(saved, group)
+    if option:
         raise ValueError(
-            f"{where} was written with beta1={saved['beta1']!r}, this optimizer has "
-            f"beta1={group['beta1']!r}: one of them keeps a momentum, the other none; "
-            f"build Flora with beta1={saved['beta1']!r}, or start with a fresh state"
+            f"{where} was written with {option}={saved[option]!r}, this optimizer has "
+            f"{option}={group[option]!r}: {LAYOUT_OPTIONS[option]}; build Flora with {option}={saved[option]!r}, "
+            "or load optimizer.convert_state(state_dict), which encodes the momentum anew"
         )
     if "device_type" in saved and saved["device_type"] != _device_types(group):
         raise ValueError(
@@ -81,6 +71,20 @@ def _check_options(number: int, saved: Group, group: Group) -> None:
             f"parameters are on {_device_types(group)}, whose generator draws others; load it on the same "
             "kind of device, or train with projection='sign', which is the same on all"
         )
+
+
+def check_written_by_flora(where: str, saved: Group) -> None:
+    """Refuse the state of another optimizer.
+
+    Raises:
+        ValueError: Naming an option that is missing.
+    """
+    for option in LAYOUT_OPTIONS:
+        if option not in saved:
+            raise ValueError(
+                f"{where} has no {option!r}: it was not written by Flora, and other optimizers' states "
+                "cannot be converted; start with a fresh state"
+            )
 
 
 def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:

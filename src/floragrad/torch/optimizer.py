@@ -12,6 +12,13 @@ from floragrad._report import Report
 from floragrad.policy import STATE_KEYS, EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
+from floragrad.torch.following import (
+    followed_slots,
+    is_settled,
+    predecessors_of,
+    refuse_changed_option,
+    refuse_changed_options,
+)
 from floragrad.torch.handover import check_shape
 from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
@@ -20,7 +27,6 @@ from floragrad.torch.scheduling import adopt_momentum, is_lr_ignored, scheduler_
 from floragrad.torch.slots import (
     Slot,
     checked_update,
-    exchanged_slots,
     fresh_state,
     make_scalars_exact,
     next_number,
@@ -247,11 +253,16 @@ class Flora(torch.optim.Optimizer):
             param: A parameter of this optimizer, with a dense gradient.
 
         Raises:
-            ValueError: It has no gradient.
+            ValueError: It has no gradient, or is in no group.
             RuntimeError: As :meth:`step`.
         """
-        if param not in self._slots:
+        if param not in self._slots or all(group is not self._slots[param].group for group in self.param_groups):
             self._follow()
+        if param not in self._slots:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer: add it first"
+            )
+        refuse_changed_option(self._slots[param])
         if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
         update = self._begin_step(param, *self._checked(param))
@@ -311,6 +322,10 @@ class Flora(torch.optim.Optimizer):
             last.remove()
             self._incoming = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._slots = {}
@@ -357,17 +372,21 @@ class Flora(torch.optim.Optimizer):
         return state
 
     def _follow(self) -> None:
-        """Take over parameters that have been put in the places of others, with what is here of their state."""
-        slots = exchanged_slots(self._slots, self.param_groups)
-        if slots is None:
+        """Take over what was changed in the groups: parameters known, new, gone, or put in the places of others."""
+        if is_settled(self._slots, self.param_groups):
+            refuse_changed_options(self._slots)
             return
-        for old, (param, slot) in zip(self._slots, slots.items(), strict=True):
-            if old is not param:
-                state = self.state.pop(old, {})
-                if state and state["step"] > 0:
-                    exact = placed_state(param, slot, exact_state(state, param.device, slot.plan))
-                    self.state[param] = state | exact
-        self._slots = slots
+        slots = followed_slots(self._slots, self.param_groups, self.defaults)
+        refuse_changed_options(slots)
+        for param, old in predecessors_of(self._slots, slots).items():
+            state = self.state.pop(old, {})
+            if state and state["step"] > 0:
+                exact = exact_state(state, param.device, slots[param].plan)
+                self.state[param] = state | placed_state(param, slots[param], exact)
+        for param in self._slots:
+            if param not in slots:
+                self.state.pop(param, None)
+        self._slots = numbered_slots(slots, self.state)
         for param in slots:
             if param.requires_grad:
                 self._state_of(param)

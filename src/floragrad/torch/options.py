@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Final, get_args
 
@@ -23,19 +23,23 @@ from floragrad._checks import (
 )
 from floragrad.policy import Kind, TensorPlan, plan_tensor
 
-LAYOUT_OPTIONS: Final = (
-    "rank",
-    "ratio",
-    "kappa",
-    "seed",
-    "projection",
-    "residual",
-    "embedding_momentum",
-    "state_dtype",
-    "factorize_second_moment",
-    "kind",
-)
-"""What fixes the shape and the basis of the state: a checkpoint with another value cannot be read."""
+_OTHER_LAYOUT: Final = "its state has another layout"
+_OTHER_BASIS: Final = "its momentum was encoded with other random projections"
+
+LAYOUT_OPTIONS: Final[dict[str, str]] = {
+    "rank": _OTHER_LAYOUT,
+    "ratio": _OTHER_LAYOUT,
+    "kappa": _OTHER_BASIS,
+    "seed": _OTHER_BASIS,
+    "projection": _OTHER_BASIS,
+    "residual": "its momentum belongs to the other estimator",
+    "embedding_momentum": _OTHER_LAYOUT,
+    "state_dtype": "its momentum is stored in another format",
+    "factorize_second_moment": _OTHER_LAYOUT,
+    "kind": _OTHER_LAYOUT,
+    "beta1": "one of them keeps a momentum, the other none",
+}
+"""Options that fix the shape and the basis of the state, and why a state of another value cannot be read."""
 
 _PLAN_OPTIONS: Final = (
     "rank",
@@ -203,6 +207,23 @@ def _check_together(group: dict[str, Any]) -> None:
         ),
     )
     check_contradictions(contradictions)
+
+
+def layout_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a group's state is laid out with."""
+    return {name: group[name] for name in LAYOUT_OPTIONS}
+
+
+def changed_option(written: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    """The first option of a layout that a group has another value of; empty where there is none.
+
+    ``beta1`` may change as long as there is a momentum, or none, with both.
+    """
+    for name in LAYOUT_OPTIONS:
+        before, now = written[name], group[name]
+        if before != now and (name != "beta1" or bool(before) != bool(now)):
+            return name
+    return ""
 
 
 def plan_of(shape: torch.Size, group: dict[str, Any]) -> TensorPlan:

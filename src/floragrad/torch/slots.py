@@ -1,7 +1,7 @@
 """The parameters of an optimizer: what is decided of each, and its state, whole or in shards."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from floragrad.policy import SCALAR_STATE, TensorPlan
-from floragrad.torch.distributed.flat import exchanged_for_others, refuse_flat
+from floragrad.torch.distributed.flat import refuse_flat
 from floragrad.torch.distributed.lockstep import here, is_sharded
 from floragrad.torch.handover import (
     Layout,
@@ -18,7 +18,7 @@ from floragrad.torch.handover import (
     checked_gradient,
     checked_state,
 )
-from floragrad.torch.options import plan_of
+from floragrad.torch.options import layout_of, plan_of
 from floragrad.torch.part import Part
 from floragrad.torch.step import initial_state
 from floragrad.torch.tensor_step import Group, State
@@ -34,6 +34,8 @@ class Slot:
         group: Its options.
         plan: What is kept for it.
         part: What of it is here.
+        layout: Shapes and dtypes of what is here.
+        written: The options that its state was laid out with, which may not change while it is.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Slot:
     plan: TensorPlan
     part: Part
     layout: Layout
+    written: Group
 
 
 def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
@@ -54,19 +57,44 @@ def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
     Raises:
         ValueError: One of them cannot be updated, with the way out.
     """
-    names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
-    for name, param in zip(names, group["params"], strict=True):
+    params = group["params"]
+    names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(params))]
+    return new_slots(dict(zip(params, names, strict=True)), group, first)
+
+
+def new_slots(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Tensor, Slot]:
+    """Slots with the numbers from ``first`` on; as :func:`slots_of`.
+
+    Args:
+        named: Parameters of the group, and their names.
+        group: With all its options.
+        first: The number of the first.
+
+    Raises:
+        ValueError: One of them cannot be updated, with the way out.
+    """
+    _check_kinds(named)
+    written = layout_of(group)
+    return {
+        param: _slot(number, name, group, param, plan_of(param.shape, group), written)
+        for number, (param, name) in enumerate(named.items(), first)
+    }
+
+
+def _check_kinds(named: Mapping[Tensor, str]) -> None:
+    for param, name in named.items():
         if param.is_complex():
             raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
-    refuse_flat(names, group["params"])
-    slots = {}
-    for offset, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-        slots[param] = _slot(first + offset, name, group, param, plan_of(param.shape, group))
-    return slots
+    refuse_flat(list(named.values()), list(named))
 
 
-def _slot(index: int, name: str, group: Group, param: Tensor, plan: TensorPlan) -> Slot:
-    return Slot(index, name, group, plan, _part(name, param, plan), _layout(param, plan))
+def _slot(index: int, name: str, group: Group, param: Tensor, plan: TensorPlan, written: Group) -> Slot:
+    return Slot(index, name, group, plan, _part(name, param, plan), _layout(param, plan), written)
+
+
+def placed_slot(slot: Slot, group: Group, param: Tensor) -> Slot:
+    """The slot of a parameter that was put in the place of another of its shape."""
+    return _slot(slot.index, slot.name, group, param, slot.plan, slot.written)
 
 
 def next_number(slots: Mapping[Tensor, Slot]) -> int:
@@ -100,25 +128,6 @@ def make_scalars_exact(state: State, number: int) -> None:
     for key in SCALAR_STATE:
         if key in state and (state[key].dtype != torch.int64 or not state[key].is_cpu):
             state[key] = state[key].to("cpu", torch.int64)
-
-
-def exchanged_slots(slots: Mapping[Tensor, Slot], groups: Iterable[Group]) -> dict[Tensor, Slot] | None:
-    """The slots of parameters that were put in the places of others; None where all are still in theirs.
-
-    Accelerate's FSDP2 exchanges the parameters of an optimizer for shards of them.
-
-    Raises:
-        RuntimeError: They are not of the same shapes, or not as many.
-    """
-    params = [param for group in groups for param in group["params"]]
-    if len(params) == len(slots) and all(param is known for param, known in zip(params, slots, strict=True)):
-        return None
-    if [param.shape for param in params] != [param.shape for param in slots]:
-        raise exchanged_for_others([param for param in params if param not in slots])
-    return {
-        param: slot if param in slots else _slot(slot.index, slot.name, slot.group, param, slot.plan)
-        for param, slot in zip(params, slots.values(), strict=True)
-    }
 
 
 def fresh_state(param: Tensor, slot: Slot) -> State:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def refuse_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
@@ -35,14 +35,23 @@ def refuse_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
         )
 
 
-def exchanged_for_others(params: Sequence[Tensor]) -> RuntimeError:
-    """The error of parameters that were put into the groups and are not shards of those that were there.
+def refuse_flattened(new: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+    """Refuse a vector that was put into a group in place of its matrices, as DeepSpeed's ZeRO-1 and ZeRO-2 do.
 
-    DeepSpeed's ZeRO-1 and ZeRO-2 do it with flat ones.
+    Args:
+        new: Parameters of a group that it did not have.
+        gone: Those that it had.
+
+    Raises:
+        RuntimeError: The one new parameter is a vector long enough to hold a process's share of all the others.
     """
-    shapes = ", ".join(str(tuple(param.shape)) for param in params[:3])
-    return RuntimeError(
-        f"the groups hold parameters that Flora was not given (shapes {shapes}): DeepSpeed's ZeRO exchanges matrices "
-        "for flat vectors after the optimizer is made, which hides them; shard with FSDP2 "
-        "(torch.distributed.fsdp.fully_shard), or add parameters with add_param_group()"
-    )
+    is_up = distributed.is_available() and distributed.is_initialized()
+    ranks = distributed.get_world_size() if is_up else 1
+    if len(new) != 1 or new[0].dim() != 1 or all(param.dim() < 2 for param in gone):
+        return
+    if new[0].numel() * ranks >= sum(param.numel() for param in gone):
+        raise RuntimeError(
+            f"a flat vector of shape {tuple(new[0].shape)} has taken the places of {len(gone)} parameters: DeepSpeed's "
+            "ZeRO exchanges matrices for flat vectors after the optimizer is made, which hides them; shard with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard)"
+        )
