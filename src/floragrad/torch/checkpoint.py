@@ -15,7 +15,7 @@ Group = dict[str, Any]
 def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
     """The packed groups, those with Gaussian projections with their kind of device recorded."""
     return [
-        {**packed, "device_type": _device_types(group)} if group["projection"] == "gaussian" else packed
+        {**packed, "device_type": device_types(group)} if group["projection"] == "gaussian" else packed
         for packed, group in zip(saved, groups, strict=True)
     ]
 
@@ -65,10 +65,10 @@ def _check_options(number: int, saved: Group, group: Group) -> None:
             f"{option}={group[option]!r}: {LAYOUT_OPTIONS[option]}; build Flora with {option}={saved[option]!r}, "
             "or load optimizer.convert_state(state_dict), which encodes the momentum anew"
         )
-    if "device_type" in saved and saved["device_type"] != _device_types(group):
+    if "device_type" in saved and saved["device_type"] != device_types(group):
         raise ValueError(
             f"{where} has Gaussian projections drawn on {saved['device_type']}, this optimizer's "
-            f"parameters are on {_device_types(group)}, whose generator draws others; load it on the same "
+            f"parameters are on {device_types(group)}, whose generator draws others; load it on the same "
             "kind of device, or train with projection='sign', which is the same on all"
         )
 
@@ -111,5 +111,6 @@ def _check_dtype(what: str, found: torch.dtype, planned: torch.dtype) -> None:
         )
 
 
-def _device_types(group: Group) -> str:
+def device_types(group: Group) -> str:
+    """The kinds of device that a group's parameters are on."""
     return ",".join(sorted({param.device.type for param in group["params"]}))

@@ -11,6 +11,7 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import STATE_KEYS, EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
+from floragrad.torch.convert import converted_state
 from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.following import (
     followed_slots,
@@ -321,6 +322,37 @@ class Flora(torch.optim.Optimizer):
         finally:
             last.remove()
             self._incoming = None
+
+    def convert_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return another Flora's state in this one's layout, for :meth:`load_state_dict`.
+
+        For a run that goes on with another ``rank``, ``ratio``, ``state_dtype``, ``projection``, ``kappa``, ``seed``,
+        … The momentum is decoded as it was written (orthogonally, but for ``residual=False``) and encoded anew, low-bit
+        storage rounded stochastically with bits drawn from ``seed``, tensor and step; where nothing changed but the
+        storage, the sketch is only stored anew. A factored second moment is the means of a whole one, a whole one the
+        product of rows and columns. Where no momentum was saved, or a Gaussian one cannot be decoded, it starts anew.
+
+        Args:
+            state_dict: From :meth:`state_dict` of a Flora over the same parameters; left as it is.
+
+        Returns:
+            A state that :meth:`load_state_dict` takes, with the saved learning rates and other live options.
+
+        Raises:
+            ValueError: It was not written by Flora, or over other numbers of parameters.
+
+        Warns:
+            UserWarning: Once, naming the tensors whose momentum starts anew, and why.
+
+        Example:
+            >>> model = torch.nn.Linear(512, 512)
+            >>> old = Flora(model.parameters(), lr=1e-3, rank=64, state_dtype="float32")
+            >>> new = Flora(model.parameters(), lr=1e-3, rank=128, state_dtype="int8")
+            >>> new.load_state_dict(new.convert_state(old.state_dict()))
+        """
+        self._follow()
+        with torch.no_grad():
+            return converted_state(state_dict, self.param_groups, self._slots)
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow()

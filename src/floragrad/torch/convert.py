@@ -1,0 +1,173 @@
+"""A saved state for an optimizer of other options: its momentum decoded as it was written, and encoded anew."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from floragrad._streams import Stream
+from floragrad.policy import STATE_KEYS, TensorPlan
+from floragrad.torch.checkpoint import check_written_by_flora, device_types, exact_state, own_state
+from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.options import changed_option, layout_of, plan_of
+from floragrad.torch.part import Part
+from floragrad.torch.projection import BucketProjection, Projection
+from floragrad.torch.slots import Slot
+from floragrad.torch.step import initial_state
+from floragrad.torch.storage import load, save
+from floragrad.torch.tensor_step import Group, State, TensorStep
+
+_ALL = (slice(None), slice(None))
+
+
+def converted_state(
+    state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, Slot]
+) -> dict[str, Any]:
+    """The state dictionary in the layout of an optimizer; the given one is left as it is.
+
+    Args:
+        state_dict: Of another Flora over the same parameters.
+        groups: Of the optimizer that is to load it.
+        slots: Its parameters.
+
+    Raises:
+        ValueError: It is not Flora's, or has other numbers of groups or parameters.
+    """
+    found = [len(group["params"]) for group in state_dict["param_groups"]]
+    expected = [len(group["params"]) for group in groups]
+    if found != expected:
+        raise ValueError(
+            f"the state has groups of {found} parameters, this optimizer of {expected}: convert the state of an "
+            "optimizer over the same parameters"
+        )
+    states, saved_groups, anew = dict(state_dict["state"]), [], []
+    position = 0
+    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        check_written_by_flora(f"group {number} of the state", saved)
+        option = changed_option(saved, group)
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if option and own_state(states.get(key, {})):
+                conversion = _Conversion(saved, group, slots[param], states[key], position, param.device)
+                states[key] = states[key] | conversion.state()
+                states[key] = {name: each for name, each in states[key].items() if conversion.keeps(name)}
+                anew += conversion.losses
+            position += 1
+        saved_groups.append(_converted_group(saved, group) if option else saved)
+    if anew:
+        more = f", and {len(anew) - 5} more" if len(anew) > 5 else ""
+        warnings.warn(f"the momentum starts anew for {', '.join(anew[:5])}{more}", UserWarning, stacklevel=3)
+    return {**state_dict, "state": states, "param_groups": saved_groups}
+
+
+def _converted_group(saved: Group, group: Group) -> Group:
+    """The saved options, with the layout of the group that they are for."""
+    layout = layout_of(group)
+    if bool(saved["beta1"]) == bool(group["beta1"]):
+        del layout["beta1"]
+    kept = {name: value for name, value in saved.items() if name != "device_type"}
+    device = {"device_type": device_types(group)} if group["projection"] == "gaussian" else {}
+    return {**kept, **layout, **device}
+
+
+class _Conversion:
+    """The state of one tensor, between two plans.
+
+    Attributes:
+        losses: Why its momentum starts anew, with its name; empty where it does not.
+    """
+
+    def __init__(
+        self, saved: Group, group: Group, slot: Slot, state: Mapping[str, Any], position: int, device: torch.device
+    ) -> None:
+        self.losses: list[str] = []
+        self._name, self._new_plan = slot.name, slot.plan
+        self._old_plan: TensorPlan = plan_of(torch.Size(slot.plan.shape), saved)
+        device = torch.device("cpu") if device.type == "meta" else device
+        whole = {key: each.full_tensor() if is_sharded(each) else each for key, each in own_state(state).items()}
+        self._old: State = exact_state(whole, device, self._old_plan)
+        number, step = int(self._old.get("tensor_id", position)), int(self._old["step"])
+        self._new: State = initial_state(slot.plan, group, number, device)
+        self._new["step"].fill_(step)
+        part = Part.whole(slot.plan.shape, slot.plan.view)
+        self._written = TensorStep(self._old_plan, saved, number, step, device, part)
+        self._wanted = TensorStep(self._new_plan, group, number, step, device, part)
+        self._elsewhere = saved.get("device_type", device.type) != device.type
+
+    def keeps(self, key: str) -> bool:
+        """Whether the converted state has an entry: its own, or one of a wrapper."""
+        return key in self._new or key not in STATE_KEYS
+
+    def state(self) -> State:
+        """The converted entries."""
+        self._convert_second_moment()
+        if self._new_plan.momentum != "none" and self._new["step"] > 0:
+            loss = self._convert_momentum()
+            if loss:
+                self.losses.append(f"{self._name} ({loss})")
+        return self._new
+
+    def _convert_second_moment(self) -> None:
+        old, new, view = self._old, self._new, self._new_plan.view
+        for key in new.keys() & old.keys() & {"row_var", "col_var", "variance"}:
+            new[key].copy_(old[key])
+        if view is None or self._old_plan.factored == self._new_plan.factored:
+            return
+        if self._new_plan.factored:
+            variance = old["variance"].view(view)
+            new["row_var"].copy_(variance.mean(-1).view(new["row_var"].shape))
+            new["col_var"].copy_(variance.mean(-2).view(new["col_var"].shape))
+            return
+        rows, columns = old["row_var"].view(view.batch, view.rows, 1), old["col_var"].view(view.batch, 1, view.columns)
+        new["variance"].copy_((rows / rows.mean(-2, keepdim=True) * columns).view(new["variance"].shape))
+
+    def _convert_momentum(self) -> str:
+        """Encode the momentum; or why it cannot be."""
+        old, new = self._old_plan, self._new_plan
+        if old.momentum == "none":
+            return "none was saved"
+        if new.view is None:
+            self._new["exp_avg"].copy_(self._old["exp_avg"])
+            return ""
+        rows = load(self._written.stored(self._old).read(_ALL), old.state_dtype, old.width)
+        if self._same_basis():
+            if self._wanted.is_learnt:
+                self._new["projection_weight"].copy_(self._old["projection_weight"])
+        else:
+            unbiased = new.momentum == "sketch" and not self._wanted.group["residual"]
+            if old.momentum == "sketch":
+                projection = _projection(self._written, self._old)
+                if not isinstance(projection, BucketProjection) and (self._elsewhere or not unbiased):
+                    return "Gaussian projections have no orthogonal decoder, and belong to a kind of device"
+                dense = rows.new_zeros(new.view)
+                decode = projection.add_decoded_ if unbiased else projection.add_orthogonal_
+                rows = decode(dense, rows)
+            if new.momentum == "sketch":
+                rows = _projection(self._wanted, self._new).encode(rows)
+        bits = None
+        if new.state_dtype != "float32":
+            bits = self._wanted.rounding(Stream.CONVERSION_ROUNDING, new.width, slice(None))
+        self._wanted.stored(self._new).write(_ALL, save(rows, new.state_dtype, bits))
+        return ""
+
+    def _same_basis(self) -> bool:
+        """Whether the sketch stays the same numbers, stored as they may be."""
+        old, new = self._old_plan, self._new_plan
+        if old.momentum == new.momentum == "whole":
+            return True
+        drawn = ("seed", "kappa") if new.projection != "adaptive" else ()
+        before, now = self._written.group, self._wanted.group
+        return (
+            old.momentum == new.momentum
+            and (old.projection, old.width) == (new.projection, new.width)
+            and all(before[name] == now[name] for name in drawn)
+            and not (old.projection == "gaussian" and self._elsewhere)
+        )
+
+
+def _projection(at: TensorStep, state: State) -> Projection:
+    """The projection that the momentum of a step is encoded with once the step is over."""
+    if at.is_learnt:
+        return BucketProjection.normalised(at.learnt_weight(state), at.plan.width)
+    return at.projection(at.epoch)
