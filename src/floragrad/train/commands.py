@@ -281,7 +281,7 @@ def _rates(text: str | None, name: str) -> tuple[float, ...] | None:
 
 
 def _new_name(name: str) -> Path:
-    """A folder below ``runs`` that is not there yet."""
+    """A folder below ``runs`` that is not there yet, and that no other process prepares."""
     stem = f"{name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     candidates = (Path("runs", stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not path.exists() and not any(path.parent.glob(f".{path.name}.*")))
