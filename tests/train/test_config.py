@@ -105,6 +105,29 @@ def test_other_json_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", "8", r"config\.json is not a run's configuration \(steps is '8'\)"),
+        ("steps", True, r"\(steps is True\)"),
+        ("steps", 1.5, r"\(steps is 1.5\)"),
+        ("steps", None, r"\(steps is None\)"),
+        ("keep_checkpoint", "yes", r"\(keep_checkpoint is 'yes'\)"),
+        ("text", 3, r"config\.json is not a run's configuration"),
+        ("lr", [1], r"\(lr is \[1\]\)"),
+        ("steps", -8, "--steps is -8: give a whole number of at least 1"),
+        ("batch_size", 0, "--batch-size is 0: give a whole number of at least 1"),
+        ("lr", float("nan"), "--lr is nan: give a number above 0"),
+        ("optimizer", "sgd", "--optimizer 'sgd' is unknown"),
+        ("threads", 10**9, "--threads is 1000000000: give a whole number of at least 1 and at most 4096"),
+    ],
+)
+def test_values_of_a_file_are_checked_too(name: str, value: object, message: str) -> None:
+    values = json.loads(RunConfig.resolve().to_json())
+    with pytest.raises(UserError, match=message):
+        RunConfig.from_json(json.dumps({**values, name: value}))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown: choose one of flora, adamw, adafactor"),
@@ -117,6 +140,7 @@ def test_other_json_is_refused(text: str) -> None:
         ({"rank": 0}, "--rank is 0: give a whole number of at least 1"),
         ({"seed": -1}, "--seed is -1: give a whole number of at least 0 and at most 4294967295"),
         ({"seed": 2**32}, "--seed is 4294967296: give a whole number of at least 0 and at most 4294967295"),
+        ({"timeout": 10**12}, "--timeout is 1000000000000: give a whole number of at least 1 and at most 10000000"),
         ({"lr": 0.0}, "--lr is 0.0: give a number above 0"),
         ({"embedding_lr": float("nan")}, "--embedding-lr is nan: give a number above 0"),
         ({"max_megabytes": -1.0}, "--max-megabytes is -1.0: give a number above 0"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from floragrad.train.environment import default_threads
 from floragrad.train.errors import UserError
@@ -41,8 +41,19 @@ SMALLEST: Final = {
     "timeout": 1,
     "seed": 0,
 }
+LARGEST_INTEGER: Final = 2**31 - 1
+"""What a C int holds; torch, numpy and the Trainer take no more everywhere."""
+LARGEST: Final = {
+    "seed": 2**32 - 1,
+    "threads": 4096,
+    "timeout": 10**7,
+    "lr": 1e37,  # its default multiple for the embedding is a float32 too
+    "embedding_lr": 1e38,
+    "weight_decay": 1e38,
+    "max_grad_norm": 1e38,
+    "max_megabytes": 1e12,
+}
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
-LARGEST: Final = {"seed": 2**32 - 1}
 POSITIVE: Final = ("lr", "embedding_lr", "max_megabytes")
 NOT_NEGATIVE: Final = ("weight_decay", "max_grad_norm")
 STANDARD_LIBRARY_MEGABYTES: Final = 4.0
@@ -169,14 +180,17 @@ class RunConfig:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            UserError: It is no such object.
+            UserError: It is no such object, or a value is out of range.
         """
         try:
             values = json.loads(text)
-            return replace(cls(**values), text=tuple(values["text"]))
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            config = replace(cls(**values), text=tuple(values["text"]))
+            _check_types(config)
+        except (ValueError, TypeError, KeyError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
+        _check_values({name: value for name, value in asdict(config).items() if value is not None})
+        return config
 
 
 def learning_rates(model: str, optimizer: str) -> LearningRates:
@@ -258,8 +272,9 @@ def _check_values(chosen: Mapping[str, Any]) -> None:
         if name in chosen and chosen[name] not in allowed:
             raise UserError(f"{option_name(name)} {chosen[name]!r} is unknown: choose one of {', '.join(allowed)}")
     for name, smallest in SMALLEST.items():
-        if name in chosen and not smallest <= chosen[name] <= LARGEST.get(name, chosen[name]):
-            limit = f" and at most {LARGEST[name]}" if name in LARGEST else ""
+        largest = LARGEST.get(name, LARGEST_INTEGER)
+        if name in chosen and not smallest <= chosen[name] <= largest:
+            limit = f" and at most {largest}" if name in LARGEST or chosen[name] > largest else ""
             raise UserError(f"{option_name(name)} is {chosen[name]}: give a whole number of at least {smallest}{limit}")
     for name in (*POSITIVE, *NOT_NEGATIVE):
         if name not in chosen:
@@ -268,6 +283,21 @@ def _check_values(chosen: Mapping[str, Any]) -> None:
         if not isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
             allowed_values = "above 0" if name in POSITIVE else "of 0 or more"
             raise UserError(f"{option_name(name)} is {value}: give a number {allowed_values}")
+        if value > LARGEST[name]:
+            raise UserError(f"{option_name(name)} is {value}: give a number of at most {LARGEST[name]:g}")
+
+
+def _check_types(config: RunConfig) -> None:
+    """Find a field that holds another type than it is declared with."""
+    for name, declared in get_type_hints(RunConfig).items():
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(declared) or (declared,))
+        if get_origin(declared) is tuple:
+            kinds = (tuple,)
+        if float in kinds:
+            kinds = (*kinds, int)
+        value = getattr(config, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _check_sharding(backend: str, optimizer: str) -> None:
