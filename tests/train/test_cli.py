@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
             "--fsdp divides the model over several processes, and this is one: start them with torchrun",
         ),
         (["train", "--timeout", "9"], "--timeout is how long to wait for one of several processes, and this is one: "),
+        (
+            ["train", "--steps", 10**30],
+            f"--steps is {10**30}: give a whole number of at least 1 and at most 2147483647",
+        ),
+        (["train", "--threads", "5000"], "--threads is 5000: give a whole number of at least 1 and at most 4096"),
+        (["train", "--max-megabytes", "1e305"], "--max-megabytes is 1e+305: give a number of at most 1e+12"),
+        (["train", "--lr", "1e39"], "--lr is 1e+39: give a number of at most 1e+37"),
         (["train", "--timeout", "0"], "--timeout is 0: give a whole number of at least 1"),
         (["train", "--out", "texts"], "--out texts is not empty: give the name of a new folder"),
         (["train", "--resume", "texts"], "--resume texts holds no run: give a folder that floragrad train has made"),
@@ -85,7 +93,7 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["compare", "--resume", "texts", "--seeds", "1"], "--resume continues with the options"),
         (["compare", "--text", "no.txt"], "--text no.txt does not exist"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_a_wrong_request_gets_one_line_and_makes_nothing(
     there: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -127,6 +135,60 @@ def test_a_model_without_a_tokenizer_is_refused(there: Path, capsys: pytest.Capt
     message = refused(capsys, "train", "--text", "texts", "--model", model, "--sequence-length", 32, "--rank", 8)
     assert message.startswith(f"--model {model} has no tokenizer that can be loaded: ")
     assert tree(there) == before
+
+
+def test_a_model_with_code_of_its_own_is_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, without a question and without running it; as `plan` does."""
+    model = write_gpt2(there / "gpt2", there / "texts")
+    values = read_json(model / "config.json")
+    values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (model / "config.json").write_text(json.dumps(values))
+    (model / "own.py").write_text("raise SystemExit('executed')")
+    rest = "brings code of its own (auto_map), which is not executed here: give a model that transformers itself has"
+    assert refused(capsys, "train", "--text", "texts", "--model", model) == f"--model {model} {rest}"
+    assert refused(capsys, "plan", model) == f"MODEL {model} {rest}"
+
+
+def test_a_quantized_model_is_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither trained nor planned for as if its weights were float32."""
+    model = write_gpt2(there / "gpt2", there / "texts")
+    values = read_json(model / "config.json")
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps({**values, "quantization_config": quantization}))
+    rest = (
+        "is quantized (bitsandbytes), and quantized weights are not trained: give the model that it was made from, "
+        "or remove quantization_config from its config.json"
+    )
+    assert refused(capsys, "train", "--text", "texts", "--model", model) == f"--model {model} {rest}"
+    assert refused(capsys, "plan", model) == f"MODEL {model} {rest}"
+
+
+def test_a_tokenizer_that_the_model_does_not_know_is_refused(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_gpt2(there / "gpt2", there / "texts")
+    values = read_json(model / "config.json")
+    (model / "config.json").write_text(json.dumps({**values, "vocab_size": 280}))
+    before = tree(there)
+    said = refused(capsys, "train", "--text", "texts", "--model", model, "--sequence-length", 16, "--rank", 8)
+    assert said.startswith(f"--model {model} has an embedding of 280 rows, and its tokenizer makes token ")
+    assert said.endswith(" of 300 from this text: save the tokenizer that belongs to the model, or the model after "
+                         "resize_token_embeddings")  # fmt: skip
+    assert tree(there) == before
+
+
+def test_a_checkpoint_to_resume_names_its_run(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(fast_config(there / "texts", steps=1), there / "run")
+    rest = "is a checkpoint, and a run goes on from its newest one: give the run's folder, --resume"
+    assert refused(capsys, "train", "--resume", "run/checkpoint-1") == f"--resume run/checkpoint-1 {rest} run"
+    assert refused(capsys, "train", "--resume", "run/checkpoint-7/") == f"--resume run/checkpoint-7 {rest} run"
+    monkeypatch.chdir(there / "run")
+    assert refused(capsys, "train", "--resume", "checkpoint-1") == f"--resume checkpoint-1 {rest} ."
+
+
+def test_a_model_is_no_run(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_gpt2(there / "gpt2", there / "texts")
+    assert "config.json is not a run's configuration" in refused(capsys, "train", "--resume", model)
 
 
 def test_a_run_is_never_written_over(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

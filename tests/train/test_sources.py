@@ -93,6 +93,19 @@ def test_a_dataset_is_read_from_a_folder(tmp_path: Path) -> None:
         read_documents(RunConfig.resolve(dataset=str(tmp_path)))
 
 
+def test_null_rows_of_a_dataset_are_left_out_and_counted(tmp_path: Path) -> None:
+    texts = ["first text", None, "second text", None, None, " "]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = read_documents(RunConfig.resolve(dataset=str(tmp_path)))
+    assert (documents.texts, documents.skipped) == (["first text", "second text"], 3)
+
+
+def test_a_column_of_numbers_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"body": "words", "id": 3}\n')
+    with pytest.raises(UserError, match=r"--text-column id of .* holds a value of type int, not text: .* body, id"):
+        read_documents(RunConfig.resolve(dataset=str(tmp_path), text_column="id"))
+
+
 def test_a_dataset_that_cannot_be_reached_says_so() -> None:
     with pytest.raises(UserError) as caught:
         read_documents(RunConfig.resolve(dataset="nobody/nothing"))

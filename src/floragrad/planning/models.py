@@ -21,6 +21,7 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad.planning.presets import MODELS
 from floragrad.torch.groups import widest_matrix
 from floragrad.train.errors import UserError
+from floragrad.train.models import refuse_quantized, refuse_remote_code
 
 Task = Literal["causal language model", "sequence-to-sequence model", "image classifier"]
 
@@ -190,6 +191,7 @@ def find_model(model: str) -> PlannedModel:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        refuse_remote_code(f"MODEL {model}", error)
         raise UserError(
             f"MODEL {model} is unknown: give a preset (floragrad plan --help lists them), a configuration file, a "
             "folder with a config.json, or the name of a model on a Hugging Face hub that can be reached"
@@ -207,6 +209,7 @@ def planned_model(config: Any, name: str) -> PlannedModel:
     Raises:
         UserError: It is no model that is trained on tokens, or on images with labels, or cannot be built here.
     """
+    refuse_quantized(f"MODEL {name}", config)
     task = _task(config)
     if task is None:
         raise UserError(

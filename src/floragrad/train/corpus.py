@@ -34,7 +34,7 @@ class CorpusFacts:
     Attributes:
         source: Where the text comes from.
         documents: How many texts there are, the held-out ones included.
-        skipped: Files that were left out because they are not text.
+        skipped: Files and rows that were left out because they are not text.
         megabytes: Their size in UTF-8.
         train_tokens: Tokens to train on.
         validation_tokens: Tokens held out.
@@ -70,7 +70,7 @@ class Corpus:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers loads it."""
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
 
     def train_blocks(self, config: RunConfig) -> "Blocks":
         """What the run reads, batch after batch, to its end."""
@@ -144,11 +144,18 @@ def sampled(blocks: int, count: int) -> NDArray[np.int64]:
     return np.sort(order[:count])
 
 
-def prepare_corpus(config: RunConfig, documents: Documents, folder: Path) -> Corpus:
+def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: int | None = None) -> Corpus:
     """Tokenize ``documents`` into ``folder``: two files of tokens, the tokenizer, and what is known of them.
 
+    Args:
+        config: Of the run.
+        documents: The texts.
+        folder: An empty one.
+        rows: Of the model's embedding; None where it gets as many as the tokenizer has entries.
+
     Raises:
-        UserError: The text is too short for one block to train on and one to validate with.
+        UserError: The text is too short for one block to train on and one to validate with, or has a token that the
+            model does not know.
     """
     train, validation = split(documents.texts)
     tokenizer = _tokenizer(config, train)
@@ -160,6 +167,7 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path) -> Cor
         counts[name] = 0
         with open(folder / f"{name}.bin", "wb") as file:
             for ids in _encoded(tokenizer, texts):
+                _check_known(config, tokenizer, ids, rows)
                 data = np.asarray(ids, dtype=dtype).tobytes()
                 digest.update(data)
                 counts[name] += len(ids)
@@ -183,6 +191,15 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path) -> Cor
     write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
     manifest.write(folder, folder.rglob("*"))
     return Corpus(folder, facts)
+
+
+def _check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:
+    if rows is not None and max(ids, default=0) >= rows:
+        raise UserError(
+            f"--model {config.model} has an embedding of {rows} rows, and its tokenizer makes token {max(ids)} of "
+            f"{len(tokenizer)} from this text: save the tokenizer that belongs to the model, or the model after "
+            "resize_token_embeddings"
+        )
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -236,7 +253,7 @@ def own_tokenizer(model: str) -> Any:
         f"{', '.join(PRESETS)}, which train their own"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise wrong from error
     # Where there are no files, transformers makes an empty tokenizer of the model's kind.

@@ -25,12 +25,14 @@ def model_config(config: RunConfig, vocab_size: int) -> Any:
     if config.model in PRESETS:
         return llama_config(config, vocab_size)
     try:
-        found = AutoConfig.from_pretrained(config.model)
+        found = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        refuse_remote_code(f"--model {config.model}", error)
         raise UserError(
             f"--model {config.model} is unknown: choose one of {', '.join(PRESETS)}, a folder with a model's "
             "config.json, or the name of a model on a Hugging Face hub that can be reached"
         ) from error
+    refuse_quantized(f"--model {config.model}", found)
     positions = getattr(found, "max_position_embeddings", None)
     if positions is not None and positions < config.sequence_length:
         raise UserError(
@@ -48,8 +50,9 @@ def build_model(config: RunConfig, vocab_size: int) -> Any:
     if config.model in PRESETS or bare:
         return _from_config(found, config)
     try:
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype])
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype], trust_remote_code=False)
     except (OSError, ValueError) as error:
+        refuse_remote_code(f"--model {config.model}", error)
         reason = " ".join(str(error).split())
         raise UserError(
             f"--model {config.model} cannot be loaded as a causal language model ({reason}): give another"
@@ -58,12 +61,17 @@ def build_model(config: RunConfig, vocab_size: int) -> Any:
 
 def rebuild_model(config: RunConfig, checkpoint: Path) -> Any:
     """A model of the checkpoint's architecture, whose weights the Trainer will load."""
-    return _from_config(AutoConfig.from_pretrained(checkpoint), config)
+    return _from_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), config)
 
 
 def trained_model(config: RunConfig, checkpoint: Path) -> Any:
     """The checkpoint's model with its weights."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.dtype])
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.dtype], trust_remote_code=False)
+
+
+def embedding_rows(config: RunConfig) -> int:
+    """How many tokens a model of Hugging Face knows."""
+    return int(model_config(config, 0).get_text_config().vocab_size)
 
 
 def widest_matrix(config: RunConfig) -> int:
@@ -77,10 +85,39 @@ def widest_matrix(config: RunConfig) -> int:
     return groups.widest_matrix(model)
 
 
+def refuse_remote_code(name: str, error: Exception) -> None:
+    """Say what is wrong where transformers would have to execute code of the model's own.
+
+    Raises:
+        UserError: That is the error.
+    """
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"{name} brings code of its own (auto_map), which is not executed here: give a model that transformers "
+            "itself has"
+        ) from error
+
+
+def refuse_quantized(name: str, config: Any) -> None:
+    """Refuse a configuration whose weights are stored in a low-bit format, which no step trains.
+
+    Raises:
+        UserError: It is one.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"{name} is quantized ({getattr(method, 'value', method)}), and quantized weights are not trained: give "
+            "the model that it was made from, or remove quantization_config from its config.json"
+        )
+
+
 def _from_config(found: Any, config: RunConfig) -> Any:
     try:
-        return AutoModelForCausalLM.from_config(found, dtype=DTYPES[config.dtype])
+        return AutoModelForCausalLM.from_config(found, dtype=DTYPES[config.dtype], trust_remote_code=False)
     except ValueError as error:
+        refuse_remote_code(f"--model {config.model}", error)
         raise UserError(
             f"--model {config.model} is a {found.model_type}, and that is no causal language model: give one that is"
         ) from error

@@ -59,7 +59,11 @@ def write_corpus(config: RunConfig, folder: Path) -> Corpus:
     """Read, tokenize and pack the text of a run into a new folder."""
     documents = read_documents(config)
     folder.mkdir()
-    return prepare_corpus(config, documents, folder)
+    if config.model in PRESETS:
+        return prepare_corpus(config, documents, folder)
+    from floragrad.train.models import embedding_rows
+
+    return prepare_corpus(config, documents, folder, embedding_rows(config))
 
 
 def train(folder: RunFolder, display: Display, processes: Processes = ALONE, start: Start = start) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
 def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
     """Say what is about to happen."""
     facts, held_out = corpus.facts, corpus.held_out_blocks(config)
-    skipped = f", {facts.skipped} files that are not text left out" if facts.skipped else ""
+    skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
     display.say(
         f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {environment.machine(engine.gpu)}\n"
         f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "

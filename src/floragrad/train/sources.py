@@ -24,7 +24,7 @@ class Documents:
     Attributes:
         texts: One string a document.
         source: Where they come from, in a few words.
-        skipped: Files of a folder that were left out because they are not UTF-8 text.
+        skipped: What was left out because it is no text: files of a folder that are not UTF-8, and null rows.
     """
 
     texts: list[str]
@@ -149,25 +149,34 @@ def _from_dataset(config: RunConfig) -> Documents:
     assert config.dataset is not None
     try:
         rows = datasets.load_dataset(config.dataset, config.dataset_config, split=config.dataset_split, streaming=True)
-        texts = _column(rows, config)
+        texts, skipped = _column(rows, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--dataset {config.dataset} cannot be loaded ({reason}): give the name of a dataset that can be "
             "reached, a folder with its files, or --text"
         ) from error
-    return Documents(texts, f"{config.dataset} ({config.dataset_split})")
+    return Documents(texts, f"{config.dataset} ({config.dataset_split})", skipped)
 
 
-def _column(rows: Iterable[dict[str, Any]], config: RunConfig) -> list[str]:
-    texts, budget, name = [], _Budget(config.max_megabytes), config.text_column
+def _column(rows: Iterable[dict[str, Any]], config: RunConfig) -> tuple[list[str], int]:
+    """The texts of a dataset's column, and how many rows have none (null)."""
+    texts, skipped, budget, name = [], 0, _Budget(config.max_megabytes), config.text_column
     assert name is not None
     for row in rows:
         if budget.spent:
             break
-        if not isinstance(row.get(name), str):
+        if name not in row:
             columns = ", ".join(sorted(row))
             raise UserError(f"--text-column {name} is no text of {config.dataset}: its columns are {columns}")
-        if row[name].strip():
-            texts.append(budget.take(row[name]))
-    return texts
+        text = row[name]
+        if text is None:
+            skipped += 1
+        elif not isinstance(text, str):
+            raise UserError(
+                f"--text-column {name} of {config.dataset} holds a value of type {type(text).__name__}, not text: give "
+                f"a column of text, its columns are {', '.join(sorted(row))}"
+            )
+        elif text.strip():
+            texts.append(budget.take(text))
+    return texts, skipped
