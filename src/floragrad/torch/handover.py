@@ -12,6 +12,11 @@ from floragrad.policy import Buffer
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
 """Classes of tensors without a behaviour of their own."""
 
+_STATE_REMEDY: Final = (
+    "leave the optimizer's state as it is; load_state_dict() restores a saved one, and "
+    "optimizer.state[parameter].clear() begins a new one"
+)
+
 _REAL: Final = PLAIN - {FakeTensor}
 
 
@@ -91,8 +96,17 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise RuntimeError(f"{name} is expanded: several of its elements share memory; make it contiguous")
 
 
-def checked_gradient(name: str, grad: Tensor, param: Tensor) -> Tensor:
+def checked_gradient(
+    name: str, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """The gradient of a parameter, with the values in memory that it reads as.
+
+    Args:
+        name: Of the parameter.
+        grad: As backward left it.
+        shape: Of the part that is here.
+        dtype: Of the parameter; another floating one is taken too, by PyTorch's code.
+        device: Of the parameter.
 
     Raises:
         RuntimeError: It is not dense, or of another shape, device or kind of dtype than the parameter.
@@ -103,10 +117,9 @@ def checked_gradient(name: str, grad: Tensor, param: Tensor) -> Tensor:
             "give sparse=False to its embedding"
         )
     grad = in_memory(grad)
-    # PyTorch's code takes gradients of another floating dtype.
-    fault = fault_of(grad, param.shape, grad.dtype if grad.is_floating_point() else param.dtype)
-    if not fault and grad.device != param.device:
-        fault = f"is on {grad.device}, not on {param.device}"
+    fault = fault_of(grad, shape, grad.dtype if grad.is_floating_point() else dtype)
+    if not fault and grad.device != device:
+        fault = f"is on {grad.device}, not on {device}"
     if fault:
         raise RuntimeError(f"the gradient of {name} {fault}: zero_grad(), and run the backward pass again")
     return grad
@@ -124,23 +137,33 @@ def checked_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str,
         RuntimeError: Naming the entry that is missing, or has another shape or dtype.
     """
     if "step" not in state:
-        raise RuntimeError(_misfit("step", name, "is missing"))
+        raise RuntimeError(f"state['step'] of {name} is missing: {_STATE_REMEDY}")
     for key, (shape, dtype) in layout.state.items():
         value = state.get(key)
         fault = fault_of(value, shape, dtype) if key in state else f"of shape {shape} is missing"
         if fault:
-            raise RuntimeError(_misfit(key, name, fault))
+            raise RuntimeError(f"state[{key!r}] of {name} {fault}: {_STATE_REMEDY}")
         assert isinstance(value, Tensor)
         if is_plain(value) and (not value.is_contiguous() or value.is_neg()):
             state[key] = in_memory(value).contiguous()
     return state
 
 
-def _misfit(key: str, name: str, fault: str) -> str:
-    return (
-        f"state[{key!r}] of {name} {fault}: leave the optimizer's state as it is; "
-        "load_state_dict() restores a saved one, and optimizer.state[parameter].clear() begins a new one"
-    )
+def check_sketch(name: str, buffers: Mapping[str, Tensor], layout: Layout) -> None:
+    """Refuse the buffers of an accumulator's sketch that are not as they were allocated.
+
+    Raises:
+        RuntimeError: Naming the parameter and the buffer.
+    """
+    for key, (shape, dtype) in layout.state.items():
+        fault = fault_of(buffers.get(key), shape, dtype)
+        if not fault and not buffers[key].is_contiguous():
+            fault = "is not contiguous"
+        if fault:
+            raise RuntimeError(
+                f"the sketch of {name}: {key!r} {fault}; leave its buffers as they are, and load_state_dict() a saved "
+                "window, or construct a new accumulator"
+            )
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from floragrad.torch.slots import (
 )
 from floragrad.torch.step import step_part, step_tensors
 from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
+from floragrad.torch.untraced import untraced
 from floragrad.torch.vectors import step_vectors, steps_with_others
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class Flora(torch.optim.Optimizer):
         self.defaults.update(scheduler_defaults(defaults, self.param_groups))
         self._warn_if_little_is_compressed()
 
+    @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its state is allocated at once.
 
@@ -203,6 +205,7 @@ class Flora(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -243,6 +246,7 @@ class Flora(torch.optim.Optimizer):
         step_together(sharded)
         return loss
 
+    @untraced
     @torch.no_grad()
     def step_parameter(self, param: Tensor) -> None:
         """Update one parameter from its ``.grad``, for updates layer by layer; :meth:`step` calls it for all.
@@ -276,6 +280,7 @@ class Flora(torch.optim.Optimizer):
         else:
             step_tensors([update])
 
+    @untraced
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
 
@@ -298,12 +303,14 @@ class Flora(torch.optim.Optimizer):
             )
         )
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
         self._follow()
         saved = super().state_dict()
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
+    @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, every tensor in the dtype of its plan.
 

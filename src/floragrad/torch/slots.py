@@ -182,17 +182,15 @@ def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Ten
     if not is_sharded(param):
         assert param.grad is not None
         check_parameter(slot.name, param)
-        return param, checked_gradient(slot.name, param.grad, param), checked_state(slot.name, state, slot.layout)
+        grad = checked_gradient(slot.name, param.grad, slot.layout.shape, param.dtype, param.device)
+        return param, grad, checked_state(slot.name, state, slot.layout)
     from floragrad.torch.distributed.shards import local_gradient
 
     local, found = param.to_local(), {key: here(value) for key, value in state.items()}
     check_shape(f"{slot.name}, on this device,", local.shape, slot.layout.shape)
     check_parameter(slot.name, local)
-    return (
-        local,
-        checked_gradient(slot.name, local_gradient(param), local),
-        checked_state(slot.name, found, slot.layout),
-    )
+    grad = checked_gradient(slot.name, local_gradient(param), slot.layout.shape, param.dtype, local.device)
+    return local, grad, checked_state(slot.name, found, slot.layout)
 
 
 def without_repetition(params: Any) -> list[Any]:

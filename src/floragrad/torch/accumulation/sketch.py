@@ -9,6 +9,7 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.handover import Layout, check_sketch, checked_gradient
 from floragrad.torch.native.fold import can_fold, fold_native
 from floragrad.torch.part import Part
 from floragrad.torch.philox import Philox
@@ -41,6 +42,7 @@ class GradientSketch:
         device: Where the buffers are allocated; they follow the gradients if those move.
         rank: Of several processes: each rounds with bits of its own, so that their errors average out.
         part: What of the tensor is here; None: all of it. The plan is the part's.
+        name: Of the tensor, for messages.
 
     Attributes:
         folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
@@ -55,6 +57,7 @@ class GradientSketch:
         device: torch.device,
         rank: int = 0,
         part: Part | None = None,
+        name: str | None = None,
     ) -> None:
         self.plan = plan
         self._part = part or Part.whole(plan.shape, plan.view)
@@ -63,6 +66,8 @@ class GradientSketch:
         self._seed = seed
         self._index = index
         self._rank = rank
+        self._name = f"tensor {index}" if name is None else name
+        self._layout = Layout.of(plan.shape, plan.buffers)
         self._buffers: dict[str, Tensor] = {}
         self._allocate(device)
 
@@ -79,7 +84,11 @@ class GradientSketch:
             weight: w.
             window: Which window; another projection and other rounding for each.
             measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
+
+        Raises:
+            RuntimeError: The gradient is not of the plan's shape, or a buffer not as it was allocated.
         """
+        grad = checked_gradient(self._name, grad, self.plan.shape, torch.float32, grad.device)
         self._stored(grad.device)
         if self.folds == 0 and "noise" in self._buffers:
             self._buffers["noise"].zero_()
@@ -255,7 +264,8 @@ class GradientSketch:
         }
 
     def _stored(self, device: torch.device, rounding: RoundingBits | None = None) -> StoredRows:
-        """The buffers, on the device where they are needed."""
+        """The buffers, as they were allocated, on the device where they are needed."""
+        check_sketch(self._name, self._buffers, self._layout)
         if self._buffers["data"].is_meta:
             self._allocate(device)
         elif self._buffers["data"].device != device:

@@ -118,7 +118,7 @@ class Slots:
         sketch = None
         if self._sketched:
             sketch = GradientSketch(
-                plan, settings.projection, settings.seed, each.index, param.device, self._rank, part
+                plan, settings.projection, settings.seed, each.index, param.device, self._rank, part, each.name
             )
         return Slot(each.index, each.name, param, each.optimizer, plan, sketch, part)
 

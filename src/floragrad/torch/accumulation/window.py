@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from floragrad.policy import AccumulatorPlan
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.distributed.lockstep import here, is_sharded
+from floragrad.torch.handover import check_shape, checked_gradient
 from floragrad.torch.part import Part
 
 
@@ -103,7 +104,12 @@ class Slot:
         return is_folded or self.updated or self.param.grad is not None
 
     def local_grad(self) -> Tensor | None:
-        """What is here of ``.grad``."""
+        """What is here of ``.grad``.
+
+        Raises:
+            RuntimeError: The parameter was resized after the accumulator was made.
+        """
+        check_shape(self.name, here(self.param).shape, self.plan.shape)
         if is_sharded(self.param) and self.param.grad is not None:
             from floragrad.torch.distributed.shards import local_gradient
 
@@ -117,9 +123,12 @@ class Slot:
             False where the window has seen no gradient of this parameter: ``.grad`` stays None.
         """
         grad = self.local_grad()
+        if grad is not None:
+            grad = checked_gradient(self.name, grad, self.plan.shape, self.param.dtype, self.param.device)
         if self.sketch is None or self.sketch.folds == 0:
             if grad is not None and (isinstance(factor, Tensor) or own * factor != 1.0):
                 grad.mul_(factor.to(grad.device) * own if isinstance(factor, Tensor) else factor * own)
+                self._put(grad)
             return grad is not None
         if grad is None:
             grad, own = torch.empty(self.plan.shape, dtype=self.param.dtype, device=self.param.device), 0.0

@@ -11,7 +11,8 @@ from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Fold, library
 
 def can_fold(grad: Tensor, buffers: dict[str, Tensor]) -> bool:
     """Whether the kernels can fold this gradient into these buffers, of a sketch that is no Gaussian one."""
-    return library() is not None and not obstacle_of(grad) and all(map(lies_plainly, buffers.values()))
+    is_empty = grad.numel() == 0
+    return not is_empty and library() is not None and not obstacle_of(grad) and all(map(lies_plainly, buffers.values()))
 
 
 def fold_native(

@@ -1,0 +1,121 @@
+"""Gradients and parameters that are not as an accumulator planned are refused by name, or folded as they read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from floragrad import Flora, GradientAccumulator
+from floragrad.policy import plan_accumulator
+from floragrad.torch.accumulation.sketch import GradientSketch
+from tests.torch.test_handover import negated
+
+pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "release": lambda params: Flora(params, lr=1e-2, rank=4),
+    "materialise": lambda params: torch.optim.SGD(params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 64)], ids=str)
+def test_empty_parameters_take_part(shape: tuple[int, ...], optimizer: str, code: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.ones(24, 40))]
+    with GradientAccumulator(OPTIMIZERS[optimizer](params), steps=2) as accumulator:
+        for _ in range(2):
+            accumulator.backward(params[0].sum() + params[1].square().sum())
+        norm = accumulator.clip_grad_norm_(1e9)
+        assert norm == pytest.approx(2 * (24 * 40) ** 0.5, rel=0.05)
+        assert accumulator.step()
+    assert params[0].shape == shape
+    assert (params[1] < 1).all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("shape", [(24, 40), (40,)], ids=str)
+def test_a_resized_parameter_is_refused(shape: tuple[int, ...], steps: int, optimizer: str, code: str) -> None:
+    param = torch.nn.Parameter(torch.ones(shape))
+    with GradientAccumulator(
+        OPTIMIZERS[optimizer]([param]), steps=steps, clip=True if optimizer == "release" else None
+    ) as accumulator:
+        param.data = torch.ones(3, *shape[1:])
+        with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(3.*but had \((24|40),.*construct"):
+            accumulator.backward(param.sum())
+        accumulator.zero_grad()
+    assert torch.equal(param, torch.ones(3, *shape[1:]))
+
+
+class Negated(torch.autograd.Function):
+    """The identity, whose gradient comes with the negative bit."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return negated(grads[0])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_with_the_negative_bit_are_folded_as_they_read(steps: int, optimizer: str, code: str) -> None:
+    def train(through: Callable[[Tensor], Tensor]) -> Tensor:
+        param = torch.nn.Parameter(torch.ones(24, 40))
+        weights = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+        with GradientAccumulator(OPTIMIZERS[optimizer]([param]), steps=steps) as accumulator:
+            for _ in range(steps):
+                accumulator.backward((through(param) * weights).sum())
+            accumulator.step()
+        return param.detach()
+
+    assert torch.equal(train(lambda param: Negated.apply(param)), train(lambda param: param))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_zeros_without_memory_are_folded_as_zeros(steps: int, optimizer: str, code: str) -> None:
+    param = torch.nn.Parameter(torch.ones(24, 40))
+    param.register_hook(lambda grad: torch._efficientzerotensor(grad.shape))
+    with GradientAccumulator(OPTIMIZERS[optimizer]([param]), steps=steps) as accumulator:
+        for _ in range(steps):
+            accumulator.backward(param.sum())
+        assert accumulator.step()
+    assert torch.equal(param, torch.ones(24, 40))
+
+
+@pytest.mark.parametrize("state_dtype", ["int4", "float32"])
+def test_sketches_take_nothing_but_what_they_planned(state_dtype: Any, code: str) -> None:
+    plan = plan_accumulator((24, 130), ratio=2, state_dtype=state_dtype, kind="matrix")
+
+    def sketch() -> GradientSketch:
+        return GradientSketch(plan, "sign", 0, 0, torch.device("cpu"), name="weight")
+
+    with pytest.raises(RuntimeError, match=r"gradient of weight has shape \(24, 129\).*not \(24, 130\)"):
+        sketch().add(torch.ones(24, 129), 1.0, 0, measure_noise=True)
+    with pytest.raises(RuntimeError, match=r"gradient of weight .*int64"):
+        sketch().add(torch.ones(24, 130, dtype=torch.int64), 1.0, 0, measure_noise=True)
+    harms: list[tuple[Callable[[Tensor], Tensor], str]] = [
+        (lambda data: data[..., :-1], "has shape"),
+        (lambda data: data.to(torch.float64), "float64"),
+        (lambda data: data.expand(2, *data.shape)[0].transpose(1, 2).contiguous().transpose(1, 2), "not contiguous"),
+    ]
+    for harm, message in harms:
+        broken = sketch()
+        broken.add(torch.ones(24, 130), 1.0, 0, measure_noise=True)
+        broken.buffers["data"] = harm(broken.buffers["data"])
+        for work in (
+            lambda each: each.add(torch.ones(24, 130), 1.0, 0, measure_noise=True),
+            lambda each: each.decode_into(torch.ones(24, 130), 0, 1.0, 1.0),
+            lambda each: each.squared_norm(),
+        ):
+            with pytest.raises(RuntimeError, match=rf"the sketch of weight: 'data'.*{message}"):
+                work(broken)
+    freed = sketch()
+    freed.buffers["data"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"the sketch of weight: 'data'.*has no memory"):
+        freed.add(torch.ones(24, 130), 1.0, 0, measure_noise=True)
