@@ -28,6 +28,7 @@ from floragrad.torch.accumulation.settings import (
 from floragrad.torch.accumulation.slots import Slots, owners_of
 from floragrad.torch.accumulation.window import Window, exactly
 from floragrad.torch.accumulation.witness import Witness
+from floragrad.torch.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,6 +168,7 @@ class GradientAccumulator(MicroBatches):
         """Whether the sketches are summed over several processes."""
         return self._ranks is not None
 
+    @untraced
     def flush(self) -> bool:
         """End the window early, at the end of an epoch; clip and step as ever if it returns True.
 
@@ -187,6 +189,7 @@ class GradientAccumulator(MicroBatches):
             self._end()
         return window.ended
 
+    @untraced
     def flush_if_fed(self) -> None:
         """End the window if the last micro-batch has given a gradient here or on another process."""
         fed = any(slot.folded for slot in self._slots)
@@ -194,6 +197,7 @@ class GradientAccumulator(MicroBatches):
             self.flush()
 
     @property
+    @untraced
     def grad_norm(self) -> Tensor:
         """The global norm of the complete window's mean gradient, before clipping, of one element.
 
@@ -208,6 +212,7 @@ class GradientAccumulator(MicroBatches):
                 self._window.norm = self._finish.norm(self._window)
         return self._window.norm
 
+    @untraced
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the window's mean gradient so that its global norm is at most ``max_norm``.
 
@@ -222,6 +227,7 @@ class GradientAccumulator(MicroBatches):
             self._finish.clip(self._window, max_norm)
         return norm
 
+    @untraced
     def step(self) -> bool:
         """Update the parameters with the window's mean gradient, and begin a new window.
 
@@ -241,6 +247,7 @@ class GradientAccumulator(MicroBatches):
         self._next_window()
         return stepped
 
+    @untraced
     def zero_grad(self) -> None:
         """Drop the window, with all that it holds; nothing happens between two windows."""
         window = self._window
@@ -249,6 +256,7 @@ class GradientAccumulator(MicroBatches):
         if window.seen or window.is_open or window.ended:
             self._next_window()
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """The window's position and its sketches; between two windows only the position.
 
@@ -268,6 +276,7 @@ class GradientAccumulator(MicroBatches):
             )
         return window_state(window, self._slots, self._settings, self._ranks)
 
+    @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a window where another process left it.
 
@@ -285,6 +294,7 @@ class GradientAccumulator(MicroBatches):
         self.zero_grad()
         self._window = load_window(state_dict, self._slots, self._fresh(0))
 
+    @untraced
     def report(self) -> AccumulatorReport:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
 
@@ -296,6 +306,7 @@ class GradientAccumulator(MicroBatches):
             tuple(accumulator_row(slot.name, slot.plan, slot.sketch is not None) for slot in self._slots)
         )
 
+    @untraced
     def close(self) -> None:
         """Remove every hook and free the sketches: the model is as it was found."""
         if self._closed:

@@ -12,6 +12,7 @@ from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Slot, Window, exactly
 from floragrad.torch.accumulation.witness import Witness
+from floragrad.torch.untraced import untraced
 
 
 class MicroBatches:
@@ -32,6 +33,7 @@ class MicroBatches:
         """N, the micro-batches of a window."""
         return self._settings.steps
 
+    @untraced
     def backward(self, loss: Tensor, weight: float | None = None) -> None:
         """Run the backward pass of one micro-batch; gradients are folded and freed on the way.
 
@@ -82,6 +84,7 @@ class MicroBatches:
             raise
         self.end_micro_batch()
 
+    @untraced
     def begin_micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> None:
         """Expect gradients from now on; for loops that cannot use :meth:`micro_batch`."""
         self._check_quiet()
@@ -105,6 +108,7 @@ class MicroBatches:
         window.weighted = given
         window.weight = 1 / self.steps if weight is None else float(weight)
 
+    @untraced
     def end_micro_batch(self) -> None:
         """No more gradients of this micro-batch; the last one completes the window."""
         window = self._window

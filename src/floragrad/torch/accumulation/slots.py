@@ -19,6 +19,7 @@ from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import Slot
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.part import Part
+from floragrad.torch.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -154,6 +155,7 @@ def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[Accumula
     return replace(plan, shape=tuple(param.to_local().shape), view=part.view), part
 
 
+@untraced
 def _call(owner: "weakref.ref[Owner]", slot: Slot, _: Tensor) -> None:
     accumulator = owner()
     if accumulator is not None:
