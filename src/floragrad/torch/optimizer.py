@@ -303,6 +303,12 @@ class Flora(torch.optim.Optimizer):
             )
         )
 
+    def tensor_ids(self) -> dict[Tensor, int]:
+        """The number of each parameter, which its random streams are drawn with, and which is saved with its state."""
+        self._follow()
+        states = {param: self.state.get(param, {}) for param in self._slots}
+        return {param: int(states[param].get("tensor_id", slot.index)) for param, slot in self._slots.items()}
+
     @untraced
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""

@@ -238,6 +238,7 @@ class GradientAccumulator(MicroBatches):
             RuntimeError: The window is not complete.
         """
         self._check_complete("step()")
+        self._slots.check_listed()
         if self.releases:
             self._check_no_gradients()
         if self._scaler is not None:

@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Listed:
-    """One parameter of the optimizers: its position among all, its name, its kind, and whose it is."""
+    """One parameter of the optimizers: its number among all, its name, its kind, and whose it is."""
 
     index: int
     name: str
@@ -101,15 +101,25 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
 
 
 def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
-    """All parameters in order, the frozen ones too, so that positions stay when one is unfrozen."""
-    index = 0
+    """All parameters in order, the frozen ones too, so that numbers stay when one is unfrozen.
+
+    The numbers are Flora's own, which are saved with its state; positions with other optimizers. A number that a
+    parameter before has already is replaced by an unused one.
+    """
+    used: set[int] = set()
+    position = 0
     for optimizer in optimizers:
+        known = optimizer.tensor_ids() if isinstance(optimizer, Flora) else {}
         for group in optimizer.param_groups:
-            names = group.get("param_names") or [f"parameter {index + i}" for i in range(len(group["params"]))]
-            for name, param in zip(names, group["params"], strict=True):
-                kind = group.get("kind") if group.get("kind") in get_args(Kind) else None
-                yield Listed(index, name, param, kind, optimizer)
-                index += 1
+            names = group.get("param_names") or ()
+            is_named = len(names) == len(group["params"])
+            kind = group.get("kind") if group.get("kind") in get_args(Kind) else None
+            for place, param in enumerate(group["params"]):
+                index = known.get(param, position)
+                index = max(used) + 1 if index in used else index
+                used.add(index)
+                yield Listed(index, names[place] if is_named else f"parameter {position}", param, kind, optimizer)
+                position += 1
 
 
 def can_release(optimizers: tuple[Optimizer, ...]) -> bool:

@@ -38,13 +38,14 @@ class GradientSketch:
         plan: What is kept.
         projection: ``"sign"`` or ``"gaussian"``.
         seed: Of projections and of rounding.
-        index: The tensor's position in the optimizer.
+        index: The number that the tensor's random streams are drawn with.
         device: Where the buffers are allocated; they follow the gradients if those move.
         rank: Of several processes: each rounds with bits of its own, so that their errors average out.
         part: What of the tensor is here; None: all of it. The plan is the part's.
         name: Of the tensor, for messages.
 
     Attributes:
+        index: That number; it may change while there are no folds.
         folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
     """
 
@@ -64,7 +65,7 @@ class GradientSketch:
         self.folds = 0
         self._kind: ProjectionKind = projection
         self._seed = seed
-        self._index = index
+        self.index = index
         self._rank = rank
         self._name = f"tensor {index}" if name is None else name
         self._layout = Layout.of(plan.shape, plan.buffers)
@@ -112,7 +113,7 @@ class GradientSketch:
             is_first=self.folds == 0,
             weight=weight,
             seed=self._seed,
-            index=self._index,
+            index=self.index,
             window=window,
             counter=self._counter(window, self.folds),
             measure_noise=measure_noise,
@@ -303,7 +304,7 @@ class GradientSketch:
         """What to round with: for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
-        source = Philox(self._seed, self._index, self._counter(window, folds), stream)
+        source = Philox(self._seed, self.index, self._counter(window, folds), stream)
         return self._part.rounding(source, self.plan.width, slice(None), device)
 
     def _counter(self, window: int, folds: int) -> int:
@@ -313,7 +314,7 @@ class GradientSketch:
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:
             return None
-        source = Philox(self._seed, self._index, window, Stream.ACCUMULATOR)
+        source = Philox(self._seed, self.index, window, Stream.ACCUMULATOR)
         device = self._buffers["data"].device
         return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
 

@@ -94,9 +94,15 @@ class Slots:
         return listed_parameters(self._optimizers)
 
     def adopt(self) -> None:
-        """Take in what is trainable and new: at first everything, later groups added and parameters unfrozen."""
-        new = [each for each in self.listed() if each.param.requires_grad and each.param not in self._slots]
+        """Follow the optimizers between two windows: what is new and trainable is taken in, what is gone let go."""
+        listed = {each.param: each for each in self.listed()}
+        new = [each for param, each in listed.items() if param.requires_grad and param not in self._slots]
         _check_free(new)
+        if not any(slot.sketch is not None and slot.sketch.folds for slot in self):
+            for param in [param for param in self._slots if param not in listed]:
+                self._let_go(param)
+            for param, slot in self._slots.items():
+                slot.renumber(listed[param].index)
         for slot in [self._slot(each) for each in new]:
             hook = partial(_call, self._owner, slot)
             slot.handle = slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -105,11 +111,28 @@ class Slots:
 
     def release(self) -> None:
         """Remove the hooks and free the sketches."""
+        for param in list(self._slots):
+            self._let_go(param)
+
+    def check_listed(self) -> None:
+        """Refuse to step a parameter that left its optimizer inside the window.
+
+        Raises:
+            RuntimeError: With the way out.
+        """
+        listed = {each.param for each in self.listed()}
         for param, slot in self._slots.items():
-            if slot.handle is not None:
-                slot.handle.remove()
-            _owners.pop(param, None)
-        self._slots.clear()
+            if param not in listed:
+                raise RuntimeError(
+                    f"{slot.name} left the groups of its optimizer inside a window: zero_grad() drops the window, and "
+                    "the next one follows the groups; change them between two windows"
+                )
+
+    def _let_go(self, param: Tensor) -> None:
+        slot = self._slots.pop(param)
+        if slot.handle is not None:
+            slot.handle.remove()
+        _owners.pop(param, None)
 
     def _slot(self, each: Listed) -> Slot:
         settings = self._settings

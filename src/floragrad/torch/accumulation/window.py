@@ -74,7 +74,7 @@ class Slot:
     """One parameter under accumulation.
 
     Attributes:
-        index: Its position among all parameters of the optimizers.
+        index: Its number among all parameters of the optimizers, which its random streams are drawn with.
         name: As the optimizer knows it.
         param: The parameter.
         optimizer: The one that updates it.
@@ -102,6 +102,12 @@ class Slot:
         """Whether the window has seen a gradient of it."""
         is_folded = self.sketch is not None and self.sketch.folds > 0
         return is_folded or self.updated or self.param.grad is not None
+
+    def renumber(self, index: int) -> None:
+        """Draw with another number from the next window on."""
+        self.index = index
+        if self.sketch is not None:
+            self.sketch.index = index
 
     def local_grad(self) -> Tensor | None:
         """What is here of ``.grad``.
