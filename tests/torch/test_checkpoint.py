@@ -169,3 +169,18 @@ def test_a_state_is_loaded_for_parameters_frozen_when_it_was_saved() -> None:
     optimizer.load_state_dict(saved)
     run(thawed, optimizer, [torch.ones(24, 40)])
     assert optimizer.state[thawed]["step"] == 1
+
+
+def test_states_of_the_former_rule_are_refused_by_name() -> None:
+    """Earlier versions took a 64 x 640 matrix and long kernels for embeddings: their states have no momentum."""
+    shapes = ((64, 640), (256, 1, 3))
+
+    def params() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+
+    written = Flora([{"params": params(), "kind": "vocabulary"}], lr=1e-3).state_dict()
+    written["param_groups"][0]["kind"] = None
+    optimizer = Flora(params(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"parameter 0 has no momentum, .*\(64, 640\) keeps one: earlier versions"):
+        optimizer.load_state_dict(written)
+    assert all("exp_avg" in state for state in optimizer.state.values())

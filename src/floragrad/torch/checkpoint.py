@@ -1,7 +1,7 @@
 """What a checkpoint must agree on before its state is read, and how its tensors come back."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
 
 Group = dict[str, Any]
+_MOMENTUM_STATE: Final = ("exp_avg", "exp_avg_scale", "projection_weight")
 
 
 def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
@@ -91,6 +92,13 @@ def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None
     expected = {name: buffer.shape for name, buffer in plan.buffers.items()}
     # States of earlier releases have no number: it is the position.
     found = {"tensor_id": ()} | {name: tuple(value.shape) for name, value in own_state(saved).items()}
+    without_momentum = {name: shape for name, shape in expected.items() if name not in _MOMENTUM_STATE}
+    if found == without_momentum != expected:
+        raise ValueError(
+            f"the loaded state of parameter {key} has no momentum, this optimizer's parameter of shape {plan.shape} "
+            "keeps one: earlier versions of floragrad took tensors more than four times as long as wide for embeddings, "
+            "which keep none; start with a fresh state"
+        )
     if found != expected:
         raise ValueError(
             f"the loaded state of parameter {key} has {found}, this optimizer's parameter of shape "
