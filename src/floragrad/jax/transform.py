@@ -56,7 +56,8 @@ def scale_by_flora(
 
     M is k x m with k ≈ n·rank / min(m, n): the only large state. With ``residual=False``, the paper's
     estimator, D = (1 − b1) U + b1 Pᵀ M with M and P as they were before this step. Arrays that hold no matrix
-    keep their momentum whole, in float32; embedding-like ones (aspect ratio above 4) keep none unless asked to.
+    keep their momentum whole, in float32; matrices of an embedding's shape (above 8,192 long and at least 8 times as
+    long as wide) keep none unless asked to.
     Maths is float32; updates are returned in the dtype that they come in.
 
     Args:

@@ -96,8 +96,8 @@ def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None
     if found == without_momentum != expected:
         raise ValueError(
             f"the loaded state of parameter {key} has no momentum, this optimizer's parameter of shape {plan.shape} "
-            "keeps one: earlier versions of floragrad took tensors more than four times as long as wide for embeddings, "
-            "which keep none; start with a fresh state"
+            "keeps one: earlier versions took tensors more than four times as long as wide for embeddings, which keep "
+            "none; start with a fresh state"
         )
     if found != expected:
         raise ValueError(
