@@ -22,6 +22,7 @@ from floragrad.torch.accumulation.settings import (
     as_optimizers,
     can_release,
     check_clip,
+    check_drop,
     check_release,
     ranks_of,
 )
@@ -75,6 +76,8 @@ class GradientAccumulator(MicroBatches):
             one process and no scaler.
         scaler: Of fp16 training: :meth:`backward` scales the loss, :meth:`step` skips the window where a
             gradient was not finite; ``scaler.update()`` stays yours to call.
+        drop_nonfinite: Drop every micro-batch with a gradient that is not finite, as :meth:`drop_micro_batch` does.
+            A second copy of the sketches is kept for it.
         process_group: The processes that train together, each with micro-batches of its own and an accumulator
             made alike. None: the default group, or this process alone where there is none; with sharded parameters
             nobody, for their gradients are summed already.
@@ -118,6 +121,7 @@ class GradientAccumulator(MicroBatches):
         release: bool | None = None,
         clip: bool | None = None,
         scaler: GradScaler | None = None,
+        drop_nonfinite: bool = False,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         self._settings = Settings.checked(
@@ -129,15 +133,20 @@ class GradientAccumulator(MicroBatches):
         if release:
             check_release(optimizers)
         check_clip(clip, release, scaler, self._ranks)
+        if drop_nonfinite:
+            check_drop(clip, scaler, optimizers)
+        self._drops_nonfinite = drop_nonfinite
+        self._finite: list[Tensor] = []
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         shared = self._ranks is not None
-        needs_norm = (steps > 1 or self._scaler is not None or shared) if clip is None else clip
+        folds_last = steps > 1 or self._scaler is not None or shared or drop_nonfinite
+        needs_norm = folds_last if clip is None else clip
         sketched = steps > 1 or (release and needs_norm) or shared
         self._slots = Slots(optimizers, self._settings, sketched, self, self._ranks.rank if self._ranks else 0)
         self._window = self._fresh(0)
         self._witness = Witness(self._slots, shared)
         self._finish: Finish = (
-            Release(self._slots, optimizers, needs_norm, self._scaler, self.advice.step)
+            Release(self._slots, optimizers, needs_norm, self._scaler, self.advice)
             if release
             else Materialise(self._slots, optimizers, not shared, self._scaler)
         )
@@ -161,7 +170,8 @@ class GradientAccumulator(MicroBatches):
         """Whether more gradients can be added to the sum of a complete window, in ``.grad``."""
         self._settle()
         window = self._window
-        return window.ended and not (self.releases or self._ranks is not None or window.unscaled)
+        cannot = self.releases or self._ranks is not None or window.unscaled or self._drops_nonfinite
+        return window.ended and not cannot
 
     @property
     def is_shared(self) -> bool:
@@ -239,6 +249,7 @@ class GradientAccumulator(MicroBatches):
         """
         self._check_complete("step()")
         self._slots.check_listed()
+        self._finish.check_habits()
         if self.releases:
             self._check_no_gradients()
         if self._scaler is not None:
@@ -304,7 +315,10 @@ class GradientAccumulator(MicroBatches):
         if self._last_report is not None:
             return self._last_report
         return AccumulatorReport(
-            tuple(accumulator_row(slot.name, slot.plan, slot.sketch is not None) for slot in self._slots)
+            tuple(
+                accumulator_row(slot.name, slot.plan, slot.sketch is not None, self._drops_nonfinite)
+                for slot in self._slots
+            )
         )
 
     @untraced
@@ -358,11 +372,17 @@ class GradientAccumulator(MicroBatches):
     def _end(self) -> None:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
         with exactly(self._slots.device):
-            if self._ranks is None or share_window(self._window, self._slots, self._settings, self._ranks):
+            if self._window.kept if self._ranks is None else self._share():
                 if self.expects_gradients:
                     self.check_fed()
                 self._finish.end(self._window)
                 self._window.ended = True
+            elif self._window.dropped:  # all there were
+                self._window = self._fresh(self._window.number)
+
+    def _share(self) -> bool:
+        assert self._ranks is not None
+        return share_window(self._window, self._slots, self._settings, self._ranks)
 
     def check_fed(self) -> None:
         """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.

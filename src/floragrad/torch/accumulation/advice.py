@@ -10,6 +10,7 @@ class Advice:
     Attributes:
         backward: How gradients come into a window.
         step: What updates the parameters.
+        clip: What clips gradients that are not in ``.grad``.
         drop: What drops a window.
         close: What removes the hooks.
     """
@@ -19,6 +20,7 @@ class Advice:
         "accumulator.close() gives the model back"
     )
     step: str = "call accumulator.step() alone"
+    clip: str = "call accumulator.clip_grad_norm_(max_norm), or construct the accumulator with release=False"
     drop: str = "zero_grad() drops the window"
     close: str = (
         "close() that one first, or use it as a context manager; where only the traceback of an error "

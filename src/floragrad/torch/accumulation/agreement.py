@@ -28,8 +28,7 @@ def share_window(window: Window, slots: Slots, settings: Settings, ranks: Ranks)
         ValueError: Some ranks have given weights and some have not, on all of them alike.
     """
     layout = crc32(repr((settings, [(slot.index, slot.plan) for slot in slots])).encode())
-    counts = window.seen + window.is_open
-    said = ranks.gather([layout, window.number, counts, bool(window.weighted)], slots.device)
+    said = ranks.gather([layout, window.number, window.kept, bool(window.weighted)], slots.device)
     _check_alike([each[0] for each in said], "parameters or options of the accumulator (as checksums)")
     begun = [each for each in said if each[2]]
     # A rank without a micro-batch may have dropped fewer windows: it has nothing that depends on the number.

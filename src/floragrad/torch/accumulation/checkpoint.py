@@ -16,6 +16,7 @@ def window_state(window: Window, slots: Slots, settings: Settings, ranks: Ranks 
         "settings": settings.saved(slots.device),
         "window": window.number,
         "seen": window.seen,
+        "dropped": window.dropped,
         "weighted": window.weighted,
         "ended": window.ended,
         "total": window.total,
@@ -57,7 +58,8 @@ def load_window(state: dict[str, Any], slots: Slots, fresh: Window) -> Window:
     for slot in slots:
         if slot.sketch is not None and slot.index in state["sketches"]:
             slot.sketch.load_state_dict(state["sketches"][slot.index])
-    return replace(fresh, number=state["window"], **{key: state[key] for key in ("seen", "weighted", "ended", "total")})
+    kept = {key: state[key] for key in ("seen", "weighted", "ended", "total")}
+    return replace(fresh, number=state["window"], dropped=state.get("dropped", 0), **kept)
 
 
 def _place(ranks: Ranks | None, slots: Slots) -> list[int]:

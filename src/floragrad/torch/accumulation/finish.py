@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.lure import Lure
 from floragrad.torch.accumulation.window import Slot, Window
 from floragrad.torch.distributed.lockstep import is_sharded, sum_over_parts
 from floragrad.torch.optimizer import Flora
@@ -33,6 +35,10 @@ class Finish(Protocol):
 
     def end(self, window: Window) -> None:
         """The last micro-batch has ended."""
+        ...
+
+    def check_habits(self) -> None:
+        """The window is about to be stepped: notice what was done to ``.grad`` in vain."""
         ...
 
     def norm(self, window: Window) -> Tensor:
@@ -61,7 +67,7 @@ class Release:
         clip: Fold the last gradient too, so that the norm is known before any tensor is updated; else tensors
             are updated inside the last backward pass, as soon as their gradient is there.
         scaler: Of the loss; None where it is not enabled.
-        advice: What to do instead of ``optimizer.step()``.
+        advice: What to do instead of ``optimizer.step()`` and of changing ``.grad``.
     """
 
     is_release = True
@@ -72,7 +78,7 @@ class Release:
         optimizers: tuple[Optimizer, ...],
         clip: bool,
         scaler: GradScaler | None,
-        advice: str,
+        advice: Advice,
     ) -> None:
         self._slots = slots
         self.keeps_last = not clip
@@ -80,7 +86,8 @@ class Release:
         self._advice = advice
         self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
         self._carrier: Optimizer | None = None
-        self._stepping = self._has_warned = False
+        self._lure = Lure(slots)
+        self._stepping = self._has_warned = self._has_warned_of_changes = False
         self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
 
     def last_gradient(self, slot: Slot, window: Window) -> None:
@@ -90,8 +97,21 @@ class Release:
         self._update(slot, window, window.mean_factor)
         slot.updated = True
 
-    def end(self, window: Window) -> None:
-        """Nothing: what has not been updated is updated by :meth:`step`."""
+    def end(self, window: Window) -> None:  # noqa: ARG002
+        """Nothing but :meth:`check_habits`'s zeros: what has not been updated is updated by :meth:`step`."""
+        if self._scaler is None:  # a scaler takes whatever is in .grad for gradients
+            self._lure.lay()
+
+    def check_habits(self) -> None:
+        """Warn once where ``.grad`` was changed since the window ended."""
+        if self._lure.withdraw() and not self._has_warned_of_changes:
+            self._has_warned_of_changes = True
+            warnings.warn(
+                "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
+                f"release the window's mean is not there; {self._advice.clip}",
+                UserWarning,
+                stacklevel=4,  # step() is wrapped, so that torch.compile breaks its graph there
+            )
 
     def norm(self, window: Window) -> Tensor:
         """Estimated from the sketches: unbiased in its square. The scaler learns whether it is finite."""
@@ -136,7 +156,8 @@ class Release:
         return True
 
     def close(self) -> None:
-        """Remove the hooks that notice a step by habit."""
+        """Remove what notices habits."""
+        self._lure.withdraw()
         for handle in self._handles:
             handle.remove()
 
@@ -172,12 +193,14 @@ class Release:
 
     def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A step with a closure is not taken by habit: Lightning runs the last backward pass inside it.
+        if not self._stepping:
+            self._lure.withdraw()  # or the optimizer would step with zeros
         has_closure = any(given is not None for given in (*args[1:], *kwargs.values()))
         if not self._stepping and not has_closure and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "optimizer.step() does nothing here: a GradientAccumulator updates the parameters of this "
-                f"optimizer; {self._advice}",
+                f"optimizer; {self._advice.step}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -211,6 +234,9 @@ class Materialise:
         """Decode what was folded into ``.grad``."""
         for slot in self._slots:
             slot.gather(window, window.weight or 0.0, window.mean_factor)
+
+    def check_habits(self) -> None:
+        """Nothing: what is in ``.grad`` counts."""
 
     def norm(self, window: Window) -> Tensor:
         """Of what ``.grad`` holds, as ``torch.nn.utils.clip_grad_norm_`` computes it."""

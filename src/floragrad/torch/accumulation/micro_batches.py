@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -27,6 +28,11 @@ class MicroBatches:
     _finish: Finish
     _scaler: GradScaler | None
     _closed: bool
+    _drops_nonfinite: bool
+    _finite: list[Tensor]
+
+    dropped = 0
+    """Micro-batches that were dropped, in all windows."""
 
     @property
     def steps(self) -> int:
@@ -105,6 +111,7 @@ class MicroBatches:
         if self.steps == 1 and not window.last:
             raise ValueError("last=False with steps=1: construct the accumulator with more steps")
         self._witness.begin()
+        self._finite.clear()
         window.weighted = given
         window.weight = 1 / self.steps if weight is None else float(weight)
 
@@ -114,17 +121,36 @@ class MicroBatches:
         window = self._window
         if not window.is_open:
             raise RuntimeError("end_micro_batch() without begin_micro_batch()")
-        window.failed = True  # until it is known that it has not
-        if not (window.last and self._finish.keeps_last):
-            self._witness.check()
-        for slot in self._slots:
-            if slot.param.grad is not None:
-                self.fold(slot)  # put there by hand: no backward pass has seen it
-        window.failed = False
+        if not window.is_dropped:
+            self._take_in()
         if window.last:
             self._end()
-        window.weight = None
+        window.weight, window.is_dropped = None, False
         window.seen += 1
+
+    def drop_micro_batch(self) -> None:
+        """Drop the open micro-batch; the window goes on as if it had not been.
+
+        It counts for the end of the window, and not for its mean. Called before the backward pass, as where the loss
+        is not finite, this takes nothing; what a backward pass has folded is taken back where ``drop_nonfinite=True``
+        keeps a second copy of the sketches. So is what a backward pass has left that broke off. With sharded
+        parameters all processes drop alike.
+
+        Raises:
+            RuntimeError: No micro-batch is open, or its gradients cannot be taken back.
+        """
+        window = self._window
+        if not window.is_open:
+            raise RuntimeError("drop_micro_batch() outside a micro-batch: call it inside `with micro_batch():`")
+        if window.is_dropped:
+            return
+        self._take_back()
+        self.dropped += 1
+        window.dropped += 1
+        window.is_dropped = True
+        if window.failed:  # the error has left micro_batch() already
+            window.failed = False
+            self.end_micro_batch()
 
     @contextmanager
     def late_pass(self) -> Iterator[None]:
@@ -145,6 +171,9 @@ class MicroBatches:
         window, grad = self._window, slot.local_grad()
         if grad is None or window.is_late:
             return
+        if window.is_dropped:
+            slot.param.grad = None
+            return
         if window.weight is None:
             raise RuntimeError(f"a gradient of {slot.name} outside a micro-batch: {self.advice.backward}")
         if grad.is_sparse:
@@ -153,12 +182,49 @@ class MicroBatches:
                 "give sparse=False to its embedding"
             )
         with exactly(grad.device):
+            if self._drops_nonfinite:
+                self._finite.append(grad.isfinite().all())
             if window.last and self._finish.keeps_last:
                 self._finish.last_gradient(slot, window)
                 return
             assert slot.sketch is not None
+            if self._drops_nonfinite and not slot.folded:
+                slot.sketch.hold()
             slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
             self._witness.free(slot)
+
+    def _take_in(self) -> None:
+        """Fold what was put into ``.grad`` by hand, and drop the micro-batch if it must be."""
+        window = self._window
+        window.failed = True  # until it is known that it has not
+        if not (window.last and self._finish.keeps_last):
+            self._witness.check()
+        for slot in self._slots:
+            if slot.param.grad is not None:
+                self.fold(slot)
+        window.failed = False
+        if self._finite and not torch.stack([each.to(self._slots.device) for each in self._finite]).all():
+            self.drop_micro_batch()
+
+    def _take_back(self) -> None:
+        """Free the gradients of the open micro-batch, and undo what was folded of it.
+
+        Raises:
+            RuntimeError: It is too late; nothing has been changed then.
+        """
+        late = [slot for slot in self._slots if slot.updated or (slot.folded and not self._drops_nonfinite)]
+        if late:
+            raise RuntimeError(
+                f"{len(late)} gradients of the micro-batch are folded or used already: drop_micro_batch() before the "
+                "backward pass, or construct the accumulator with drop_nonfinite=True (a second copy of the sketches); "
+                f"{self.advice.drop}"
+            )
+        for slot in self._slots:
+            slot.param.grad = None
+            if slot.folded:
+                assert slot.sketch is not None
+                slot.sketch.restore()
+                slot.folded = False
 
     def _run_backward(self, loss: Tensor) -> None:
         scaled = loss if self._scaler is None else self._scaler.scale(loss)

@@ -55,14 +55,22 @@ class AccumulatorReport:
         return "\n".join([*lines, "", total])
 
 
-def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool) -> AccumulatorRow:
-    """The row of one parameter; ``sketched`` is False where no gradient is ever kept."""
+def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool) -> AccumulatorRow:
+    """The row of one parameter.
+
+    Args:
+        name: Its name.
+        plan: What is kept.
+        sketched: False where no gradient is ever kept.
+        held: Whether there is a second copy of the sum, to drop a micro-batch.
+    """
+    copy = sum(buffer.nbytes for key, buffer in plan.buffers.items() if key != "col_var") if held else 0
     return AccumulatorRow(
         name=name,
         shape=plan.shape,
         ratio=plan.ratio,
         state_dtype=plan.state_dtype,
-        state_bytes=plan.state_bytes if sketched else 0,
+        state_bytes=plan.state_bytes + copy if sketched else 0,
         exact_bytes=plan.exact_bytes,
         reason=plan.reason if sketched else "steps=1: nothing is kept",
     )

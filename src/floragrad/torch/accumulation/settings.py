@@ -182,3 +182,26 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, rank
             f"clip=False with {ranks.size} processes: a tensor would be updated before its gradient has been "
             "averaged over them; leave clip out, and the update runs in step()"
         )
+
+
+def check_drop(clip: bool | None, scaler: GradScaler | None, optimizers: tuple[Optimizer, ...]) -> None:
+    """Refuse ``drop_nonfinite`` where a micro-batch cannot be taken back, or not by one process alone.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if clip is False:
+        raise ValueError(
+            "drop_nonfinite=True with clip=False: tensors are updated before all gradients are known to be finite; "
+            "leave clip out"
+        )
+    if scaler is not None and scaler.is_enabled():
+        raise ValueError(
+            "drop_nonfinite=True with a scaler: it lowers its scale by the windows that are not finite, and skips "
+            "them; leave drop_nonfinite out"
+        )
+    if any(is_sharded(each.param) for each in listed_parameters(optimizers)):
+        raise ValueError(
+            "drop_nonfinite=True with sharded parameters: each process sees some of the gradients; look at the loss, "
+            "and call drop_micro_batch() on all processes before the backward pass"
+        )

@@ -70,6 +70,8 @@ class GradientSketch:
         self._name = f"tensor {index}" if name is None else name
         self._layout = Layout.of(plan.shape, plan.buffers)
         self._buffers: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
+        self._held_folds = 0
         self._allocate(device)
 
     @property
@@ -137,6 +139,19 @@ class GradientSketch:
             stored.write(where, kept)
             if measure_noise and "noise" in self._buffers:
                 self._measure(kept, total, None if columns is None else columns[where[0]])
+
+    def hold(self) -> None:
+        """Keep a copy of the sum as it is, for :meth:`restore`."""
+        self._held_folds = self.folds
+        for key, value in self._buffers.items() if self.folds else ():
+            if key != "col_var":
+                self._held[key] = self._held[key].copy_(value) if key in self._held else value.clone()
+
+    def restore(self) -> None:
+        """Go back to the sum that :meth:`hold` has kept; later gradients are rounded as if none had come since."""
+        self.folds = self._held_folds
+        for key, value in self._held.items() if self.folds else ():
+            self._buffers[key].copy_(value)
 
     def join(self, device: torch.device) -> None:
         """Hold zeros in place of nothing, where other processes hold gradients of this tensor.

@@ -24,12 +24,14 @@ class Window:
         number: Windows before it; the projections are drawn for this number.
         steps: Micro-batches that it is meant to have.
         seen: Micro-batches that have ended.
+        dropped: Micro-batches that were dropped, the open one too.
         weighted: Whether their weights were given; None before the first.
         ended: Whether the last has ended.
         ranks: Processes that it is summed over.
         total: Micro-batches of all of them, once they have been summed; None before, and with one process.
         weight: Of the open micro-batch; None where none is open.
         last: Whether the open micro-batch, or the one that ended last, is the last.
+        is_dropped: Whether the open micro-batch was dropped.
         failed: Whether a backward pass broke off.
         is_late: Whether gradients are added to ``.grad`` after the window has ended.
         unscaled: Whether ``.grad`` has been divided by the scaler's scale.
@@ -40,12 +42,14 @@ class Window:
     steps: int
     number: int = 0
     seen: int = 0
+    dropped: int = 0
     weighted: bool | None = None
     ended: bool = False
     ranks: int = 1
     total: int | None = None
     weight: float | None = None
     last: bool = False
+    is_dropped: bool = False
     failed: bool = False
     is_late: bool = False
     unscaled: bool = False
@@ -58,6 +62,11 @@ class Window:
         return self.weight is not None
 
     @property
+    def kept(self) -> int:
+        """Micro-batches whose gradients the window holds, the open one too."""
+        return self.seen + self.is_open - self.dropped
+
+    @property
     def mean_factor(self) -> float:
         """What makes the sum of 1/steps times each gradient their mean, over however many there were on all ranks.
 
@@ -65,7 +74,7 @@ class Window:
         """
         if self.weighted:
             return 1.0 / self.ranks
-        count = self.seen + self.is_open if self.total is None else self.total
+        count = self.kept if self.total is None else self.total
         return self.steps / count if count else 1.0
 
 

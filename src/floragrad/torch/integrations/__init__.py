@@ -20,6 +20,7 @@ class AccumulationOptions(TypedDict, total=False):
     projection: Projection
     seed: int
     release: bool | None
+    drop_nonfinite: bool
 
 
 def checked_options(given: Any) -> AccumulationOptions:

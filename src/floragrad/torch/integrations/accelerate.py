@@ -32,6 +32,8 @@ class AcceleratedAccumulator(GradientAccumulator):
         backward="call accelerator.backward(loss) instead of loss.backward(); accelerator.end_training() gives the "
         "model back",
         step="step the optimizer that accelerator.prepare() returned",
+        clip="call accelerator.clip_grad_norm_(model.parameters(), max_norm), or construct the accelerator with "
+        "accumulation={'release': False}",
         drop="optimizer.zero_grad() drops the window",
         close="call end_training() or free_memory() of the accelerator that it was prepared with; where that one is "
         "out of reach, floragrad.GradientAccumulator.close_all(model)",

@@ -1,5 +1,6 @@
 """Lightning's automatic optimization, with each window's gradients kept as sketches."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ class _LightningAccumulator(GradientAccumulator):
         backward="return the loss from training_step, and Lightning runs its backward pass; for other gradients call "
         "torch.autograd.grad",
         step="Lightning updates them when a window ends",
+        clip="set gradient_clip_val, or construct the callback with accumulation={'release': False}",
         drop="Lightning drops the window when the training ends",
         close="let the training that it belongs to end, or call floragrad.GradientAccumulator.close_all(module)",
     )
@@ -79,6 +81,7 @@ class FloraAccumulation(Callback):
         self._last: GradientAccumulator | None = None
         self._saved: dict[str, Any] | None = None
         self._unsynced = Unsynced()
+        self._has_warned = False
         self.grad_norm: Tensor | None = None
 
     @property
@@ -118,6 +121,7 @@ class FloraAccumulation(Callback):
             self._window = self._last = _LightningAccumulator(trainer.optimizers[0], steps, **options)
             if self._window.releases:
                 _check_release(trainer, pl_module)
+                self._warn_of_readers(pl_module)
             if trainer.strategy.model is not None:
                 self._unsynced.hold(trainer.strategy.model, pl_module.parameters())
             if self._saved is not None:
@@ -185,6 +189,20 @@ class FloraAccumulation(Callback):
         """Take up the window when the training starts."""
         self._saved = state_dict["window"]
 
+    def _warn_of_readers(self, pl_module: LightningModule) -> None:
+        """Say once which hooks of a module look for gradients in vain."""
+        readers = [name for name in _READERS if is_overridden(name, pl_module)]
+        if readers and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{' and '.join(readers)} of {type(pl_module).__name__} will find no gradient in .grad, nor can they "
+                "change one: with Flora gradients are folded and freed as they appear. To drop micro-batches with NaN: "
+                "FloraAccumulation({'drop_nonfinite': True}); to log the norm: its grad_norm; to find the window's sum "
+                "in .grad when the optimizer steps: FloraAccumulation({'release': False})",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _let_go(self) -> None:
         """Remove the hooks; a later start goes on from here."""
         if self._window is not None:
@@ -193,6 +211,10 @@ class FloraAccumulation(Callback):
             self._window.close()
             self._window = None
         self._unsynced.release()
+
+
+_READERS = ("on_after_backward", "on_before_optimizer_step")
+"""Hooks of a module that are there to read gradients, or to change them."""
 
 
 def _parameters(trainer: Trainer) -> list[Tensor]:

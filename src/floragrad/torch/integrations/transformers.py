@@ -27,6 +27,7 @@ class _TrainerAccumulator(AcceleratedAccumulator):
         backward="call self.accelerator.backward(loss) instead of loss.backward() in training_step, and "
         "torch.autograd.grad in callbacks",
         step="the Trainer steps after the window's last training_step",
+        clip="set max_grad_norm, or construct the Trainer with accumulation={'release': False}",
         drop="optimizer.zero_grad() drops the window",
         close=AcceleratedAccumulator.advice.close,
     )
