@@ -194,7 +194,9 @@ def resumed(rank: int, options: dict[str, Any]) -> tuple[list[dict[str, Tensor]]
     return whole[3:], second.go(3, 6)
 
 
-@pytest.mark.parametrize("options", [{"ratio": 4}, {"ratio": 1, "state_dtype": "int4"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"ratio": 4}, {"ratio": 1, "state_dtype": "int4"}, {"ratio": 4, "start_step": 2}], ids=str
+)
 def test_resumed_bit_for_bit(worlds: Worlds, options: dict[str, Any]) -> None:
     for whole, second in worlds(2).run(resumed, options):
         for step, other in zip(whole, second, strict=True):

@@ -238,10 +238,13 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
     step, buffer = state.step, bucket.buffer()
     state.step += bucket.is_last()
     ranks = Ranks.of(state.process_group)
-    if ranks is None or step < state.start_step:
+    if ranks is None:
         return _plain_mean(buffer, ranks)
-    params, grads = bucket.parameters(), bucket.gradients()
-    tensors = [state.of(param, ranks) for param in params]
+    # Also while gradients go whole: the wrapper sorts its buckets anew after the first step, and a resumed run must
+    # give the same numbers.
+    tensors, grads = [state.of(param, ranks) for param in bucket.parameters()], bucket.gradients()
+    if step < state.start_step:
+        return _plain_mean(buffer, ranks)
     sent = [each.encode(grad, step) for each, grad in zip(tensors, grads, strict=True)]
     sum_rounded([each.sketch for each in tensors if each.sketch is not None], step, ranks)
     lengths = [0 if part is None else part.numel() for part in sent]
