@@ -10,7 +10,7 @@ import torch
 
 from floragrad import Flora
 from floragrad._streams import Stream
-from floragrad.jax.leaf_step import Leaf, initial_weight
+from floragrad.jax.leaf import Leaf, initial_weight
 from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan

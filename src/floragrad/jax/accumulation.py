@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from floragrad.jax.axes import MatrixAxesOrFn
+from floragrad.jax.precision import as_arrays
 from floragrad.jax.sharding import abstract_as
 from floragrad.jax.sketch import checked_sketches
 from floragrad.policy import Projection, StateDtype
@@ -78,6 +79,7 @@ def sketch_accumulator(
     weight = 1.0 if num_microbatches is None else 1.0 / jnp.asarray(num_microbatches, jnp.float32)
 
     def init(value: Any) -> _Window:
+        value = as_arrays(value)
         leaves, structure = jax.tree.flatten(value)
         shapes = _Shapes(structure, tuple(abstract_as(each, each.dtype) for each in leaves))
         return _Window(sketches.empty(value), shapes)

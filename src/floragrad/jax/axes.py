@@ -83,6 +83,13 @@ class Layout:
             return None
         return MatrixView(prod(self.matrices[:-2]), self.matrices[-3 - self.axis], self.matrices[self.axis])
 
+    def with_inputs(self, width: int) -> tuple[int, ...]:
+        """The shape of the matrices with so many inputs; the leaf's own where it holds no matrix."""
+        shape = list(self.matrices)
+        if self.inputs:
+            shape[self.axis] = width
+        return tuple(shape)
+
     def to_matrices(self, leaf: Array) -> Array:
         """The leaf with inputs and outputs as its last two axes."""
         return leaf.transpose(self.order).reshape(self.matrices)

@@ -13,6 +13,7 @@ from floragrad._checks import check_value, is_count
 from floragrad.jax import random
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.options import SEED_CHECK
+from floragrad.jax.precision import as_arrays
 from floragrad.jax.sketch import Sketches, checked_sketches
 from floragrad.policy import Projection, StateDtype
 
@@ -100,7 +101,7 @@ def compressed_multi_steps(
     opt = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> optax.MultiStepsState:
-        gradient_step = jnp.zeros([], jnp.int32)
+        params, gradient_step = as_arrays(params), jnp.zeros([], jnp.int32)
         skip_state: Any = ()
         if should_skip_update_fn is not None:
             _, skip_state = should_skip_update_fn(optax.tree.zeros_like(params), gradient_step, params)
@@ -115,6 +116,7 @@ def compressed_multi_steps(
     def update(
         updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.MultiStepsState]:
+        updates = as_arrays(updates)
         k = every_k_schedule(state.gradient_step) if callable(every_k_schedule) else every_k_schedule
         weight = 1.0 / jnp.asarray(k, jnp.float32) if use_grad_mean else 1.0
         window = random.fold_in(random.key_of(seed), state.gradient_step)

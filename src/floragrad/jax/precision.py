@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -27,13 +28,23 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        return inner.init(jax.tree.map(lambda param: abstract_as(param, _wide(param)), params))
+        return inner.init(jax.tree.map(lambda param: abstract_as(param, _wide(param)), as_arrays(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, params = as_arrays(updates), as_arrays(params)
         moved, state = inner.update(_widened(updates), state, _widened(params), **extra)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_arrays(tree: Any) -> Any:
+    """A tree whose leaves may be numbers and NumPy arrays, as optax takes them, with JAX arrays in their places."""
+
+    def convert(leaf: Any) -> Any:
+        return jnp.asarray(leaf) if isinstance(leaf, (int, float, np.ndarray, np.generic)) else leaf
+
+    return jax.tree.map(convert, tree)
 
 
 def _wide(array: Any) -> Any:

@@ -123,6 +123,11 @@ class GaussianProjection(NamedTuple):
 
     dense: Array
 
+    @classmethod
+    def drawn(cls, key: Array, n: int, k: int) -> "GaussianProjection":
+        """Of n columns to k."""
+        return cls(random.normal(key, (k, n)) * k**-0.5)
+
     def encode(self, matrix: Array, *, axis: int = -2) -> Array:
         """P X."""
         return _product(self.dense, matrix, axis)
@@ -151,14 +156,14 @@ class GaussianProjection(NamedTuple):
         return self.dense
 
 
-def stream_key(seed: ArrayLike, index: int, counter: ArrayLike, stream: Stream) -> Array:
+def stream_key(seed: ArrayLike, index: ArrayLike, counter: ArrayLike, stream: ArrayLike) -> Array:
     """The key of one tensor's stream at one epoch or step; the same under ``jit`` and on any devices.
 
     Args:
         seed: The optimizer's seed, 0 to 2**32 - 1.
-        index: The tensor's position among the leaves of the parameters.
+        index: The tensor's number, its position among the leaves of the parameters where its state began.
         counter: The epoch for projections, the step for rounding.
-        stream: Which of the tensor's streams.
+        stream: Which of the tensor's streams, a :class:`Stream`.
 
     Example:
         >>> one, other = (stream_key(0, 0, epoch, Stream.MOMENTUM) for epoch in (0, 1))
@@ -166,7 +171,7 @@ def stream_key(seed: ArrayLike, index: int, counter: ArrayLike, stream: Stream) 
         False
     """
     # Stream and tensor in one number, 3 and 29 bits: every fold is code to compile for every tensor.
-    return random.fold_in(random.fold_in(random.key_of(seed), len(Stream) * index + int(stream)), counter)
+    return random.fold_in(random.fold_in(random.key_of(seed), len(Stream) * index + stream), counter)
 
 
 def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
@@ -184,7 +189,7 @@ def draw(kind: ProjectionKind, key: Array, n: int, k: int) -> Projection:
         True
     """
     if kind == "gaussian":
-        return GaussianProjection(random.normal(key, (k, n)) * k**-0.5)
+        return GaussianProjection.drawn(key, n, k)
     return BucketProjection.signs(random.signs(random.words(key, (n,))), k)
 
 

@@ -30,6 +30,10 @@ The one integer below the grid stands for NaN: the scale cannot, since XLA's fas
 """
 
 
+Words = tuple[Array, Array]
+"""A random word for each row and for each column."""
+
+
 class Stored(NamedTuple):
     """Rows as they are kept.
 
@@ -84,6 +88,13 @@ def save(values: Array, state_dtype: StateDtype, key: Array, *, axis: int = -1) 
     if state_dtype == "float32":
         return Stored(values, None)
     (words,) = random_words(key, values.shape, axis, 1)
+    return save_with_words(values, state_dtype, words, axis=axis)
+
+
+def save_with_words(values: Array, state_dtype: StateDtype, words: Words | None, *, axis: int = -1) -> Stored:
+    """As :func:`save`, with the words for rows and columns as an argument; None for ``"float32"``."""
+    if words is None:
+        return Stored(values, None)
     return save_with_bits(values, state_dtype, random_bits(*words), axis=axis)
 
 
@@ -105,7 +116,7 @@ def load(stored: Stored, width: int, state_dtype: StateDtype, *, axis: int = -1)
     return jnp.where(integers < -LARGEST[state_dtype], jnp.nan, values)
 
 
-def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> list[tuple[Array, Array]]:
+def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> list[Words]:
     """One random word for each row and for each column of ``count`` arrays: what :func:`random_bits` is made of.
 
     Together they are two draws, each of which is a loop to compile; arrays of one shape are best drawn at once.
@@ -116,10 +127,16 @@ def random_words(key: Array, shape: tuple[int, ...], axis: int, count: int) -> l
         axis: The dimension along a row.
         count: How many arrays of that shape.
     """
-    rows, columns = list(shape), [1] * len(shape)
-    rows[axis], columns[axis] = 1, shape[axis]
+    rows, columns = word_shapes(shape, axis)
     row_key, column_key = random.split(key)
     return list(zip(random.words(row_key, (count, *rows)), random.words(column_key, (count, *columns)), strict=True))
+
+
+def word_shapes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of one word for each row, and of one for each column, of values of a shape."""
+    rows, columns = list(shape), [1] * len(shape)
+    rows[axis], columns[axis] = 1, shape[axis]
+    return tuple(rows), tuple(columns)
 
 
 def random_bits(row_words: Array, column_words: Array) -> Array:

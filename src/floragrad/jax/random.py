@@ -4,11 +4,15 @@ JAX's defaults choose a generator, how its counters are laid out, and how wide a
 under one choice and read under another is noise. Every choice is named here, so none of them changes a number.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
+from jax.extend.random import threefry_2x32
 from jax.typing import ArrayLike
 
 GENERATOR: Final = "threefry2x32"
@@ -35,6 +39,28 @@ def words(key: Array, shape: tuple[int, ...]) -> Array:
     """Independent words of 32 random bits, uint32."""
     with jax.threefry_partitionable(True):
         return jax.random.bits(key, shape, jnp.uint32)
+
+
+def words_of_each(requests: Sequence[tuple[Array, tuple[int, ...]]]) -> list[Array]:
+    """As :func:`words` of each key and shape, in one draw.
+
+    Example:
+        >>> one, other = words_of_each([(key_of(0), (3,)), (key_of(1), (2, 2))])
+        >>> bool((one == words(key_of(0), (3,))).all() and (other == words(key_of(1), (2, 2))).all())
+        True
+    """
+    if not requests:
+        return []
+    sizes = [prod(shape) for _, shape in requests]
+    keys = [jax.random.key_data(key) for key, _ in requests]
+    halves = [
+        jnp.concatenate([jnp.full(size, key[at], jnp.uint32) for key, size in zip(keys, sizes, strict=True)])
+        for at in range(2)
+    ]
+    numbers = jnp.concatenate([lax.iota(jnp.uint32, size) for size in sizes])
+    drawn = threefry_2x32((halves[0], halves[1]), jnp.concatenate([jnp.zeros_like(numbers), numbers]))
+    parts = jnp.split(drawn[: len(numbers)] ^ drawn[len(numbers) :], np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, (_, shape) in zip(parts, requests, strict=True)]
 
 
 def signs(drawn: Array) -> Array:

@@ -12,9 +12,11 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report, ReportRow
 from floragrad.jax.axes import Layout, MatrixAxesOrFn
 from floragrad.jax.options import check_static, resolve
+from floragrad.jax.precision import as_arrays
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype, TensorPlan, storage
 
 _COUNT_BYTES = 4  # int32
+_ID_BYTES = 3 * 4  # uint32
 
 
 def flora_report(
@@ -56,6 +58,7 @@ def flora_report(
         >>> report.rows[0].ratio, report.state_bytes < report.adamw_bytes / 20
         (8, True)
     """
+    params = as_arrays(params)
     check_static(min_dim_size_to_factor=min_dim_size_to_factor)
     options = resolve(
         rank=rank,
@@ -90,7 +93,7 @@ def flora_report(
 
 
 def _momentum_bytes(layout: Layout, plan: TensorPlan) -> int:
-    """Of the momentum, and of the weights that ``"adaptive"`` learns."""
+    """Of the momentum, of the weights that ``"adaptive"`` learns, and of ``projection_id``."""
     if plan.momentum == "none":
         return 0
     if layout.view is None:
@@ -98,7 +101,12 @@ def _momentum_bytes(layout: Layout, plan: TensorPlan) -> int:
     batch, rows, columns = layout.view
     learnt = plan.momentum == "sketch" and plan.projection == "adaptive"
     stored = storage((batch, rows), plan.width, plan.state_dtype)
-    return sum(buffer.nbytes for buffer in stored.values()) + (4 * batch * columns if learnt else 0)
+    draws = plan.momentum == "sketch" or plan.state_dtype != "float32"
+    return (
+        sum(buffer.nbytes for buffer in stored.values())
+        + (4 * batch * columns if learnt else 0)
+        + (_ID_BYTES if draws else 0)
+    )
 
 
 def _second_moment_bytes(layout: Layout, factored: bool, min_dim_size_to_factor: int) -> int:

@@ -1,15 +1,18 @@
 """Adafactor's second moment, by optax, on the matrices that momentum is sketched on."""
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
 from floragrad.jax.options import check_static
 from floragrad.jax.sharding import like, mergeable, place
+
+BALANCE: Final = 2.0**36
+"""Factor of 1 / sqrt(col) whose inverse is in the rows' factor: neither vanishes nor overflows in float32."""
 
 
 class _Step(NamedTuple):
@@ -30,9 +33,10 @@ def scale_by_factored_rms_of_matrices(
     """:func:`optax.scale_by_factored_rms` of each matrix by itself, whichever axes it has.
 
     optax factors the two longest axes of an array, which are not its matrix where a kernel has more than one axis
-    of inputs or outputs, or where it is a stack of more matrices than one has rows. Here its transformation is
-    given each matrix as two axes, stacks one matrix at a time, and what holds no matrix unfactored. Nothing is
-    computed anew.
+    of inputs or outputs, or where it is a stack of more matrices than one has rows. Here its state is made for each
+    matrix as two axes, for stacks one matrix at a time, and for what holds no matrix unfactored. Its update, G times
+    (row / mean(row))^(-1/2) col^(-1/2), is evaluated as sqrt(mean(row)) / sqrt(row) times G / sqrt(col), with a power
+    of two moved between the factors: neither leaves float32, so a row of zeros is no NaN.
 
     Args:
         factored: False keeps the second moment whole.
@@ -50,11 +54,13 @@ def scale_by_factored_rms_of_matrices(
         >>> state.v_row["experts"].shape, state.v_col["experts"].shape
         ((64, 16), (64, 32))
 
-    Source: Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4.
+    Source: Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4; bounds on the factors: ``docs/method.md``.
     """
     check_static(min_dim_size_to_factor=min_dim_size_to_factor)
-    shared = {"decay_rate": decay_rate, "min_dim_size_to_factor": min_dim_size_to_factor, "epsilon": epsilon}
-    of_matrix, of_vector = (optax.scale_by_factored_rms(factored=each, **shared) for each in (factored, False))
+    of_matrix, of_vector = (
+        optax.scale_by_factored_rms(factored=each, min_dim_size_to_factor=min_dim_size_to_factor)
+        for each in (factored, False)
+    )
 
     def of_leaves(tree: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(tree), layouts(tree, matrix_axes))
@@ -69,26 +75,25 @@ def scale_by_factored_rms_of_matrices(
         state = init(zeros)
         if state.v.shape == zeros.shape:
             return state._replace(v=place(state.v, param, layout, inputs=True))
-        # The longest axis, the last of two like ones, is what optax averages over for v_row.
-        *_, above, last = layout.matrices
-        longest, other = (-1, -2) if last >= above else (-2, -1)
+        longest, other = _axes(layout)
         return state._replace(
             v_row=place(state.v_row, param, layout, inputs=True, without=longest),
             v_col=place(state.v_col, param, layout, inputs=True, without=other),
         )
 
-    def step_leaf(layout: Layout, count: Array, update: Array, *kept: Array) -> _Step:
-        inner = of_vector if layout.view is None else of_matrix
-
-        def step(matrix: Array, *kept: Array) -> _Step:
-            # Of the parameters optax reads the shape and the dtype, which are the update's.
-            scaled, state = inner.update(matrix, optax.FactoredState(count, *kept), matrix)
-            return _Step(scaled, state.v_row, state.v_col, state.v)
-
-        for _ in layout.stack if layout.view else ():
-            step = jax.vmap(step)
-        scaled, *moved = step(layout.to_matrices(mergeable(update, layout)), *kept)
-        return _Step(like(layout.from_matrices(scaled), update), *moved)
+    def step_leaf(layout: Layout, beta: Array, update: Array, v_row: Array, v_col: Array, v: Array) -> _Step:
+        grad = layout.to_matrices(mergeable(update, layout))
+        squares = jnp.square(grad) + epsilon
+        if v.shape == grad.shape:
+            v = beta * v + (1 - beta) * squares
+            scaled = grad * lax.rsqrt(v)
+        else:
+            longest, other = _axes(layout)
+            v_row = beta * v_row + (1 - beta) * jnp.mean(squares, axis=longest)
+            v_col = beta * v_col + (1 - beta) * jnp.mean(squares, axis=other)
+            scaled = _scaled(grad, jnp.expand_dims(v_row, longest), jnp.expand_dims(v_col, other), other)
+        moved = (_saturated(each).astype(grad.dtype) for each in (v_row, v_col, v))
+        return _Step(like(layout.from_matrices(scaled.astype(grad.dtype)), update), *moved)
 
     def init(params: Any) -> optax.FactoredState:
         each = of_leaves(params)
@@ -99,8 +104,31 @@ def scale_by_factored_rms_of_matrices(
     def update(updates: Any, state: optax.FactoredState, params: Any = None) -> tuple[Any, optax.FactoredState]:
         del params
         each, (count, *kept) = of_leaves(updates), state
-        steps = jax.tree.map(lambda layout, *its: step_leaf(layout, count, *its), each, updates, *kept)
+        beta = 1.0 - (count.astype(jnp.float32) + 1) ** (-decay_rate)
+        steps = jax.tree.map(lambda layout, *its: step_leaf(layout, beta, *its), each, updates, *kept)
         scaled, *moved = (jax.tree.map(lambda _, s, at=at: s[at], each, steps) for at in range(4))
         return scaled, optax.FactoredState(optax.safe_increment(count), *moved)
 
     return optax.GradientTransformation(init, update)
+
+
+def _axes(layout: Layout) -> tuple[int, int]:
+    """The axes that v_row and v_col are means over: the longer one, of two like ones the last, and the other."""
+    *_, above, last = layout.matrices
+    return (-1, -2) if last >= above else (-2, -1)
+
+
+def _scaled(grad: Array, row: Array, col: Array, along_rows: int) -> Array:
+    """G times sqrt(mean(row)) / sqrt(row) and 1 / sqrt(col), each of which is finite."""
+    largest_mean = _largest(row) ** 0.75  # 2**96 in float32
+    root = jnp.sqrt(jnp.minimum(jnp.mean(row, axis=along_rows, keepdims=True), largest_mean))
+    return grad * (lax.rsqrt(col) * BALANCE) * (lax.rsqrt(_saturated(row)) * (root / BALANCE))
+
+
+def _saturated(average: Array) -> Array:
+    """An average that is finite though a square was not, so that the next ones can pull it down; NaN stays NaN."""
+    return jnp.minimum(average, _largest(average))
+
+
+def _largest(array: Array) -> float:
+    return float(jnp.finfo(array.dtype).max)  # type: ignore[no-untyped-call]

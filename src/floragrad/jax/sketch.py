@@ -16,13 +16,12 @@ from floragrad._checks import SHARED_CHECKS, accumulator_contradictions, check_c
 from floragrad._streams import Stream
 from floragrad.jax import quantize, random
 from floragrad.jax.axes import Layout, MatrixAxesOrFn, layouts
+from floragrad.jax.precision import as_arrays
 from floragrad.jax.projection import Projection, draw
-from floragrad.jax.quantize import Stored
+from floragrad.jax.quantize import Stored, Words
 from floragrad.jax.sharding import input_shards, like, place, whole_inputs
 from floragrad.policy import QUANTIZATION_BLOCK, AccumulatorPlan, StateDtype, plan_accumulator
 from floragrad.policy import Projection as ProjectionKind
-
-Words = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,7 @@ class LeafSketch:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the numbers that are kept."""
-        shape = list(self.layout.matrices)
-        if self.layout.view is not None:
-            shape[self.layout.axis] = self.plan.width
-        return tuple(shape)
+        return self.layout.with_inputs(self.plan.width)
 
     def empty(self, leaf: Any) -> Stored:
         """No gradient, sharded as the leaf is.
@@ -80,10 +76,7 @@ class LeafSketch:
         if projection is not None:
             fresh = projection.encode(fresh, axis=self.layout.axis)
         total = self._load(kept) + fresh * weight
-        if words is None:
-            return Stored(total, None)
-        bits = quantize.random_bits(*words)
-        return quantize.save_with_bits(total, self.plan.state_dtype, bits, axis=self.layout.axis)
+        return quantize.save_with_words(total, self.plan.state_dtype, words, axis=self.layout.axis)
 
     def decode(self, kept: Stored, projection: Projection | None, leaf: Any) -> Array:
         """The sum of w·G in the mean, float32, sharded as the leaf is."""
@@ -122,6 +115,7 @@ class Sketches:
 
     def empty(self, tree: Any) -> Stored:
         """No gradients, for a tree of parameters, gradients or anything with a shape."""
+        tree = as_arrays(tree)
         return _together(tree, [leaf.empty(each) for leaf, each in self._leaves(tree)])
 
     def add(self, kept: Stored, grads: Any, weight: ArrayLike, window: Array, fold: ArrayLike) -> Stored:
@@ -134,6 +128,7 @@ class Sketches:
             window: A key; another one for every window.
             fold: How many folds there were before in this window.
         """
+        grads = as_arrays(grads)
         leaves = self.leaves(grads)
         key = random.fold_in(random.fold_in(window, int(Stream.ACCUMULATOR_ROUNDING)), fold)
         each = zip(

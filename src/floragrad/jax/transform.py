@@ -10,8 +10,11 @@ from jax.typing import DTypeLike
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad.jax.axes import MatrixAxesOrFn
-from floragrad.jax.leaf_step import Kept, Leaf, initial, step_leaf
+from floragrad.jax.draws import draw_step
+from floragrad.jax.leaf import Kept, Leaf, initial
+from floragrad.jax.leaf_step import step_leaf
 from floragrad.jax.options import resolve
+from floragrad.jax.precision import as_arrays
 from floragrad.policy import EmbeddingMomentum, StateDtype
 from floragrad.policy import Projection as ProjectionKind
 
@@ -27,12 +30,16 @@ class ScaleByFloraState(NamedTuple):
             ``optax.MaskedNode`` elsewhere.
         projection_weight: The learnt weights of ``"adaptive"``, (..., n) in float32; an ``optax.MaskedNode``
             elsewhere.
+        projection_id: For each leaf that draws at random, uint32 of (3,): seed, index and epoch of the projection
+            that its sketch is written in. The index is the leaf's position at ``init``, and stays with it; it numbers
+            the rounding too. An ``optax.MaskedNode`` elsewhere.
     """
 
     count: Array  # type: ignore[assignment]  # optax's name for it, which a tuple has too
     mu: Any
     mu_scale: Any
     projection_weight: Any
+    projection_id: Any = None
 
 
 def scale_by_flora(
@@ -103,24 +110,35 @@ def scale_by_flora(
         matrix_axes=matrix_axes,
     )
 
-    def leaves(tree: Any) -> Any:
-        found = [Leaf(options, *each, index) for index, each in enumerate(options.plans(tree))]
-        return jax.tree.unflatten(jax.tree.structure(tree), found)
+    def leaves(tree: Any) -> list[Leaf]:
+        return [Leaf(options, *each, index) for index, each in enumerate(options.plans(tree))]
 
     def init(params: Any) -> ScaleByFloraState:
-        each = leaves(params)
-        kept = jax.tree.map(initial, each, params)
-        parts = (jax.tree.map(lambda _, its, at=at: its[at], each, kept) for at in range(3))
-        return ScaleByFloraState(jnp.zeros([], jnp.int32), *parts)
+        params = as_arrays(params)
+        values, structure = jax.tree.flatten(params)
+        kept = [initial(leaf, value) for leaf, value in zip(leaves(params), values, strict=True)]
+        return _state(jnp.zeros([], jnp.int32), structure, kept)
 
     def update(updates: Any, state: ScaleByFloraState, params: Any = None) -> tuple[Any, ScaleByFloraState]:
         del params
+        if state.projection_id is None:
+            raise ValueError(
+                "this state comes from a floragrad that did not keep projection_id: "
+                "floragrad.jax.upgrade_state(state, optimizer.init(params)) adds it"
+            )
+        updates = as_arrays(updates)
+        structure: Any = jax.tree.structure(updates)
         each, count = leaves(updates), optax.safe_increment(state.count)
-        steps = jax.tree.map(
-            lambda leaf, update, *kept: step_leaf(leaf, count, update, Kept(*kept)), each, updates, *state[1:]
+        kept = [Kept(*parts) for parts in zip(*map(structure.flatten_up_to, state[1:]), strict=True)]
+        draws = draw_step(each, [its.projection_id for its in kept], count)
+        every = zip(each, jax.tree.leaves(updates), kept, draws, strict=True)
+        steps = [step_leaf(leaf, count, value, its, drawn) for leaf, value, its, drawn in every]
+        return structure.unflatten(step.direction for step in steps), _state(
+            count, structure, [step.kept for step in steps]
         )
-        direction = jax.tree.map(lambda _, step: step.direction, each, steps)
-        parts = (jax.tree.map(lambda _, step, at=at: step.kept[at], each, steps) for at in range(3))
-        return direction, ScaleByFloraState(count, *parts)
 
     return optax.GradientTransformation(init, update)
+
+
+def _state(count: Array, structure: Any, kept: list[Kept]) -> ScaleByFloraState:
+    return ScaleByFloraState(count, *(structure.unflatten(parts) for parts in zip(*kept, strict=True)))

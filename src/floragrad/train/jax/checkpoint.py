@@ -1,13 +1,16 @@
 """What the JAX backend saves: the weights as transformers reads them, and the optimizer's state beside them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
+from floragrad.jax.upgrade import PROJECTION_ID, upgrade_state
 from floragrad.train.jax.model import DTYPES, Llama, abstract_llama
 from floragrad.train.jax.weights import Params, from_transformers, to_transformers
 
@@ -30,17 +33,25 @@ def save(folder: Path, model_config: Any, params: Params, optimizer_state: Any) 
         checkpointer.save(folder.resolve() / OPTIMIZER, optimizer_state)
 
 
-def restore(folder: Path, params: Params, optimizer_state: Any) -> tuple[Params, Any]:
-    """The weights and the optimizer's state of a checkpoint, bit for bit.
+def restore(folder: Path, params: Params, init: Callable[[Params], Any], kappa: int | None) -> tuple[Params, Any]:
+    """Read the weights and the optimizer's state of a checkpoint, bit for bit.
 
     Args:
-        folder: What :func:`save` wrote.
+        folder: What :func:`save` wrote, of this version or one whose states had no ``projection_id``.
         params: The weights' tree, of arrays or their shapes.
-        optimizer_state: The state's tree, of arrays or their shapes and dtypes.
+        init: The optimizer's.
+        kappa: Flora's interval between projections; None for other optimizers.
     """
+    weights, path = from_transformers(load_file(folder / WEIGHTS), params), folder.resolve() / OPTIMIZER
+    target = jax.eval_shape(init, params)
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder.resolve() / OPTIMIZER, optimizer_state)
-    return from_transformers(load_file(folder / WEIGHTS), params), state
+        if kappa is not None and _has_ids(target) and not _has_ids(checkpointer.metadata(path).item_metadata.tree):
+            return weights, upgrade_state(checkpointer.restore(path), init(weights), kappa)
+        return weights, checkpointer.restore(path, target)
+
+
+def _has_ids(state: Any) -> bool:
+    return any(PROJECTION_ID in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
 
 
 def load_llama(folder: str | Path) -> Llama:

@@ -41,8 +41,8 @@ class JaxEngine:
         self._graph, shapes = abstract_llama(self._model_config, DTYPES[config.dtype])
         self._transformation = windowed(config, transformation(config))
         if step:
-            state = jax.eval_shape(self._transformation.init, shapes)
-            self._params, self._state = restore(folder.checkpoints()[-1][1], shapes, state)
+            last = folder.checkpoints()[-1][1]
+            self._params, self._state = restore(last, shapes, self._transformation.init, config.kappa)
         else:
             drawn = Llama(self._model_config, DTYPES[config.dtype], nnx.Rngs(config.seed))
             self._params = nnx.to_pure_dict(nnx.state(drawn))
