@@ -94,3 +94,13 @@ def test_the_table() -> None:
 
 def test_a_lone_array_has_a_name() -> None:
     assert [row.name for row in flora_report(jnp.zeros((64, 64))).rows] == ["parameter"]
+
+
+def test_masked_leaves_count_nothing() -> None:
+    """The report of the trained part is the state of ``optax.masked``, which keeps none of the rest."""
+    params = {"adapter": jnp.zeros((64, 96)), "base": jnp.zeros((128, 128))}
+    state = optax.masked(flora(1e-3, rank=8), {"adapter": True, "base": False}).init(params)
+    for rest in (optax.MaskedNode(), None):
+        report = flora_report({"adapter": params["adapter"], "base": rest}, rank=8)
+        assert [row.name for row in report.rows] == ["adapter"]
+        assert report.state_bytes == bytes_of(state)

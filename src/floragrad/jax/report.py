@@ -35,7 +35,8 @@ def flora_report(
     """What :func:`floragrad.jax.flora` keeps for every parameter, why, and in how many bytes.
 
     The bytes are those of the state that ``flora`` makes of float32 or lower parameters, to the byte; schedules
-    count their steps in 4 more. ``print`` it for a table.
+    count their steps in 4 more. Masked leaves (:class:`optax.MaskedNode`, None) have no state and no row: give the part
+    of the tree that is trained. ``print`` it for a table.
 
     Args:
         params: Parameters, or their shapes (:class:`jax.ShapeDtypeStruct`): nothing is computed.
