@@ -110,7 +110,7 @@ class Release:
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
                 f"release the window's mean is not there; {self._advice.clip}",
                 UserWarning,
-                stacklevel=4,  # step() is wrapped, so that torch.compile breaks its graph there
+                stacklevel=5,  # two frames of torch are around step(), where torch.compile breaks its graph
             )
 
     def norm(self, window: Window) -> Tensor:
