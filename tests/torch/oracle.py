@@ -53,12 +53,14 @@ class TorchDraws:
         return double(adaptive_noise(plan.view.columns, plan.width, self.group["seed"], INDEX, epoch))
 
 
-def reference_trajectory(case: Case, gradients: list[torch.Tensor], **changes: Any) -> list[np.ndarray]:
-    """The parameter after every step, float64, in the shape of its view."""
+def reference_trajectory(
+    case: Case, gradients: list[torch.Tensor], dtype: torch.dtype = torch.float32, **changes: Any
+) -> list[np.ndarray]:
+    """The parameter after every step, float64, in the shape of its view; ``dtype`` is what it starts in."""
     group = resolve_group(case.all_options(**changes), _defaults())
     plan = plan_of(torch.Size(case.shape), group)
     view = plan.view or (1, 1, max(1, torch.Size(case.shape).numel()))
-    param, *grads = (double(each).reshape(view) for each in (case.parameter(), *gradients))
+    param, *grads = (double(each).reshape(view) for each in (case.parameter(dtype), *gradients))
     return reference_course(plan, group, param, grads, TorchDraws(group))
 
 

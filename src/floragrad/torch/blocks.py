@@ -30,7 +30,8 @@ class Ingredients(NamedTuple):
             return direction if self.exchange is None else self.exchange.direction(direction), rows
         if rows is not None:
             direction.mul_(rows)
-        return direction.lerp_(load(self.kept, self.dtype, direction.shape[-1]), self.beta1), None
+        kept = load(self.kept, self.dtype, direction.shape[-1])
+        return torch.lerp(kept, direction, 1 - self.beta1, out=direction), None
 
 
 def signed(scales: pure.Scales, projection: Projection) -> BucketProjection | None:

@@ -128,12 +128,9 @@ class Estimator(NamedTuple):
         carried = momentum
         if self.previous is not None:
             carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
-        if self.residual:
-            del momentum
-        change = carried - sketch
-        del carried  # what is made from here on may take its place
-        following = torch.add(sketch, change, alpha=self.beta1)
         if not self.residual:
+            following = torch.lerp(carried, sketch, 1 - self.beta1)
+            del carried
             exchange = momentum * self.beta1
             if not self.knows_square:
                 return exchange, following, torch.zeros_like(sketch[0, 0, 0])
@@ -141,6 +138,10 @@ class Estimator(NamedTuple):
             weighed = torch.mul(sketch, 2 * self.own, out=room).addcmul_(exchange, self.projection.gram)
             return exchange, following, weighed.mul_(exchange).sum()
         assert isinstance(self.projection, BucketProjection)
+        del momentum
+        change = carried - sketch
+        del carried  # what is made from here on may take its place
+        following = torch.add(sketch, change, alpha=self.beta1)
         exchange = change.mul_(self.beta1 / self.projection.gram)
         return exchange, following, torch.add(sketch, following, out=room).mul_(exchange).sum()
 

@@ -56,12 +56,12 @@ def _step(vectors: list[TensorUpdate]) -> None:
     torch._foreach_mul_(variances, beta2)
     torch._foreach_add_(variances, torch._foreach_mul(grads, grads), alpha=1 - beta2)
     torch._foreach_add_(variances, (1 - beta2) * eps[0])
-    directions = torch._foreach_rsqrt(variances)
+    directions = list(torch._foreach_rsqrt(variances))
     torch._foreach_mul_(directions, grads)
     if at.plan.momentum == "whole":
         averages = [vector.state["exp_avg"] for vector in vectors]
-        torch._foreach_lerp_(directions, averages, beta1)
-        torch._foreach_copy_(averages, directions)
+        torch._foreach_lerp_(averages, directions, 1 - beta1)
+        directions = averages
     alphas: float | Tensor = at.step_lr
     if at.group["scale_parameter"]:
         norms = torch._foreach_norm(params, dtype=torch.promote_types(params[0].dtype, torch.float32))

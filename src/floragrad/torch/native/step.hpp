@@ -117,13 +117,14 @@ class TensorStep : public StepTensor {
       const auto move = [&](int64_t bucket, Floats encoded) __attribute__((always_inline)) {
         const int64_t j = bucket - first;
         const Floats kept = load(momentum + j, LANES) * over;
-        const Floats change = beta1 * ((carried ? kept * load(carried + bucket, LANES) : kept) - encoded);
-        const Floats exchange = residual ? change * load(inverse + bucket, LANES) : beta1 * kept;
+        const Floats old = carried ? kept * load(carried + bucket, LANES) : kept, behind = old - encoded;
+        const Floats exchange = residual ? beta1 * behind * load(inverse + bucket, LANES) : beta1 * kept;
+        const Floats following = old - fresh * behind;
         if (STORES) {
           store(room.exchange + bucket, ORDINARY ? exchange : exchange * (1 / a), LANES);
-          store(momentum + j, (encoded + change) * row.factor, LANES);
+          store(momentum + j, following * row.factor, LANES);
         } else if (ORDINARY) {
-          square += exchange * (encoded + encoded + change);
+          square += exchange * (encoded + following);
         } else {
           const Floats own_share = reads_again ? load(seen + j, LANES) : encoded;
           square += exchange * (2 * a * own_share + exchange * load(gram + bucket, LANES));
@@ -186,7 +187,6 @@ class TensorStep : public StepTensor {
   template <bool KEPT, bool MOVES, class Value, bool SIGNS>
   double walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
     const int64_t n = at.columns, span = KEPT ? BLOCK : n;
-    const float beta1 = static_cast<float>(at.beta1);
     const Floats kept = Floats{} + keep;
     Value* param = param_of<Value>(row.number);
     Floats square = {};
@@ -198,7 +198,8 @@ class TensorStep : public StepTensor {
         const int64_t column = first + j;
         Floats direction = load(row.grad + column, some) * row.factors(column, some) * row.factor;
         if (KEPT) {
-          direction += beta1 * (load(momentum + j, LANES) - direction);
+          const Floats old = load(momentum + j, LANES);
+          direction = old - fresh * (old - direction);
           store(momentum + j, direction, LANES);
         }
         if (MOVES) {
@@ -273,7 +274,7 @@ class TensorStep : public StepTensor {
       std::fill(columns, columns + n, 0.f);
       for (int64_t number = top; number < end; ++number) {
         const Row<Value, false> row = row_of<Value, false>(number, matrix);
-        const float factor = (1 - beta1) * row.factor;
+        const float factor = fresh * row.factor;
         const Room mine = room(thread);
         const StoredRow kept = rows[number];
         for (int64_t first = 0; first < at.width; first += BLOCK)

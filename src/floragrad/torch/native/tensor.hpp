@@ -48,7 +48,8 @@ class StepTensor {
       : at(given),
         carries(given.opens_epoch && given.momentum == SKETCH),
         is_ordinary(given.residual && !carries),
-        own(given.residual || given.momentum != SKETCH ? 1.f : 1 - static_cast<float>(given.beta1)),
+        own(given.residual || given.momentum != SKETCH ? 1.f : static_cast<float>(1 - given.beta1)),
+        fresh(static_cast<float>(1 - given.beta1)),
         keep(static_cast<float>(given.keep)),
         ahead(rows_ahead(given.columns)),
         chunks(given.batch, given.rows),
@@ -64,6 +65,7 @@ class StepTensor {
   const bool carries;      // M to another projection
   const bool is_ordinary;  // neither that, nor reads it in another than it is written in
   const float own;         // a of D = a U + decode(exchange)
+  const float fresh;       // 1 − β₁, not of a β₁ that has been rounded
   const float keep;        // of W, after its decay
   const int64_t ahead;     // rows until the one that is asked for
   const Chunks chunks;
