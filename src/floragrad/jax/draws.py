@@ -48,12 +48,12 @@ def draw_step(leaves: Sequence[Leaf], projection_ids: Sequence[Any], count: Arra
     if not drawing:
         return found
     chosen = [leaves[at] for at in drawing]
-    written = jnp.stack([projection_ids[at] for at in drawing])
-    current = _current_ids(written, chosen[0].options, count)
-    changed = jnp.any(current != written, axis=1)
-    keys = _keys(current, written, count)
+    written = [projection_ids[at] for at in drawing]
+    current = [_current_id(each, chosen[0].options, count) for each in written]
+    keys = _keys(jnp.stack(current), jnp.stack(current), count)
     for row, (at, leaf) in enumerate(zip(drawing, chosen, strict=True)):
         words = iter(_words(leaf, keys[:, row]))
+        changed = jnp.any(current[row] != written[row])
         projection: Projection | None
         previous: Projection | None
         if leaf.has_signs:
@@ -61,17 +61,17 @@ def draw_step(leaves: Sequence[Leaf], projection_ids: Sequence[Any], count: Arra
                 BucketProjection.signs(random.signs(next(words)), leaf.plan.width) for _ in range(2)
             )
         else:
-            projection, previous = _gaussian(leaf, keys[0, row], keys[1, row], changed[row])
+            projection, previous = _gaussian(leaf, keys[0, row], keys[1, row], changed)
         rounding = (next(words), next(words)) if leaf.storage != "float32" else None
-        found[at] = Draws(current[row], changed[row], projection, previous, rounding)
+        found[at] = Draws(current[row], changed, projection, previous, rounding)
     return found
 
 
-def _current_ids(written: Array, options: Options, count: Array) -> Array:
-    """Seed, index and epoch of this step's projections; indices stay what they are."""
+def _current_id(written: Array, options: Options, count: Array) -> Array:
+    """Seed, index and epoch of this step's projection; the index stays what it is."""
     seed = jnp.asarray(options.seed).astype(jnp.uint32)
     epoch = (count // jnp.asarray(options.kappa).astype(jnp.int32)).astype(jnp.uint32)
-    return jnp.stack([jnp.full(len(written), seed), written[:, 1], jnp.full(len(written), epoch)], axis=1)
+    return jnp.stack([seed, written[1], epoch])
 
 
 def _keys(current: Array, written: Array, count: Array) -> Array:
