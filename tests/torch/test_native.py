@@ -3,6 +3,7 @@
 That they equal the float64 oracle is in ``test_oracle.py``, which runs every case on each instruction set.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -262,6 +263,32 @@ def test_without_a_build_the_eager_code_runs_and_says_so(monkeypatch: pytest.Mon
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert not torch.equal(param, before)
+    library._found.cache_clear()
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_split_installation_of_torch_is_taken(is_loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing lies beside torch: its library is the one that is loaded, or the eager code runs and says why."""
+    real = ctypes.CDLL
+
+    def loaded(name: str, *args: Any, **kwargs: Any) -> ctypes.CDLL:
+        if name == "libtorch_cpu.so" and not is_loaded:
+            raise OSError(name)
+        return real(name, *args, **kwargs)
+
+    library._found.cache_clear()
+    monkeypatch.setattr(library.torch, "__file__", "/nowhere/torch/__init__.py")
+    monkeypatch.setattr(library.ctypes, "CDLL", loaded)
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Flora([param], lr=1e-3, rank=8)
+    (row,) = optimizer.report().rows
+    if not is_loaded:
+        assert row.path == "eager (torch's own library was not found)"
+    elif sys.platform == "linux":
+        assert row.path.startswith("native")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert (param < 1).all()
     library._found.cache_clear()
 
 

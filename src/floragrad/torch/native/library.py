@@ -104,7 +104,9 @@ def _found() -> Library | str:
         return f"{SWITCH}=0"
     if switch != "1":
         raise ValueError(f"{SWITCH}={switch}: 1 runs the native kernels where there are any, 0 turns them off")
-    runtime = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/*torch_cpu*"))))
+    runtime = _torch_library()
+    if runtime is None:
+        return "torch's own library was not found"
     if not hasattr(runtime, "GOMP_parallel"):
         return "torch's threads are not OpenMP's"
     for name in instruction_sets():
@@ -112,6 +114,17 @@ def _found() -> Library | str:
         if spec is not None and spec.origin is not None:
             return _loaded(name, ctypes.CDLL(spec.origin), runtime)
     return "no native kernels were built: install floragrad where there is a C++ compiler"
+
+
+def _torch_library() -> ctypes.CDLL | None:
+    """The library that torch has loaded: beside it, or, of a split installation, by its name in this process."""
+    beside = next(Path(torch.__file__).parent.glob("lib/*torch_cpu*"), None)
+    if beside is not None:
+        return ctypes.CDLL(str(beside))
+    try:
+        return ctypes.CDLL("libtorch_cpu.so", mode=getattr(os, "RTLD_NOLOAD", 0))
+    except OSError:  # its name differs here, or torch is linked in another way
+        return None
 
 
 def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | str:
