@@ -9,7 +9,9 @@ BENCH_READY = $(BENCH_VENV)/.ready
 # What either environment is made of: the kernels are compiled into it.
 SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
 
-.PHONY: demo compare bench bench-all test test-slow lint types clean
+SANITIZED = build/sanitized
+
+.PHONY: demo compare bench bench-all test test-slow sanitize lint types clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -29,6 +31,14 @@ test: $(READY)  ## every test, on every core; those of several processes one aft
 
 test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
 	$(BIN)/python -m pytest -n auto -m slow
+
+sanitize: $(READY)  ## the kernels under AddressSanitizer and UBSan, in a folder of their own, over the kernels' tests
+	FLORAGRAD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 FLORAGRAD_TEST_KERNELS=$(SANITIZED)/floragrad/torch/native \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/torch/test_native.py tests/torch/test_guard_bands.py \
+	tests/torch/test_handover.py tests/torch/test_accumulation_handover.py \
+	-k "not (library_needs_nothing or second_openmp)"
 
 lint: $(READY)
 	$(BIN)/ruff check .
