@@ -172,6 +172,7 @@ class Flora(torch.optim.Optimizer):
         if relative_step:
             check_relative_lr(lr)
         self._slots: dict[Tensor, Slot] = {}
+        self._numbers: dict[Tensor, tuple[Tensor, int | None, int]] = {}
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self.defaults.update(scheduler_defaults(defaults, self.param_groups))
@@ -373,7 +374,7 @@ class Flora(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots = {}
+        self._slots, self._numbers = {}, {}
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
             options.setdefault("maximize", False)  # of versions that had none
@@ -431,7 +432,7 @@ class Flora(torch.optim.Optimizer):
         for param in self._slots:
             if param not in slots:
                 self.state.pop(param, None)
-        self._slots = numbered_slots(slots, self.state)
+        self._slots, self._numbers = numbered_slots(slots, self.state), {}
         for param in slots:
             if param.requires_grad:
                 self._state_of(param)
@@ -446,10 +447,20 @@ class Flora(torch.optim.Optimizer):
         slot = self._slots[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        # The state's number, not the slot's: whoever puts another state in its place has put its number there too.
-        number = int(state["tensor_id"].item())
-        at = TensorStep(slot.plan, slot.group, number, step, param.device, slot.part)
+        at = TensorStep(slot.plan, slot.group, self._number_of(param, state), step, param.device, slot.part)
         return TensorUpdate(here, grad, own_state(state), at)
+
+    def _number_of(self, param: Tensor, state: State) -> int:
+        """Return the number in a parameter's state, which is read anew only where it may have changed.
+
+        The state's, not the slot's: whoever puts another state in its place has put its number there too.
+        """
+        kept = state["tensor_id"]
+        version = None if kept.is_inference() else kept._version
+        known = self._numbers.get(param)
+        if known is None or version is None or known[0] is not kept or known[1] != version:
+            known = self._numbers[param] = (kept, version, int(kept.item()))
+        return known[2]
 
     def _follow_schedulers(self, group: Group) -> None:
         """Read what schedulers have written into a group."""
