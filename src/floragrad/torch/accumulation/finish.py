@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.torch.accumulation.advice import Advice
-from floragrad.torch.accumulation.lure import Lure
+from floragrad.torch.accumulation.sentinel import SentinelGradient
 from floragrad.torch.accumulation.window import Slot, Window
 from floragrad.torch.distributed.lockstep import is_sharded, sum_over_parts
 from floragrad.torch.optimizer import Flora
@@ -86,7 +86,7 @@ class Release:
         self._advice = advice
         self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
         self._carrier: Optimizer | None = None
-        self._lure = Lure(slots)
+        self._sentinel = SentinelGradient(slots)
         self._stepping = self._has_warned = self._has_warned_of_changes = False
         self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
 
@@ -100,11 +100,11 @@ class Release:
     def end(self, window: Window) -> None:  # noqa: ARG002
         """Nothing but :meth:`check_habits`'s zeros: what has not been updated is updated by :meth:`step`."""
         if self._scaler is None:  # a scaler takes whatever is in .grad for gradients
-            self._lure.lay()
+            self._sentinel.place()
 
     def check_habits(self) -> None:
         """Warn once where ``.grad`` was changed since the window ended."""
-        if self._lure.withdraw() and not self._has_warned_of_changes:
+        if self._sentinel.remove() and not self._has_warned_of_changes:
             self._has_warned_of_changes = True
             warnings.warn(
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
@@ -157,7 +157,7 @@ class Release:
 
     def close(self) -> None:
         """Remove what notices habits."""
-        self._lure.withdraw()
+        self._sentinel.remove()
         for handle in self._handles:
             handle.remove()
 
@@ -194,7 +194,7 @@ class Release:
     def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A step with a closure is not taken by habit: Lightning runs the last backward pass inside it.
         if not self._stepping:
-            self._lure.withdraw()  # or the optimizer would step with zeros
+            self._sentinel.remove()  # or the optimizer would step with zeros
         has_closure = any(given is not None for given in (*args[1:], *kwargs.values()))
         if not self._stepping and not has_closure and not self._has_warned:
             self._has_warned = True

@@ -1,4 +1,4 @@
-"""Notices by habit: gradients changed in ``.grad`` where the window's mean is not."""
+"""Detection of gradients that are changed in ``.grad`` by habit, where the window's mean is not."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from floragrad.torch.accumulation.window import Slot
 
 
-class Lure:
+class SentinelGradient:
     """Zeros in the smallest parameter's ``.grad``, which tell whether somebody writes to gradients.
 
     ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient that it finds in place, and finds none with release.
@@ -20,24 +20,24 @@ class Lure:
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._slots = slots
-        self._laid: tuple[Tensor, Tensor, int] | None = None
+        self._placed: tuple[Tensor, Tensor, int] | None = None
 
-    def lay(self) -> None:
-        """Leave zeros, where there is no gradient."""
+    def place(self) -> None:
+        """Put zeros where there is no gradient."""
         params = [slot.param for slot in self._slots if slot.part is None and slot.param.numel()]
         param = min(params, key=lambda each: each.numel(), default=None)
         if param is not None and param.grad is None:
             zeros = param.grad = torch.zeros_like(param)
-            self._laid = param, zeros, zeros._version
+            self._placed = param, zeros, zeros._version
 
-    def withdraw(self) -> bool:
-        """Take the zeros away.
+    def remove(self) -> bool:
+        """Remove the zeros.
 
         Returns:
             Whether they were written to.
         """
-        laid, self._laid = self._laid, None
-        if laid is None or laid[0].grad is not laid[1]:
+        placed, self._placed = self._placed, None
+        if placed is None or placed[0].grad is not placed[1]:
             return False
-        laid[0].grad = None
-        return laid[1]._version != laid[2]
+        placed[0].grad = None
+        return placed[1]._version != placed[2]
