@@ -491,4 +491,9 @@ class Flora(torch.optim.Optimizer):
 
 def _shard_step(update: TensorUpdate, param: "DTensor") -> ShardStep:
     """The step of what is here of a sharded parameter, not begun yet."""
-    return ShardStep(step_part(*update), update.at.part, param.device_mesh)
+    from floragrad.torch.distributed.shards import stepped_placements, written_back
+
+    sums = step_part(*update)
+    if stepped_placements(param, update.at.plan.view) != tuple(param.placements):
+        sums = written_back(sums, update.param, param)
+    return ShardStep(sums, update.at.part, param.device_mesh)

@@ -142,9 +142,9 @@ def fresh_state(param: Tensor, slot: Slot) -> State:
 
 
 def placed_state(param: Tensor, slot: Slot, state: State) -> State:
-    """A state as the parameter is placed: of a whole tensor, what is here."""
+    """A state as the parameter is placed: of a whole tensor what is here, and whole what was sharded."""
     if not is_sharded(param):
-        return state
+        return {key: value.full_tensor() if is_sharded(value) else value for key, value in state.items()}
     from floragrad.torch.distributed.shards import placed
 
     return {key: placed(key, value, param, slot.plan) for key, value in state.items()}
@@ -154,21 +154,21 @@ def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
     """What of a parameter is here."""
     if not is_sharded(param):
         return Part.whole(plan.shape, plan.view)
-    from floragrad.torch.distributed.shards import check_columns, part_of
+    from floragrad.torch.distributed.shards import check_columns, part_of, stepped_placements
 
-    part = part_of(name, param, plan.view)
+    part = part_of(name, param, plan.view, stepped_placements(param, plan.view))
     check_columns(name, param, plan, part)
     return part
 
 
 def _layout(param: Tensor, plan: TensorPlan) -> Layout:
     """Shapes and dtypes of what is here of a parameter and its state."""
-    buffers = plan.buffers
+    buffers, shape = plan.buffers, tuple(param.shape)
     if is_sharded(param):
-        from floragrad.torch.distributed.shards import local_buffers
+        from floragrad.torch.distributed.shards import local_buffers, stepped_shape
 
-        buffers = local_buffers(param, plan)
-    return Layout.of(tuple(here(param).shape), {key: each for key, each in buffers.items() if key not in SCALAR_STATE})
+        buffers, shape = local_buffers(param, plan), stepped_shape(param, plan.view)
+    return Layout.of(shape, {key: each for key, each in buffers.items() if key not in SCALAR_STATE})
 
 
 def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Tensor, State]:
@@ -184,12 +184,14 @@ def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Ten
         check_parameter(slot.name, param)
         grad = checked_gradient(slot.name, param.grad, slot.layout.shape, param.dtype, param.device)
         return param, grad, checked_state(slot.name, state, slot.layout)
-    from floragrad.torch.distributed.shards import local_gradient
+    from floragrad.torch.distributed.shards import contiguous, local_gradient, stepped_local, stepped_placements
 
-    local, found = param.to_local(), {key: here(value) for key, value in state.items()}
+    state.update({key: contiguous(value) for key, value in state.items() if is_sharded(value)})
+    local, found = stepped_local(param, slot.plan.view), {key: here(value) for key, value in state.items()}
     check_shape(f"{slot.name}, on this device,", local.shape, slot.layout.shape)
     check_parameter(slot.name, local)
-    grad = checked_gradient(slot.name, local_gradient(param), slot.layout.shape, param.dtype, local.device)
+    grad = local_gradient(param, stepped_placements(param, slot.plan.view))
+    grad = checked_gradient(slot.name, grad, slot.layout.shape, param.dtype, local.device)
     return local, grad, checked_state(slot.name, found, slot.layout)
 
 

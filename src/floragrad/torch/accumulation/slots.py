@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from floragrad.policy import AccumulatorPlan
+from floragrad.policy import AccumulatorPlan, Kind, matrix_view
 from floragrad.torch.accumulation.advice import Advice
 from floragrad.torch.accumulation.settings import Listed, Settings, listed_parameters
 from floragrad.torch.accumulation.sketch import GradientSketch
@@ -138,7 +138,7 @@ class Slots:
         settings = self._settings
         param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
         if is_sharded(param):
-            plan, part = _share(each.name, param, plan)
+            plan, part = _share(each.name, param, plan, each.kind)
         sketch = None
         if self._sketched:
             sketch = GradientSketch(
@@ -161,7 +161,7 @@ def _check_free(new: list[Listed]) -> None:
             raise RuntimeError(f"{each.name} has a GradientAccumulator already: {owner.advice.close}")
 
 
-def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[AccumulatorPlan, Part]:
+def _share(name: str, param: "DTensor", plan: AccumulatorPlan, kind: Kind | None) -> tuple[AccumulatorPlan, Part]:
     """What is kept here of a sharded parameter's gradient, and which part of it that is of.
 
     Raises:
@@ -169,7 +169,7 @@ def _share(name: str, param: "DTensor", plan: AccumulatorPlan) -> tuple[Accumula
     """
     from floragrad.torch.distributed.shards import part_of
 
-    part = part_of(name, param, plan.view if param.dim() > 1 else None)
+    part = part_of(name, param, matrix_view(param.shape, kind))
     if "columns" in part.split:
         raise ValueError(
             f"{name} of shape {plan.shape} is split along its columns ({param.placements}), and a sketch is of whole "

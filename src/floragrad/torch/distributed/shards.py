@@ -7,7 +7,7 @@ split along its columns (row-wise tensor parallelism) has sketches of whole rows
 This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.lockstep` does not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -19,28 +19,73 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from floragrad.policy import QUANTIZATION_BLOCK, SCALAR_STATE, Buffer, MatrixView, TensorPlan, leading_shape
-from floragrad.torch.part import Axis, Part
+from floragrad.torch.part import Axis, Part, ShardSum
 
 _OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
 _OF_COLUMNS = ("col_var", "projection_weight")
 
 
-def part_of(name: str, param: DTensor, view: MatrixView | None) -> Part:
+def stepped_placements(param: DTensor, view: MatrixView | None) -> tuple[Placement, ...]:
+    """How a parameter is placed while it is stepped.
+
+    A single matrix with leading dimensions of size 1, (1, rows, columns), lies on one device where it is sharded on one
+    of them. Its state has no such dimension and is everywhere, so all devices work on all of it.
+
+    Args:
+        param: The parameter.
+        view: Of its global shape.
+    """
+    if view is None or view.batch > 1:
+        return tuple(param.placements)
+    axes = _axes(tuple(param.shape), view)
+    return tuple(
+        Replicate() if isinstance(each, Shard | _StridedShard) and axes[_dim(each)] == "batch" else each
+        for each in param.placements
+    )
+
+
+def stepped_local(param: DTensor, view: MatrixView | None) -> Tensor:
+    """What is here of a parameter while it is stepped; a copy where :func:`stepped_placements` are others."""
+    placements = stepped_placements(param, view)
+    if placements != tuple(param.placements):
+        param = param.redistribute(placements=placements)
+    return param.to_local()
+
+
+def stepped_shape(param: DTensor, view: MatrixView | None) -> tuple[int, ...]:
+    """The shape of :func:`stepped_local`."""
+    return _local(param, tuple(param.shape), stepped_placements(param, view))[0]
+
+
+def written_back(
+    sums: Generator[list[ShardSum], None, None], stepped: Tensor, param: DTensor
+) -> Generator[list[ShardSum], None, None]:
+    """Run a step of :func:`stepped_local`, and write what is this device's into the parameter."""
+    yield from sums
+    own = param.to_local()
+    if own.numel():
+        own.copy_(stepped)
+
+
+def part_of(
+    name: str, param: DTensor, view: MatrixView | None, placements: tuple[Placement, ...] | None = None
+) -> Part:
     """What of a sharded parameter is on this device.
 
     Args:
         name: For messages.
         param: The parameter.
         view: Of its global shape.
+        placements: Others than the parameter's.
 
     Raises:
         ValueError: It is split in a way in which its rows cannot be worked on, with the way out.
     """
-    whole = tuple(param.shape)
-    shape, offset = _local(param, whole, param.placements)
+    whole, placements = tuple(param.shape), tuple(param.placements) if placements is None else placements
+    shape, offset = _local(param, whole, placements)
     axes = _axes(whole, view)
     split: dict[Axis, tuple[int, ...]] = {}
-    for mesh_dim, placement in enumerate(param.placements):
+    for mesh_dim, placement in enumerate(placements):
         if placement.is_replicate():
             continue
         axis = axes[_dim(placement)] if isinstance(placement, Shard | _StridedShard) else None
@@ -95,19 +140,40 @@ def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor])
 
 
 def placed(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
-    """A loaded state tensor where this device wants it: a whole one is cut, and nothing is sent."""
-    if key in SCALAR_STATE or isinstance(value, DTensor):
+    """A loaded state tensor where this device wants it; a whole one is cut, and nothing is sent."""
+    if key in SCALAR_STATE:
         return value
-    return distribute_tensor(value, param.device_mesh, _placements(param, plan, key), src_data_rank=None)
+    mesh, placements = param.device_mesh, _placements(param, plan, key)
+    if isinstance(value, DTensor):
+        if value.device_mesh == mesh:
+            return value if tuple(value.placements) == placements else value.redistribute(placements=placements)
+        value = value.full_tensor()
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
-def local_gradient(param: DTensor) -> Tensor:
-    """The gradient of what is here."""
+def contiguous(value: DTensor) -> DTensor:
+    """The same tensor with what is here of it in memory one element after the other."""
+    local = value.to_local()
+    if local.is_contiguous():
+        return value
+    return DTensor.from_local(
+        local.contiguous(),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=_strides(value.shape),
+    )
+
+
+def local_gradient(param: DTensor, placements: tuple[Placement, ...] | None = None) -> Tensor:
+    """The gradient of what is here, of a parameter as it is placed, or in other placements."""
     grad = param.grad
+    wanted = tuple(param.placements) if placements is None else placements
     if not isinstance(grad, DTensor):
         raise TypeError(f"the gradient of a parameter placed as {param.placements} is a plain tensor: give a DTensor")
-    if grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
+    if tuple(grad.placements) != wanted:
+        grad = grad.redistribute(param.device_mesh, wanted)
     return grad.to_local()
 
 
