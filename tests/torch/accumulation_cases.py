@@ -75,6 +75,7 @@ class Scenario:
         lengths: Micro-batches of each window; a short one is flushed.
         weights: Of each micro-batch of a window; None for the mean.
         in_backward: Whether tensors can be updated inside the last backward pass.
+        names_vocabulary: Whether the groups say that embedding and head are vocabulary: too few rows to be told by.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Scenario:
     lengths: tuple[int, ...] = (STEPS, STEPS, STEPS)
     weights: tuple[float, ...] | None = None
     in_backward: bool = True
+    names_vocabulary: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -90,6 +92,14 @@ class Scenario:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         return self.build()
+
+    def params(self, model: nn.Module) -> list[Any]:
+        """What an optimizer is made of."""
+        if not self.names_vocabulary:
+            return list(model.parameters())
+        vocabulary = [model.embed.weight, model.head.weight]
+        hidden = [param for param in model.parameters() if all(param is not each for each in vocabulary)]
+        return [{"params": hidden}, {"params": vocabulary, "kind": "vocabulary"}]
 
     def windows(self) -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(1)
@@ -159,7 +169,7 @@ ENDINGS = [
 def accumulated(scenario: Scenario, ending: Ending, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """The parameters after all windows, and each window's norm."""
     model, norms = scenario.model(), []
-    optimizers = ending.optimizers(list(model.parameters()))
+    optimizers = ending.optimizers(scenario.params(model))
     with GradientAccumulator(optimizers, STEPS, **{**ending.options, **options}) as accumulator:
         for window in scenario.windows():
             for index, tokens in enumerate(window):
@@ -178,7 +188,7 @@ def accumulated(scenario: Scenario, ending: Ending, **options: Any) -> tuple[Ten
 def exact(scenario: Scenario, ending: Ending) -> tuple[Tensor, list[Tensor]]:
     """The same with gradients summed in ``.grad``, as PyTorch does it."""
     model, norms = scenario.model(), []
-    made = ending.optimizers(list(model.parameters()))
+    made = ending.optimizers(scenario.params(model))
     optimizers = made if isinstance(made, list) else [made]
     for window in scenario.windows():
         for index, tokens in enumerate(window):

@@ -52,7 +52,7 @@ def test_identity_equals_exact_accumulation(scenario: Scenario, ending: Ending) 
 )
 def test_compressed_windows_descend(ending: Ending, options: dict) -> None:
     """Whatever is rounded or projected, the model learns about what exact accumulation learns."""
-    scenario = Scenario("longer", lengths=(STEPS,) * 10)
+    scenario = Scenario("longer", lengths=(STEPS,) * 10, names_vocabulary=True)
     start = loss_of(scenario.model(), scenario)
     after = []
     for course in (accumulated(scenario, ending, **options)[0], exact(scenario, ending)[0]):
@@ -253,6 +253,7 @@ def test_report_predicts_the_bytes() -> None:
             assert f"{report.state_bytes / report.exact_bytes:.1%}" in text
 
 
+@pytest.mark.filterwarnings("ignore:Flora compresses 2% of the momentum")
 def test_vocabulary_keeps_every_column() -> None:
     """By kind, or by shape where nobody says: 200 x 32 is too short for that, 8,200 x 32 is not."""
     model = Net()
