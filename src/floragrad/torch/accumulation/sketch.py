@@ -304,7 +304,8 @@ class GradientSketch:
     def _remember(self, squares: Tensor) -> None:
         """Take a window's mean squares of columns into their average; the first window is taken whole."""
         average = self._buffers["col_var"]
-        decay = torch.where(average.mean(-1, keepdim=True) > 0, COLUMN_DECAY, 0.0)
+        is_known = average.mean(-1, keepdim=True) > 0
+        decay = is_known.to(average.dtype) * COLUMN_DECAY  # torch.where of two numbers has the default dtype
         updated = squares + decay * (average - squares)
         average.copy_(torch.where(updated.isfinite(), updated, average))
 
