@@ -187,7 +187,7 @@ def test_a_comparison_goes_on_after_a_kill_at_the_end_of_a_run(
     begin_comparison(made, out)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_summary", _die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="floragrad compare --resume"):
             compare(out, Console(quiet=True))
     (path,) = (out / "runs").iterdir()
     assert RunFolder(path).checkpoints()[-1][0] == 4
