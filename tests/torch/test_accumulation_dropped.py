@@ -228,9 +228,21 @@ def test_who_does_not_clip_or_clips_rightly_is_not_warned(recwarn: pytest.Warnin
                 if accumulator.complete:
                     if clip:
                         accumulator.clip_grad_norm_(MAX_NORM)
+                        assert all(param.grad is None for param in model.parameters())
                     accumulator.step()
                     optimizer.zero_grad()
     assert not recwarn.list
+
+
+def test_clipping_by_habit_before_the_norm_is_asked_for_is_noticed() -> None:
+    model = net()
+    with GradientAccumulator(flora(model.parameters()), 2) as accumulator:
+        for tokens in batches(2):
+            accumulator.backward(model(tokens))
+        HABITS["clip_grad_norm_"](list(model.parameters()))
+        assert accumulator.grad_norm > 0
+        with pytest.warns(UserWarning, match="gradients in .grad were changed"):
+            accumulator.step()
 
 
 def test_an_abandoned_window_leaves_no_zeros() -> None:

@@ -88,6 +88,7 @@ class Release:
         self._carrier: Optimizer | None = None
         self._sentinel = SentinelGradient(slots)
         self._stepping = self._has_warned = self._has_warned_of_changes = False
+        self._was_changed = False
         self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
 
     def last_gradient(self, slot: Slot, window: Window) -> None:
@@ -104,7 +105,9 @@ class Release:
 
     def check_habits(self) -> None:
         """Warn once where ``.grad`` was changed since the window ended."""
-        if self._sentinel.remove() and not self._has_warned_of_changes:
+        self._remove_sentinel()
+        was_changed, self._was_changed = self._was_changed, False
+        if was_changed and not self._has_warned_of_changes:
             self._has_warned_of_changes = True
             warnings.warn(
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
@@ -120,6 +123,7 @@ class Release:
                 "the norm is not known: with clip=False (the default for steps=1) tensors are updated inside "
                 "the last backward pass; construct the accumulator with clip=True"
             )
+        self._remove_sentinel()  # who asks for the norm knows where the gradients are
         held = [(slot, slot.sketch.squared_norm()) for slot in self._slots if slot.sketch and slot.sketch.folds]
         if not held:
             return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -160,6 +164,9 @@ class Release:
         self._sentinel.remove()
         for handle in self._handles:
             handle.remove()
+
+    def _remove_sentinel(self) -> None:
+        self._was_changed |= self._sentinel.remove()
 
     def _update(self, slot: Slot, window: Window, factor: float | Tensor) -> None:
         if not slot.gather(window, window.weight or 0.0, factor):
