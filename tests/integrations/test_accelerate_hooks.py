@@ -150,3 +150,14 @@ def test_closing_all_accumulators_of_a_model_serves_a_new_accelerator() -> None:
     accelerator, _ = prepared(model)
     accelerator.end_training()
     del kept
+
+
+def test_an_optimizer_that_no_backward_pass_reaches_is_named() -> None:
+    """With release: the zeros in .grad that notice clipping by habit are no gradient."""
+    model, stranger = net(), net()
+    accelerator, optimizer = prepared(model)
+    for _ in range(STEPS):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(stranger))
+    with pytest.raises(RuntimeError, match="no backward pass has reached a parameter of the optimizer"):
+        optimizer.step()

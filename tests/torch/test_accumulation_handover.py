@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from floragrad import Flora, GradientAccumulator
 from floragrad.policy import plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
+from tests.torch.test_checkpoint import through_a_file
 from tests.torch.test_handover import negated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
@@ -119,3 +121,38 @@ def test_sketches_take_nothing_but_what_they_planned(state_dtype: Any, code: str
     freed.buffers["data"].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"the sketch of weight: 'data'.*has no memory"):
         freed.add(torch.ones(24, 130), 1.0, 0, measure_noise=True)
+
+
+@pytest.mark.skipif(
+    not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10: gradients have their parameter's dtype"
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_keep_the_dtype_that_was_chosen_for_them(optimizer: str) -> None:
+    """bfloat16 parameters with float32 gradients: .grad takes no other."""
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((8, 64), (8,))]
+    for param in params:
+        param.grad_dtype = torch.float32  # type: ignore[attr-defined]
+    accumulator = GradientAccumulator(OPTIMIZERS[optimizer](params), steps=2)
+    for _ in range(2):
+        accumulator.backward(sum(param.float().sum() for param in params))  # type: ignore[arg-type]
+    if optimizer == "materialise":
+        assert all(param.grad is not None and param.grad.dtype == torch.float32 for param in params)
+    assert accumulator.step()
+    assert all((param < 1).any() for param in params)
+    accumulator.close()
+
+
+def test_a_window_is_not_loaded_into_parameters_without_memory() -> None:
+    param, empty = (torch.nn.Parameter(torch.ones(8, 64, device=device)) for device in ("cpu", "meta"))
+    accumulator, other = (GradientAccumulator(Flora([each], lr=1e-2, rank=4), steps=2) for each in (param, empty))
+    accumulator.backward(param.sum())
+    with pytest.raises(ValueError, match="parameter 0 is on the meta device"):
+        other.load_state_dict(accumulator.state_dict())
+
+
+def test_integers_of_numpy_are_saved_as_those_of_python() -> None:
+    param = torch.nn.Parameter(torch.ones(8, 64))
+    accumulator = GradientAccumulator(Flora([param], lr=1e-2, rank=4), steps=np.int64(2), seed=np.int64(1))  # type: ignore[arg-type]
+    accumulator.backward(param.sum())
+    settings = through_a_file(accumulator.state_dict())["settings"]
+    assert (settings["steps"], settings["seed"]) == (2, 1)

@@ -189,3 +189,15 @@ def test_options_that_the_state_does_not_depend_on_stay_live() -> None:
     optimizer.param_groups[0].update(lr=1e-4, beta1=0.5, weight_decay=0.1, clip_threshold=2.0, decay_rate=-0.5)
     step(optimizer)
     assert optimizer.state[param]["step"] == 2
+
+
+def test_a_long_vector_in_place_of_a_small_matrix_is_one_new_parameter() -> None:
+    """It is a flat vector of many tensors only where nothing else is left in its group."""
+    net = model()
+    head, vector = torch.nn.Parameter(torch.ones(4, 64)), torch.nn.Parameter(torch.zeros(4096))
+    optimizer = flora([*net.parameters(), head])
+    step(optimizer)
+    optimizer.param_groups[0]["params"][-1] = vector
+    step(optimizer)
+    assert optimizer.state[vector]["step"] == 1
+    assert head not in optimizer.state

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,3 +185,25 @@ def test_states_of_the_former_rule_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"parameter 0 has no momentum, .*\(64, 640\) keeps one: earlier versions"):
         optimizer.load_state_dict(written)
     assert all("exp_avg" in state for state in optimizer.state.values())
+
+
+def test_other_numbers_of_groups_are_refused_as_such() -> None:
+    """Not as a wrong option of the first of them."""
+    matrix, bias = torch.nn.Parameter(torch.ones(24, 40)), torch.nn.Parameter(torch.ones(24))
+    groups = [{"params": [matrix], "kind": "matrix"}, {"params": [bias], "kind": "vector"}]
+    saved = Flora(groups, lr=0.1, ratio=4).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        Flora([matrix, bias], lr=0.1, ratio=4).load_state_dict(saved)
+
+
+def test_another_kind_is_refused_with_a_remedy_that_there_is() -> None:
+    """Kind is an option of groups, not of the constructor."""
+    saved = Flora([{"params": [torch.nn.Parameter(torch.ones(24, 40))], "kind": "matrix"}], lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="give that group kind='matrix'"):
+        Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.1).load_state_dict(saved)
+
+
+def test_integers_of_numpy_are_saved_as_those_of_python() -> None:
+    integers = {name: np.int64(value) for name, value in {"ratio": 4, "kappa": 10, "seed": 3}.items()}
+    groups = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.1, **integers).state_dict()
+    assert through_a_file(groups)["param_groups"][0]["kappa"] == 10

@@ -159,3 +159,95 @@ def test_a_state_of_something_else_is_refused() -> None:
         old.convert_state(other.state_dict())
     with pytest.raises(ValueError, match="was not written by Flora"):
         Flora([torch.nn.Parameter(torch.ones(3))], lr=1.0).convert_state(other.state_dict())
+
+
+KERNEL = (6, 2, 4, 32)
+
+
+def stepped_as(kind: Any, values: torch.Tensor, **options: Any) -> Flora:
+    group = {"params": [torch.nn.Parameter(values.clone())], "kind": kind}
+    optimizer = Flora([group], **{"lr": 1e-2, "state_dtype": "float32", "ratio": 2, **options})
+    for seed in range(3):
+        values = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
+        group["params"][0].grad = values
+        optimizer.step()
+    return optimizer
+
+
+def dense(optimizer: Flora) -> torch.Tensor:
+    """The momentum of every element in float64, decoded with the pseudoinverse."""
+    momentum = state_of(optimizer)["exp_avg"].double()
+    slot = optimizer._slots[optimizer.param_groups[0]["params"][0]]
+    if slot.plan.momentum == "sketch":
+        momentum = momentum.view(*momentum.shape[:-1], -1) @ torch.linalg.pinv(matrix(optimizer, steps=3)).mT
+    return momentum.reshape(slot.plan.shape)
+
+
+@pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
+@pytest.mark.parametrize("options", [{}, {"ratio": 1, "factorize_second_moment": False}], ids=str)
+@pytest.mark.parametrize(
+    ("written", "wanted"), [(None, "convolution"), ("convolution", None), (None, "vector"), ("vector", "convolution")]
+)
+def test_a_momentum_is_read_in_the_view_that_it_was_written_in(written: Any, wanted: Any, options: Any) -> None:
+    """Another kind is another matrix view of the same elements."""
+    values = torch.randn(KERNEL, generator=torch.Generator().manual_seed(9))
+    old, new = stepped_as(written, values, **options), stepped_as(wanted, values, **options)
+    new.load_state_dict(new.convert_state(old.state_dict()))
+    slot = new._slots[new.param_groups[0]["params"][0]]
+    expected = dense(old)
+    if slot.plan.momentum == "sketch":
+        projection = matrix(new, steps=3)
+        expected = expected.view(slot.plan.view) @ projection.mT
+    found = state_of(new)["exp_avg"].double()
+    torch.testing.assert_close(found, expected.reshape(found.shape), rtol=1e-5, atol=1e-6)
+    if options:
+        assert torch.equal(state_of(new)["variance"], state_of(old)["variance"])
+    elif written == "vector":
+        seen = state_of(old)["variance"].view(6, 256)
+        torch.testing.assert_close(state_of(new)["row_var"], seen.mean(1))
+        torch.testing.assert_close(state_of(new)["col_var"], seen.mean(0))
+    else:
+        rows, columns = state_of(old)["row_var"].double(), state_of(old)["col_var"].double()
+        whole = rows.unsqueeze(-1) / rows.mean(-1, keepdim=True).unsqueeze(-1) * columns.unsqueeze(-2)
+        state = state_of(new)
+        means = [state["variance"]] if wanted == "vector" else [state["row_var"], state["col_var"]]
+        of_view = whole.reshape(KERNEL) if wanted == "vector" else whole.reshape(slot.plan.view)
+        for mean, dim in zip(means, [None] if wanted == "vector" else [-1, -2], strict=True):
+            expected = of_view if dim is None else of_view.mean(dim)
+            torch.testing.assert_close(mean.double(), expected.reshape(mean.shape), rtol=1e-5, atol=1e-9)
+
+
+def test_a_tensor_that_was_never_stepped_begins_anew() -> None:
+    """A product of rows and columns of zeros would be 0 / 0."""
+    values = torch.ones(24, 40)
+    old = Flora([torch.nn.Parameter(values)], lr=1e-2, ratio=4)
+    param = torch.nn.Parameter(values.clone())
+    new = Flora([param], lr=1e-2, ratio=4, factorize_second_moment=False)
+    new.load_state_dict(new.convert_state(old.state_dict()))
+    param.grad = torch.ones(24, 40)
+    new.step()
+    assert param.isfinite().all()
+
+
+def test_a_state_of_the_former_rule_begins_its_momentum_anew() -> None:
+    """Earlier versions took a 64 x 640 matrix for an embedding, without momentum; no option differs."""
+    written = stepped_as("vocabulary", torch.ones(64, 640)).state_dict()
+    written["param_groups"][0]["kind"] = None
+    new = Flora([torch.nn.Parameter(torch.ones(64, 640))], lr=1e-2, state_dtype="float32", ratio=2)
+    with pytest.raises(ValueError, match="convert_state"):
+        new.load_state_dict(written)
+    with pytest.warns(UserWarning, match=r"starts anew for parameter 0 \(none was saved\)"):
+        new.load_state_dict(new.convert_state(written))
+    assert not state_of(new)["exp_avg"].any()
+    assert torch.equal(state_of(new)["row_var"], written["state"][0]["row_var"])
+
+
+def test_states_of_other_tensors_and_cast_payloads_are_not_converted() -> None:
+    old = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=1e-2, ratio=4)
+    other = Flora([torch.nn.Parameter(torch.ones(24, 64))], lr=1e-2, ratio=2)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        other.convert_state(old.state_dict())
+    saved = old.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].float() / 2
+    with pytest.raises(ValueError, match="whose bytes cannot be had from it"):
+        Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=1e-2, ratio=2).convert_state(saved)

@@ -29,15 +29,18 @@ def check_loadable(
     Raises:
         ValueError: Naming the option or tensor that differs, both values, and what to do.
     """
-    states = {}
-    # Groups or parameters that are too few or too many are torch.optim's to refuse.
-    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):
+    states: dict[Tensor, Mapping[str, Any]] = {}
+    for number, saved in enumerate(state_dict["param_groups"]):
+        check_written_by_flora(f"group {number} of the loaded state", saved)
+    if [len(saved["params"]) for saved in state_dict["param_groups"]] != [len(group["params"]) for group in groups]:
+        return states  # torch.optim refuses other numbers of groups or parameters
+    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         _check_options(number, saved, group)
-        for key, param in zip(saved["params"], group["params"], strict=False):
+        for key, param in zip(saved["params"], group["params"], strict=True):
             # A frozen parameter may have entries of wrappers alone.
             if own_state(state_dict["state"].get(key, {})):
                 states[param] = state_dict["state"][key]
-                _check_tensors(key, states[param], plans[param])
+                check_tensors(key, states[param], plans[param])
     return states
 
 
@@ -58,12 +61,12 @@ def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan
 
 def _check_options(number: int, saved: Group, group: Group) -> None:
     where = f"group {number} of the loaded state"
-    check_written_by_flora(where, saved)
     option = changed_option(saved, group)
     if option:
+        remedy = "give that group" if option == "kind" else "build Flora with"
         raise ValueError(
             f"{where} was written with {option}={saved[option]!r}, this optimizer has "
-            f"{option}={group[option]!r}: {LAYOUT_OPTIONS[option]}; build Flora with {option}={saved[option]!r}, "
+            f"{option}={group[option]!r}: {LAYOUT_OPTIONS[option]}; {remedy} {option}={saved[option]!r}, "
             "or load optimizer.convert_state(state_dict), which encodes the momentum anew"
         )
     if "device_type" in saved and saved["device_type"] != device_types(group):
@@ -88,16 +91,30 @@ def check_written_by_flora(where: str, saved: Group) -> None:
             )
 
 
-def _check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
+def lacks_momentum(saved: Mapping[str, Any], plan: TensorPlan) -> bool:
+    """Whether a state is the plan's but for a momentum: an earlier rule took the tensor for an embedding."""
     expected = {name: buffer.shape for name, buffer in plan.buffers.items()}
-    # States of earlier releases have no number: it is the position.
-    found = {"tensor_id": ()} | {name: tuple(value.shape) for name, value in own_state(saved).items()}
     without_momentum = {name: shape for name, shape in expected.items() if name not in _MOMENTUM_STATE}
-    if found == without_momentum != expected:
+    return _shapes(saved) == without_momentum != expected
+
+
+def _shapes(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    # States of earlier releases have no number: it is the position.
+    return {"tensor_id": ()} | {name: tuple(value.shape) for name, value in own_state(saved).items()}
+
+
+def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
+    """Refuse the state of another tensor, and one whose low-bit storage was cast.
+
+    Raises:
+        ValueError: Naming the parameter, what it has and what is needed.
+    """
+    expected, found = {name: buffer.shape for name, buffer in plan.buffers.items()}, _shapes(saved)
+    if lacks_momentum(saved, plan):
         raise ValueError(
             f"the loaded state of parameter {key} has no momentum, this optimizer's parameter of shape {plan.shape} "
             "keeps one: earlier versions took tensors more than four times as long as wide for embeddings, which keep "
-            "none; start with a fresh state"
+            "none; load optimizer.convert_state(state_dict), which begins it anew"
         )
     if found != expected:
         raise ValueError(

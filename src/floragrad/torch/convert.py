@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import STATE_KEYS, TensorPlan
-from floragrad.torch.checkpoint import check_written_by_flora, device_types, exact_state, own_state
+from floragrad.policy import STATE_KEYS, MatrixView, TensorPlan
+from floragrad.torch.checkpoint import (
+    check_tensors,
+    check_written_by_flora,
+    device_types,
+    exact_state,
+    lacks_momentum,
+    own_state,
+)
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import changed_option, layout_of, plan_of
 from floragrad.torch.part import Part
@@ -33,7 +40,7 @@ def converted_state(
         slots: Its parameters.
 
     Raises:
-        ValueError: It is not Flora's, or has other numbers of groups or parameters.
+        ValueError: It is not Flora's, has other numbers of groups or parameters, or tensors of other shapes.
     """
     found = [len(group["params"]) for group in state_dict["param_groups"]]
     expected = [len(group["params"]) for group in groups]
@@ -48,8 +55,11 @@ def converted_state(
         check_written_by_flora(f"group {number} of the state", saved)
         option = changed_option(saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
-            if option and own_state(states.get(key, {})):
-                conversion = _Conversion(saved, group, slots[param], states[key], position, param.device)
+            state, plan = own_state(states.get(key, {})), plan_of(param.shape, saved)
+            if state and (option or lacks_momentum(state, plan)):
+                if not lacks_momentum(state, plan):
+                    check_tensors(key, state, plan)
+                conversion = _Conversion(saved, group, slots[param], state, plan, position, param.device)
                 states[key] = states[key] | conversion.state()
                 states[key] = {name: each for name, each in states[key].items() if conversion.keeps(name)}
                 anew += conversion.losses
@@ -79,20 +89,27 @@ class _Conversion:
     """
 
     def __init__(
-        self, saved: Group, group: Group, slot: Slot, state: Mapping[str, Any], position: int, device: torch.device
+        self,
+        saved: Group,
+        group: Group,
+        slot: Slot,
+        state: Mapping[str, Any],
+        plan: TensorPlan,
+        position: int,
+        device: torch.device,
     ) -> None:
         self.losses: list[str] = []
-        self._name, self._new_plan = slot.name, slot.plan
-        self._old_plan: TensorPlan = plan_of(torch.Size(slot.plan.shape), saved)
+        self._name, self._new_plan, self._old_plan = slot.name, slot.plan, plan
         device = torch.device("cpu") if device.type == "meta" else device
-        whole = {key: each.full_tensor() if is_sharded(each) else each for key, each in own_state(state).items()}
+        whole = {key: each.full_tensor() if is_sharded(each) else each for key, each in state.items()}
         self._old: State = exact_state(whole, device, self._old_plan)
         number, step = int(self._old.get("tensor_id", position)), int(self._old["step"])
         self._new: State = initial_state(slot.plan, group, number, device)
         self._new["step"].fill_(step)
-        part = Part.whole(slot.plan.shape, slot.plan.view)
-        self._written = TensorStep(self._old_plan, saved, number, step, device, part)
-        self._wanted = TensorStep(self._new_plan, group, number, step, device, part)
+        self._written, self._wanted = (
+            TensorStep(each, options, number, step, device, Part.whole(each.shape, each.view))
+            for each, options in ((plan, saved), (slot.plan, group))
+        )
         self._elsewhere = saved.get("device_type", device.type) != device.type
 
     def keeps(self, key: str) -> bool:
@@ -100,60 +117,81 @@ class _Conversion:
         return key in self._new or key not in STATE_KEYS
 
     def state(self) -> State:
-        """The converted entries."""
-        self._convert_second_moment()
-        if self._new_plan.momentum != "none" and self._new["step"] > 0:
-            loss = self._convert_momentum()
+        """The converted entries; those of a tensor that was never stepped begin anew."""
+        if self._new["step"] > 0:
+            self._convert_second_moment()
+            loss = self._convert_momentum() if self._new_plan.momentum != "none" else ""
             if loss:
                 self.losses.append(f"{self._name} ({loss})")
         return self._new
 
     def _convert_second_moment(self) -> None:
-        old, new, view = self._old, self._new, self._new_plan.view
-        for key in new.keys() & old.keys() & {"row_var", "col_var", "variance"}:
-            new[key].copy_(old[key])
-        if view is None or self._old_plan.factored == self._new_plan.factored:
+        old, new = self._old_plan, self._new_plan
+        if (old.view, old.factored) == (new.view, new.factored):
+            for key in self._new.keys() & {"row_var", "col_var", "variance"}:
+                self._new[key].copy_(self._old[key])
             return
-        if self._new_plan.factored:
-            variance = old["variance"].view(view)
-            new["row_var"].copy_(variance.mean(-1).view(new["row_var"].shape))
-            new["col_var"].copy_(variance.mean(-2).view(new["col_var"].shape))
+        variance = self._variance()
+        if not new.factored or new.view is None:
+            self._new["variance"].copy_(variance.view(new.shape))
             return
-        rows, columns = old["row_var"].view(view.batch, view.rows, 1), old["col_var"].view(view.batch, 1, view.columns)
-        new["variance"].copy_((rows / rows.mean(-2, keepdim=True) * columns).view(new["variance"].shape))
+        variance = variance.reshape(new.view)
+        self._new["row_var"].copy_(variance.mean(-1).view(self._new["row_var"].shape))
+        self._new["col_var"].copy_(variance.mean(-2).view(self._new["col_var"].shape))
+
+    def _variance(self) -> Tensor:
+        """The second moment of every element, of a factored one row · column / mean(row)."""
+        view = self._old_plan.view
+        if not self._old_plan.factored or view is None:
+            return self._old["variance"]
+        rows, columns = (self._old[key].view(view.batch, *shape) for key, shape in _factors(view))
+        return rows / rows.mean(-2, keepdim=True) * columns
 
     def _convert_momentum(self) -> str:
         """Encode the momentum; or why it cannot be."""
         old, new = self._old_plan, self._new_plan
-        if old.momentum == "none":
+        if lacks_momentum(self._old, old) or old.momentum == "none":
             return "none was saved"
-        if new.view is None:
-            self._new["exp_avg"].copy_(self._old["exp_avg"])
-            return ""
-        rows = load(self._written.stored(self._old).read(_ALL), old.state_dtype, old.width)
         if self._same_basis():
+            rows = self._rows()
             if self._wanted.is_learnt:
                 self._new["projection_weight"].copy_(self._old["projection_weight"])
         else:
-            unbiased = new.momentum == "sketch" and not self._wanted.group["residual"]
-            if old.momentum == "sketch":
-                projection = _projection(self._written, self._old)
-                if not isinstance(projection, BucketProjection) and (self._elsewhere or not unbiased):
-                    return "Gaussian projections have no orthogonal decoder, and belong to a kind of device"
-                dense = rows.new_zeros(new.view)
-                decode = projection.add_decoded_ if unbiased else projection.add_orthogonal_
-                rows = decode(dense, rows)
+            dense = self._dense()
+            if isinstance(dense, str):
+                return dense
+            rows = dense.reshape(self._wanted.view)
             if new.momentum == "sketch":
                 rows = _projection(self._wanted, self._new).encode(rows)
+        stored = self._wanted.stored(self._new)
         bits = None
-        if new.state_dtype != "float32":
+        if stored.dtype != "float32":
             bits = self._wanted.rounding(Stream.CONVERSION_ROUNDING, new.width, slice(None))
-        self._wanted.stored(self._new).write(_ALL, save(rows, new.state_dtype, bits))
+        stored.write(_ALL, save(rows, stored.dtype, bits))
         return ""
+
+    def _rows(self) -> Tensor:
+        """The momentum as it was written, in float32."""
+        stored = self._written.stored(self._old)
+        return load(stored.read(_ALL), stored.dtype, stored.width)
+
+    def _dense(self) -> Tensor | str:
+        """The momentum of every element; or why it cannot be had."""
+        rows, view = self._rows(), self._old_plan.view
+        if self._old_plan.momentum == "whole" or view is None:
+            return rows
+        unbiased = self._new_plan.momentum == "sketch" and not self._wanted.group["residual"]
+        projection = _projection(self._written, self._old)
+        if not isinstance(projection, BucketProjection) and (self._elsewhere or not unbiased):
+            return "Gaussian projections have no orthogonal decoder, and belong to a kind of device"
+        decode = projection.add_decoded_ if unbiased else projection.add_orthogonal_
+        return decode(rows.new_zeros(view), rows)
 
     def _same_basis(self) -> bool:
         """Whether the sketch stays the same numbers, stored as they may be."""
         old, new = self._old_plan, self._new_plan
+        if old.view != new.view:
+            return False
         if old.momentum == new.momentum == "whole":
             return True
         drawn = ("seed", "kappa") if new.projection != "adaptive" else ()
@@ -164,6 +202,11 @@ class _Conversion:
             and all(before[name] == now[name] for name in drawn)
             and not (old.projection == "gaussian" and self._elsewhere)
         )
+
+
+def _factors(view: MatrixView) -> tuple[tuple[str, tuple[int, int]], tuple[str, tuple[int, int]]]:
+    """The factors of a second moment, and their rows and columns."""
+    return ("row_var", (view.rows, 1)), ("col_var", (1, view.columns))
 
 
 def _projection(at: TensorStep, state: State) -> Projection:

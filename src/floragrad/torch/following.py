@@ -104,6 +104,8 @@ def _exchanged(slots: Mapping[Tensor, Slot], groups: Sequence[Group]) -> dict[Te
 
 
 def _refuse_flattened(slots: Mapping[Tensor, Slot], group: Group) -> None:
+    if len(group["params"]) != 1:
+        return
     present = set(group["params"])
     gone = [param for param, slot in slots.items() if slot.group is group and param not in present]
     refuse_flattened([param for param in group["params"] if param not in slots], gone)

@@ -166,6 +166,12 @@ def check_sketch(name: str, buffers: Mapping[str, Tensor], layout: Layout) -> No
             )
 
 
+def gradient_dtype(param: Tensor) -> torch.dtype:
+    """The dtype that a parameter's ``.grad`` has: its own, or another one that was set for it."""
+    chosen: torch.dtype | None = getattr(param, "grad_dtype", None)  # of torch from 2.10 on
+    return chosen or param.dtype
+
+
 def in_memory(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory: negated where its negative bit is set, zeros where it has none."""
     if not is_plain(tensor):

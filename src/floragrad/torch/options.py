@@ -186,11 +186,15 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
         first = relative_lr(resolved, 1)
         check_relative_lr(resolved["lr"] if resolved["lr"] != first else None)
         resolved["lr"] = first  # for schedulers to read
-    if resolved["rank"] is not None:
-        resolved["rank"] = int(resolved["rank"])
+    resolved |= as_integers(resolved, "rank", "ratio", "kappa", "seed")
     if resolved["residual"] is None:
         resolved["residual"] = resolved["projection"] != "gaussian"
     return resolved
+
+
+def as_integers(options: Mapping[str, Any], *names: str) -> dict[str, int | None]:
+    """Checked options as Python's integers, which a file that is loaded with ``weights_only`` may hold."""
+    return {name: None if options[name] is None else int(options[name]) for name in names}
 
 
 def _check_together(group: dict[str, Any]) -> None:

@@ -373,6 +373,7 @@ class GradientAccumulator(MicroBatches):
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
         with exactly(self._slots.device):
             if self._window.kept if self._ranks is None else self._share():
+                self._note_fed()
                 if self.expects_gradients:
                     self.check_fed()
                 self._finish.end(self._window)
@@ -384,13 +385,17 @@ class GradientAccumulator(MicroBatches):
         assert self._ranks is not None
         return share_window(self._window, self._slots, self._settings, self._ranks)
 
+    def _note_fed(self) -> None:
+        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
+
     def check_fed(self) -> None:
         """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
 
         Raises:
             RuntimeError: Naming the parameters, and the way out.
         """
-        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
+        if not self._window.ended:  # else there may be zeros in a .grad that tell whether somebody writes to it
+            self._note_fed()
         if not self._is_fed:
             listed = list(self._slots.listed())
             frozen = sum(not each.param.requires_grad for each in listed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from floragrad.torch.accumulation.window import Slot
+from floragrad.torch.handover import gradient_dtype
 
 
 class SentinelGradient:
@@ -27,7 +28,7 @@ class SentinelGradient:
         params = [slot.param for slot in self._slots if slot.part is None and slot.param.numel()]
         param = min(params, key=lambda each: each.numel(), default=None)
         if param is not None and param.grad is None:
-            zeros = param.grad = torch.zeros_like(param)
+            zeros = param.grad = torch.zeros_like(param, dtype=gradient_dtype(param))
             self._placed = param, zeros, zeros._version
 
     def remove(self) -> bool:

@@ -1,7 +1,7 @@
 """What an accumulator is asked for: its options, their checks, and the optimizers that it serves."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan
 from floragrad.torch.distributed.collectives import Ranks
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.optimizer import Flora
-from floragrad.torch.options import check_option, state_dtype_name
+from floragrad.torch.options import as_integers, check_option, state_dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +44,7 @@ class Settings:
         for name in ("ratio", "rank", "state_dtype", "projection", "seed"):
             check_option(name, getattr(settings, name))
         check_contradictions(accumulator_contradictions(asdict(settings)))
-        return settings
+        return replace(settings, **as_integers(asdict(settings), "steps", "ratio", "rank", "seed"))  # type: ignore[arg-type]
 
     def plan(self, shape: torch.Size, kind: Kind | None) -> AccumulatorPlan:
         """The policy's plan for one tensor."""

@@ -255,8 +255,13 @@ class GradientSketch:
         """Refuse the sketch of another tensor.
 
         Raises:
-            ValueError: The buffers have other shapes or dtypes.
+            ValueError: The buffers have other shapes or dtypes, or there is no memory to load them to.
         """
+        if self._buffers["data"].is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where its sketch would be lost: give the model memory first "
+                "(model.to_empty(device=...)), and construct optimizer and accumulator of its parameters then"
+            )
         found = {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if key != "folds"}
         expected = {key: (tuple(value.shape), value.dtype) for key, value in self._buffers.items()}
         if found != expected:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from floragrad.policy import AccumulatorPlan
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed.lockstep import here, is_sharded
-from floragrad.torch.handover import check_shape, checked_gradient
+from floragrad.torch.handover import check_shape, checked_gradient, gradient_dtype
 from floragrad.torch.part import Part
 
 
@@ -146,7 +146,7 @@ class Slot:
                 self._put(grad)
             return grad is not None
         if grad is None:
-            grad, own = torch.empty(self.plan.shape, dtype=self.param.dtype, device=self.param.device), 0.0
+            grad, own = torch.empty(self.plan.shape, dtype=gradient_dtype(self.param), device=self.param.device), 0.0
         else:
             grad = grad.contiguous()
         self.sketch.decode_into(grad, window.number, own, factor)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from floragrad.torch.accumulation.window import Slot
+from floragrad.torch.handover import gradient_dtype
 
 
 class Witness:
@@ -37,7 +38,7 @@ class Witness:
         slot.folded = True
         slot.param.grad = None
         if slot is self._smallest:
-            zeros = slot.param.grad = torch.zeros_like(slot.param)
+            zeros = slot.param.grad = torch.zeros_like(slot.param, dtype=gradient_dtype(slot.param))
             self._mark = zeros.data_ptr(), zeros._version
 
     def check(self) -> None:

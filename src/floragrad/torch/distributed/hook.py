@@ -12,7 +12,7 @@ from floragrad.policy import AccumulatorPlan, Projection, StateDtype, plan_accum
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed.collectives import Ranks
 from floragrad.torch.distributed.exchange import sum_rounded
-from floragrad.torch.options import check_option, state_dtype_name
+from floragrad.torch.options import as_integers, check_option, state_dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,7 +76,7 @@ class FloraHookState:
             )
         if start_step != 0 and not is_count(start_step):
             raise ValueError(f"start_step={start_step!r}: must be an integer >= 0, the steps that are averaged whole")
-        self._settings["error_feedback"] = error_feedback
+        self._settings |= {**as_integers(self._settings, "ratio", "rank", "seed"), "error_feedback": error_feedback}
         self.start_step = start_step
         self._tensors: Any = WeakTensorKeyDictionary()
         self._saved: dict[int, dict[str, Tensor]] = {}
