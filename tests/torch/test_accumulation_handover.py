@@ -156,3 +156,25 @@ def test_integers_of_numpy_are_saved_as_those_of_python() -> None:
     accumulator.backward(param.sum())
     settings = through_a_file(accumulator.state_dict())["settings"]
     assert (settings["steps"], settings["seed"]) == (2, 1)
+
+
+def test_a_step_that_broke_off_is_not_taken_again() -> None:
+    """The first parameter is updated when the second is refused: it would be updated twice."""
+    params = [torch.nn.Parameter(torch.ones(8, 64)) for _ in range(2)]
+    optimizer = Flora(params, lr=1e-2, rank=4)
+    accumulator = GradientAccumulator(optimizer, steps=1, clip=True)
+    accumulator.backward(sum(param.sum() for param in params))  # type: ignore[arg-type]
+    missing = optimizer.state[params[1]].pop("row_var")
+    with pytest.raises(RuntimeError, match="'row_var'"):
+        accumulator.step()
+    optimizer.state[params[1]]["row_var"] = missing
+    once = params[0].detach().clone()
+    assert (once < 1).all()
+    with pytest.raises(RuntimeError, match=r"step\(\) of this window broke off.*zero_grad"):
+        accumulator.step()
+    assert torch.equal(params[0], once)
+    accumulator.zero_grad()
+    accumulator.backward(sum(param.sum() for param in params))  # type: ignore[arg-type]
+    assert accumulator.step()
+    assert (params[0] < once).all()
+    accumulator.close()

@@ -150,9 +150,13 @@ class Release:
             if not bool(window.norm.isfinite()):
                 return False
             factor = factor / self._scaler.get_scale()
-        for slot in self._slots:
-            if not slot.updated:
-                self._update(slot, window, factor)
+        try:
+            for slot in self._slots:
+                if not slot.updated:
+                    self._update(slot, window, factor)
+        except BaseException:
+            window.failed = True  # those before are updated, and would be once more
+            raise
         if self._flora is not None:
             # Without gradients it updates nothing; its hooks run, and schedulers see that it stepped.
             with self._own_step():

@@ -260,7 +260,7 @@ class MicroBatches:
             raise RuntimeError("the accumulator is closed: construct a new one")
         if self._window.failed:
             raise RuntimeError(
-                "a backward pass of this window broke off, and the window holds a part of its gradients: "
+                "a backward pass or step() of this window broke off, and the window holds a part of its gradients: "
                 f"{self.advice.drop}"
             )
         if self._window.is_open:

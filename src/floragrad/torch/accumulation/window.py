@@ -32,7 +32,7 @@ class Window:
         weight: Of the open micro-batch; None where none is open.
         last: Whether the open micro-batch, or the one that ended last, is the last.
         is_dropped: Whether the open micro-batch was dropped.
-        failed: Whether a backward pass broke off.
+        failed: Whether a backward pass broke off, or a step that had updated some parameters.
         is_late: Whether gradients are added to ``.grad`` after the window has ended.
         unscaled: Whether ``.grad`` has been divided by the scaler's scale.
         norm: The global norm, once it has been asked for.
