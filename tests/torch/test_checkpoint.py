@@ -207,3 +207,14 @@ def test_integers_of_numpy_are_saved_as_those_of_python() -> None:
     integers = {name: np.int64(value) for name, value in {"ratio": 4, "kappa": 10, "seed": 3}.items()}
     groups = Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=0.1, **integers).state_dict()
     assert through_a_file(groups)["param_groups"][0]["kappa"] == 10
+
+
+def test_a_step_saved_as_a_number_is_loaded() -> None:
+    """As torch.optim's own optimizers take it."""
+    param = torch.nn.Parameter(torch.ones(24, 40))
+    saved = Flora([param], lr=0.1, ratio=4).state_dict()
+    saved["state"][0]["step"] = 7
+    optimizer = Flora([param], lr=0.1, ratio=4)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["step"] == 7
+    assert optimizer.state[param]["step"].dtype == torch.int64

@@ -9,10 +9,10 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from floragrad._checks import check_value, is_count
+from floragrad._checks import check_value
 from floragrad.jax import random
 from floragrad.jax.axes import MatrixAxesOrFn
-from floragrad.jax.options import SEED_CHECK
+from floragrad.jax.options import COUNT_CHECK, SEED_CHECK
 from floragrad.jax.precision import as_arrays
 from floragrad.jax.sketch import Sketches, checked_sketches
 from floragrad.policy import Projection, StateDtype
@@ -94,8 +94,9 @@ def compressed_multi_steps(
     """
     sketches = checked_sketches(ratio, rank, state_dtype, projection, matrix_axes)
     if not callable(every_k_schedule):
+        is_valid, allowed = COUNT_CHECK
         check_value(
-            "every_k_schedule", every_k_schedule, (is_count, "an integer >= 1, or a function from the gradient step")
+            "every_k_schedule", every_k_schedule, (is_valid, f"{allowed}, or a function from the gradient step")
         )
     check_value("seed", seed, SEED_CHECK)
     opt = optax.with_extra_args_support(inner)

@@ -28,12 +28,18 @@ SEED_CHECK: Final[Check] = (
 )
 """A seed is one word of a key."""
 
+COUNT_CHECK: Final[Check] = (
+    lambda value: is_integer(value, 1) and value < 2**31,
+    "an integer >= 1, and below 2**31",
+)
+"""Steps are counted in int32."""
+
 _TRACEABLE: Final[dict[str, Check]] = {
     "b1": (
         lambda value: value is None or (is_number(value) and 0 <= value < 1),
         "a number in [0, 1), or None for no momentum",
     ),
-    "kappa": SHARED_CHECKS["kappa"],
+    "kappa": COUNT_CHECK,
     "seed": SEED_CHECK,
 }
 """Numbers that may also be arrays, as :func:`optax.inject_hyperparams` makes of them."""

@@ -54,7 +54,7 @@ def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan
     dtypes = {key: getattr(torch, buffer.dtype) for key, buffer in plan.buffers.items()}
     with torch.inference_mode(False), torch.no_grad():
         return {
-            key: value.to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
+            key: torch.as_tensor(value).to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
             for key, value in own_state(saved).items()
         }
 
@@ -100,7 +100,7 @@ def lacks_momentum(saved: Mapping[str, Any], plan: TensorPlan) -> bool:
 
 def _shapes(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # States of earlier releases have no number: it is the position.
-    return {"tensor_id": ()} | {name: tuple(value.shape) for name, value in own_state(saved).items()}
+    return {"tensor_id": ()} | {name: tuple(torch.as_tensor(value).shape) for name, value in own_state(saved).items()}
 
 
 def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
