@@ -150,10 +150,11 @@ def test_windows_round_differently() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"every_k_schedule": 2**31}, "every_k_schedule=2147483648: must be an integer >= 1"),
         ({"every_k_schedule": 0}, "every_k_schedule=0: must be an integer >= 1, or a function from the gradient step"),
         ({"every_k_schedule": 2, "seed": -1}, "seed=-1: must be an integer from 0 to 2**32 - 1"),
     ],
-    ids=["every", "seed"],
+    ids=["long", "every", "seed"],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -279,6 +279,7 @@ def test_wrong_axes_are_refused(axes: MatrixAxes, message: str) -> None:
         ({"rank": 8, "ratio": 2}, "give one of them"),
         ({"b1": 1.0}, r"b1=1.0: must be a number in \[0, 1\)"),
         ({"kappa": 0}, "kappa=0: must be an integer >= 1"),
+        ({"kappa": 2**31}, "kappa=2147483648: must be an integer >= 1, and below 2"),
         ({"seed": -1}, r"seed=-1: must be an integer from 0 to 2\*\*32 - 1"),
         ({"seed": 2**32}, "seed=4294967296: must be"),
         ({"projection": "svd"}, "projection='svd': must be one of 'sign', 'adaptive', 'gaussian'"),

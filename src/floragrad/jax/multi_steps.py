@@ -94,10 +94,8 @@ def compressed_multi_steps(
     """
     sketches = checked_sketches(ratio, rank, state_dtype, projection, matrix_axes)
     if not callable(every_k_schedule):
-        is_valid, allowed = COUNT_CHECK
-        check_value(
-            "every_k_schedule", every_k_schedule, (is_valid, f"{allowed}, or a function from the gradient step")
-        )
+        allowed = "an integer >= 1, or a function from the gradient step; below 2**31"
+        check_value("every_k_schedule", every_k_schedule, (COUNT_CHECK[0], allowed))
     check_value("seed", seed, SEED_CHECK)
     opt = optax.with_extra_args_support(inner)
 
