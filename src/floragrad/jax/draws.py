@@ -50,7 +50,7 @@ def draw_step(leaves: Sequence[Leaf], projection_ids: Sequence[Any], count: Arra
     chosen = [leaves[at] for at in drawing]
     written = [projection_ids[at] for at in drawing]
     current = [_current_id(each, chosen[0].options, count) for each in written]
-    keys = _keys(jnp.stack(current), jnp.stack(current), count)
+    keys = _keys(jnp.stack(current), jnp.stack(written), count)
     for row, (at, leaf) in enumerate(zip(drawing, chosen, strict=True)):
         words = iter(_words(leaf, keys[:, row]))
         changed = jnp.any(current[row] != written[row])
