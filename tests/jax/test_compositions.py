@@ -137,6 +137,13 @@ def test_state_is_found_and_mapped_as_optax_does() -> None:
     assert int(mapped[1].count) == 0
 
 
+def test_a_tree_without_leaves_is_stepped() -> None:
+    optimizer = flora(**options())
+    updates, state = optimizer.update({}, optimizer.init({}), {})
+    assert updates == {}
+    assert int(optax.tree.get(state, "ScaleByFloraState").count) == 1
+
+
 @pytest.mark.parametrize("given", [{"mu_dtype": "int4"}, {"projection": "adaptive", "mu_dtype": "bfloat16"}], ids=str)
 def test_orbax_resumes_bit_for_bit(given: dict[str, Any], tmp_path: Path) -> None:
     """Across the end of an epoch, with every buffer that a state can have."""

@@ -141,4 +141,6 @@ def scale_by_flora(
 
 
 def _state(count: Array, structure: Any, kept: list[Kept]) -> ScaleByFloraState:
-    return ScaleByFloraState(count, *(structure.unflatten(parts) for parts in zip(*kept, strict=True)))
+    # A tree without leaves, as optax.tree.map_params gives, has every field too.
+    fields = zip(*kept, strict=True) if kept else [()] * len(Kept._fields)
+    return ScaleByFloraState(count, *(structure.unflatten(parts) for parts in fields))
