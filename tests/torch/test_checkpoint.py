@@ -209,12 +209,13 @@ def test_integers_of_numpy_are_saved_as_those_of_python() -> None:
     assert through_a_file(groups)["param_groups"][0]["kappa"] == 10
 
 
-def test_a_step_saved_as_a_number_is_loaded() -> None:
-    """As torch.optim's own optimizers take it."""
+@pytest.mark.parametrize("step", [7, 2.0**24 + 1])
+def test_a_step_saved_as_a_number_is_loaded(step: float) -> None:
+    """As torch.optim's own optimizers take it, and exactly whatever the default dtype."""
     param = torch.nn.Parameter(torch.ones(24, 40))
     saved = Flora([param], lr=0.1, ratio=4).state_dict()
-    saved["state"][0]["step"] = 7
+    saved["state"][0]["step"] = step
     optimizer = Flora([param], lr=0.1, ratio=4)
     optimizer.load_state_dict(saved)
-    assert optimizer.state[param]["step"] == 7
+    assert optimizer.state[param]["step"] == int(step)
     assert optimizer.state[param]["step"].dtype == torch.int64

@@ -81,6 +81,7 @@ def save(values: Array, state_dtype: StateDtype, key: Array, *, axis: int = -1) 
         axis: The dimension along a row, counted from the end.
 
     Example:
+        >>> import jax
         >>> kept = save(jnp.array([[7.0, 0.5, -7.0]]), "int4", jax.random.key(0))
         >>> load(kept, 3, "int4")[0, ::2].tolist()
         [7.0, -7.0]

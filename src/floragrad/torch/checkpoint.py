@@ -54,9 +54,14 @@ def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan
     dtypes = {key: getattr(torch, buffer.dtype) for key, buffer in plan.buffers.items()}
     with torch.inference_mode(False), torch.no_grad():
         return {
-            key: torch.as_tensor(value).to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
+            key: _as_tensor(value, dtypes[key]).to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
             for key, value in own_state(saved).items()
         }
+
+
+def _as_tensor(value: Any, dtype: torch.dtype) -> Tensor:
+    """A saved value as a tensor; a number, as early optimizers of torch counted steps with, exactly in ``dtype``."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _check_options(number: int, saved: Group, group: Group) -> None:
@@ -100,7 +105,7 @@ def lacks_momentum(saved: Mapping[str, Any], plan: TensorPlan) -> bool:
 
 def _shapes(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # States of earlier releases have no number: it is the position.
-    return {"tensor_id": ()} | {name: tuple(torch.as_tensor(value).shape) for name, value in own_state(saved).items()}
+    return {"tensor_id": ()} | {name: tuple(getattr(value, "shape", ())) for name, value in own_state(saved).items()}
 
 
 def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
