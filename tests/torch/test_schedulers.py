@@ -105,6 +105,7 @@ def test_relative_step_under_any_schedule_is_that_without_one(name: str) -> None
     for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     told = [each for each in caught if "relative_step=True derives the learning rate" in str(each.message)]
+    assert {each.filename for each in told} <= {__file__}, "it points at the caller of step()"
     assert len(told) == (name not in ("constant", "AdafactorSchedule", "reduce_lr_on_plateau", "greedy"))
 
 

@@ -38,7 +38,7 @@ from floragrad.torch.slots import (
 )
 from floragrad.torch.step import step_part, step_tensors
 from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
-from floragrad.torch.untraced import untraced
+from floragrad.torch.untraced import caller_level, untraced
 from floragrad.torch.vectors import step_vectors, steps_with_others
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ class Flora(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow()
+        for group in self.param_groups:
+            self._follow_schedulers(group)
         given = [(param, self._checked(param)) for param in self._slots if param.grad is not None]
         sharded, native, vectors, others = [], [], [], []
         for param, checked in given:
@@ -269,6 +271,7 @@ class Flora(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer: add it first"
             )
         refuse_changed_option(self._slots[param])
+        self._follow_schedulers(self._slots[param].group)
         if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
         update = self._begin_step(param, *self._checked(param))
@@ -439,7 +442,6 @@ class Flora(torch.optim.Optimizer):
 
     def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
-        self._follow_schedulers(self._slots[param].group)
         return checked_update(param, self._slots[param], self._state_of(param))
 
     def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> TensorUpdate:
@@ -471,7 +473,7 @@ class Flora(torch.optim.Optimizer):
                 f"lr={group['lr']!r} of a scheduler is ignored: relative_step=True derives the learning rate from "
                 "the step; give lr=... and relative_step=False, or a constant schedule",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=caller_level(),
             )
 
     def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
