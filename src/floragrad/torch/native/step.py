@@ -14,6 +14,7 @@ from floragrad.torch.learnt import POWER_ITERATIONS, noisy
 from floragrad.torch.native.layout import obstacle_of, unsuited
 from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Library, Step, library
 from floragrad.torch.projection import normalise_buckets
+from floragrad.torch.scheduling import step_size
 from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
 
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
@@ -109,10 +110,9 @@ def _addresses(update: TensorUpdate) -> dict[str, int]:
 
 def _step_size(param: Tensor, at: TensorStep) -> float:
     """α."""
-    if not at.group["scale_parameter"]:
-        return float(at.lr)
-    norm = float(torch.linalg.vector_norm(param, dtype=torch.float32))
-    return float(at.lr) * max(float(at.group["eps"][1]), norm / sqrt(param.numel()))
+    scaled = at.group["scale_parameter"]
+    norm = float(torch.linalg.vector_norm(param, dtype=torch.float32)) if scaled else 0.0
+    return step_size(at.group, at.step, norm / sqrt(param.numel()))
 
 
 def _step_learning(update: TensorUpdate, kernels: Library) -> None:
