@@ -78,12 +78,12 @@ def check(folder: Path, remedy: str) -> None:
     Raises:
         UserError: A file is missing or damaged, or the manifest is.
     """
-    found = fault(folder)
-    if found == f"{MANIFEST} is missing":
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder} cannot be verified, for {MANIFEST} is missing (older versions wrote none): put it back, or "
             f"trust the files as they are with python -m floragrad.train.adopt RUN"
         )
+    found = fault(folder)
     if found is not None:
         raise UserError(f"{folder} is damaged: {found}: {remedy}")
 

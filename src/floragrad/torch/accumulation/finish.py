@@ -16,6 +16,7 @@ from floragrad.torch.accumulation.window import Slot, Window
 from floragrad.torch.distributed.lockstep import is_sharded, sum_over_parts
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.part import EVERYWHERE, ShardSum
+from floragrad.torch.untraced import caller_level
 
 
 class Finish(Protocol):
@@ -113,7 +114,7 @@ class Release:
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
                 f"release the window's mean is not there; {self._advice.clip}",
                 UserWarning,
-                stacklevel=5,  # two frames of torch are around step(), where torch.compile breaks its graph
+                stacklevel=caller_level(),
             )
 
     def norm(self, window: Window) -> Tensor:
