@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from floragrad import reference
+from floragrad import Flora, reference
 from floragrad.policy import TensorPlan
 from floragrad.torch.learnt import adaptive_noise
 from floragrad.torch.options import plan_of, resolve_group
@@ -17,6 +17,18 @@ from tests.torch.cases import Case
 
 INDEX = 0  # the only parameter of its optimizer
 TOLERANCE = 1e-5
+
+
+def trajectory(case: Case, gradients: list[torch.Tensor], **changes: Any) -> list[np.ndarray]:
+    """The parameter after each step of the optimizer, in float64."""
+    param = case.parameter()
+    optimizer = Flora([param], **case.all_options(**changes))
+    after = []
+    for grad in gradients:
+        param.grad = grad.clone()
+        optimizer.step()
+        after.append(param.detach().double().numpy().copy())
+    return after
 
 
 class Draws(Protocol):

@@ -1,24 +1,12 @@
 """Every path equals the float64 oracle, step by step, over 25 steps and two epoch changes."""
 
-import numpy as np
 import pytest
 import torch
 
 from floragrad import Flora
 from floragrad.torch import tensor_step
 from tests.torch.cases import CASES, STEPS, Case
-from tests.torch.oracle import assert_same_course, reference_trajectory
-
-
-def trajectory(case: Case, gradients: list[torch.Tensor], **changes: object) -> list[np.ndarray]:
-    param = case.parameter()
-    optimizer = Flora([param], **case.all_options(**changes))
-    after = []
-    for grad in gradients:
-        param.grad = grad.clone()
-        optimizer.step()
-        after.append(param.detach().double().numpy().copy())
-    return after
+from tests.torch.oracle import assert_same_course, reference_trajectory, trajectory
 
 
 @pytest.mark.usefixtures("code")

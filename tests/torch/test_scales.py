@@ -5,7 +5,6 @@ that the parameter has gone, on one side only. Sketches add a sum over ρ column
 """
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from floragrad import Flora
 from tests.torch.cases import Case
-from tests.torch.oracle import reference_trajectory
+from tests.torch.oracle import reference_trajectory, trajectory
 
 UNIT = 2.0**-24
 SHAPE, STEPS = (12, 20), 3
@@ -54,19 +53,8 @@ RUNS = settings(
 )
 
 
-def course(case: Case, gradients: list[torch.Tensor], **changes: Any) -> list[np.ndarray]:
-    param = case.parameter()
-    optimizer = Flora([param], **case.all_options(**changes))
-    after = []
-    for grad in gradients:
-        param.grad = grad.clone()
-        optimizer.step()
-        after.append(param.detach().double().numpy().copy())
-    return after
-
-
 def assert_equals_the_oracle(case: Case, gradients: list[torch.Tensor]) -> None:
-    found, expected = course(case, gradients), reference_trajectory(case, gradients)
+    found, expected = trajectory(case, gradients), reference_trajectory(case, gradients)
     m, n = (1, case.shape[-1]) if len(case.shape) < 2 else case.shape[-2:]
     path = [np.zeros_like(expected[0]), *expected]
     way = np.cumsum([np.abs(after - before).max() for before, after in pairwise(path)])
