@@ -201,3 +201,22 @@ def test_a_long_vector_in_place_of_a_small_matrix_is_one_new_parameter() -> None
     step(optimizer)
     assert optimizer.state[vector]["step"] == 1
     assert head not in optimizer.state
+
+
+def test_beta1_stays_live_after_groups_changed_and_after_a_schedule_of_it() -> None:
+    """Defaults that schedulers look for are no options of a group; what one has written is taken once."""
+    kept, gone = (torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+    optimizer = Flora([{"params": [kept]}, {"params": [gone]}], lr=1e-3, ratio=1)
+    (group, _) = optimizer.param_groups
+    del optimizer.param_groups[1]
+    kept.grad = torch.ones(8, 8)
+    for momentum, beta1 in ((None, 0.5), (0.7, 0.6)):
+        if momentum is not None:
+            group["momentum"] = momentum
+        optimizer.step()
+        assert group["beta1"] == (momentum or 0.9)
+        group["beta1"] = beta1
+        optimizer.step()
+        assert group["beta1"] == beta1
+        assert "momentum" not in group
+        group["beta1"] = 0.9

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from floragrad.torch.distributed.flat import refuse_flattened
 from floragrad.torch.distributed.lockstep import is_sharded
-from floragrad.torch.options import LAYOUT_OPTIONS, changed_option, resolve_group
+from floragrad.torch.options import LAYOUT_OPTIONS, changed_option, option_names, resolve_group
 from floragrad.torch.slots import Slot, new_slots, next_number, placed_slot
 from floragrad.torch.tensor_step import Group
 
@@ -36,7 +36,7 @@ def followed_slots(slots: Mapping[Tensor, Slot], groups: Sequence[Group], defaul
     predecessors = _exchanged(slots, groups)
     followed: dict[Tensor, Slot] = {}
     for group in groups:
-        if not group.keys() >= {*defaults, "kind"}:
+        if not group.keys() >= {*option_names()}:
             group.update(resolve_group(group, defaults))
         _refuse_flattened(slots, group)
         names = group.get("param_names") or ()

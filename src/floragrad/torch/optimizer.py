@@ -190,7 +190,7 @@ class Flora(torch.optim.Optimizer):
         """
         group = without_compile(param_group, stacklevel=2)
         group["params"] = without_repetition(group["params"])
-        group = resolve_group(group, {name: value for name, value in self.defaults.items() if name != "momentum"})
+        group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         group.pop("momentum", None)  # a scheduler's to set
         try:

@@ -169,7 +169,8 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
         meant = nearest(name, option_names())
         if meant:
             raise ValueError(f"a group has {name}={group[name]!r}, which is no option of Flora{meant}")
-    resolved = {**defaults, "kind": None, **group}
+    # Further defaults are for schedulers to find.
+    resolved = {name: defaults[name] for name in option_names() if name in defaults} | {"kind": None, **group}
     if "lr" not in group and defaults["relative_step"]:
         resolved["lr"] = None  # the default is for schedulers to read
     if group.get("ratio") is not None:

@@ -21,18 +21,20 @@ def scheduler_defaults(defaults: Group, groups: Iterable[Group]) -> Group:
 
 
 def adopt_momentum(group: Group) -> None:
-    """Take the ``momentum`` that a scheduler has written into a group as its β₁.
+    """Take the ``momentum`` that a scheduler has written into a group as its β₁, which is live from then on.
 
     Raises:
         ValueError: It is no decay of a momentum that is kept.
     """
     momentum = group.get("momentum")
-    if momentum is None or momentum == group["beta1"] or not group["beta1"]:
+    if momentum is None:
         return
-    check_option("beta1", momentum)
-    if not momentum:
-        raise ValueError("momentum=0 of a scheduler: the state keeps a momentum; give base_momentum > 0")
-    group["beta1"] = momentum
+    if group["beta1"]:
+        check_option("beta1", momentum)
+        if not momentum:
+            raise ValueError("momentum=0 of a scheduler: the state keeps a momentum; give base_momentum > 0")
+        group["beta1"] = momentum
+    del group["momentum"]
 
 
 def step_size(group: Group, step: int, rms: float) -> float:
