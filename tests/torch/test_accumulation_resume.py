@@ -1,5 +1,6 @@
 """A window interrupted anywhere and finished in a new process is the uninterrupted one, bit for bit."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_a_foreign_window_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(interrupted())
     assert other.state_dict()["seen"] == 0
+
+
+def test_int4_windows_of_version_0_1_are_read_as_they_were_packed() -> None:
+    """Byte j held columns j and ceil(k/2) + j, and no packing was named."""
+    saved = copy.deepcopy(interrupted())
+    (index, sketch), *_ = saved["sketches"].items()
+    expected = sketch["data"]
+    integers = torch.stack([expected & 15, expected >> 4], dim=-1).flatten(-2)
+    sketch["data"] = integers[..., : expected.shape[-1]] | (integers[..., expected.shape[-1] :] << 4)
+    del saved["int4_packing"]
+    resumed = accumulator()
+    resumed.load_state_dict(saved)
+    found = {slot.index: slot.sketch.buffers["data"] for slot in resumed._slots if slot.sketch}
+    assert expected.any()
+    assert torch.equal(found[index], expected)
 
 
 def test_gaussian_windows_belong_to_a_kind_of_device() -> None:

@@ -118,6 +118,14 @@ def test_a_tensor_without_saved_state_does_not_take_anothers_number() -> None:
     assert ids(optimizer) == [3, 0, 2, 4]
 
 
+def in_halves(payload: torch.Tensor, width: int) -> torch.Tensor:
+    """The int4 payload as version 0.1 packed it: byte j holds columns j and ceil(k/2) + j."""
+    integers = torch.stack([payload & 15, payload >> 4], dim=-1).flatten(-2)[..., :width]
+    half = (width + 1) // 2
+    second = torch.nn.functional.pad(integers[..., half:], (0, 2 * half - width))
+    return integers[..., :half] | (second << 4)
+
+
 @PER_OPTIONS
 def test_states_of_earlier_releases_load_by_position(options: dict[str, Any]) -> None:
     """They count steps in float32, and have no number."""
@@ -125,9 +133,11 @@ def test_states_of_earlier_releases_load_by_position(options: dict[str, Any]) ->
     optimizer = flora(first.parameters(), **options)
     train(first, optimizer, range(6))
     saved = copy.deepcopy(optimizer.state_dict())
-    for state in saved["state"].values():
+    for state, slot in zip(saved["state"].values(), optimizer._slots.values(), strict=True):
         del state["tensor_id"]
         state["step"] = state["step"].float()
+        if state.get("exp_avg", state["step"]).dtype == torch.uint8:
+            state["exp_avg"] = in_halves(state["exp_avg"], slot.plan.width)
     second = copied(first)
     resumed = flora(second.parameters(), **options)
     resumed.load_state_dict(saved)
@@ -203,6 +213,21 @@ def test_a_wrapper_may_write_to_the_state_first() -> None:
     assert optimizer.state[param]["step"] == 1
     assert "exp_avg" in optimizer.state[param]
     assert "slow" in optimizer.state[param]
+
+
+def test_int4_of_version_0_1_is_read_as_it_was_packed() -> None:
+    param = torch.nn.Parameter(torch.randn(40, 70))
+    optimizer = Flora([param], lr=1e-3, ratio=2, state_dtype="int4")
+    for _ in range(3):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    old, expected = copy.deepcopy(optimizer.state_dict()), optimizer.state[param]["exp_avg"]
+    state = old["state"][0]
+    state["exp_avg"] = in_halves(expected, 35)
+    state["step"] = state.pop("tensor_id").float() + 3
+    resumed = Flora([torch.nn.Parameter(param.detach().clone())], lr=1e-3, ratio=2, state_dtype="int4")
+    resumed.load_state_dict(old)
+    assert torch.equal(next(iter(resumed.state.values()))["exp_avg"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

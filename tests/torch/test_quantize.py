@@ -20,6 +20,7 @@ from floragrad.torch.quantize import (
     dequantize,
     draw_rounding_bits,
     quantize,
+    repacked_int4,
     round_to_bfloat16,
 )
 
@@ -156,8 +157,19 @@ def test_int4_holds_every_pair_in_one_byte() -> None:
     assert torch.equal(dequantize(payload, scale, "int4", 4), values)
     assert len({tuple(row) for row in payload.tolist()}) == 225
     low, high = payload & 15, payload >> 4
-    halves = torch.cat([low, high], dim=1).float()
+    halves = torch.stack([low, high], dim=-1).flatten(1).float()
     assert torch.equal(torch.where(halves > 7, halves - 16, halves), values)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 64, 65, 129])
+def test_int4_of_version_0_1_is_packed_anew(width: int) -> None:
+    """Byte j of it held columns j and ceil(k/2) + j."""
+    values = drawn(2, 3, width)
+    payload, _ = quantize(values, "int4", bits_for(values))
+    integers = torch.stack([payload & 15, payload >> 4], dim=-1).flatten(-2)[..., :width]
+    half = ceil(width / 2)
+    second = torch.nn.functional.pad(integers[..., half:], (0, 2 * half - width))
+    assert torch.equal(repacked_int4(integers[..., :half] | (second << 4), width), payload)
 
 
 @low_bit

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
+from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
+from floragrad.torch.quantize import repacked_int4
 
 Group = dict[str, Any]
 _MOMENTUM_STATE: Final = ("exp_avg", "exp_avg_scale", "projection_weight")
@@ -50,13 +52,27 @@ def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
-    """Copies of Flora's tensors in the dtypes of their plan, on ``device`` (scalars on the CPU)."""
+    """Copies of Flora's tensors in the dtypes of their plan, on ``device`` (scalars on the CPU).
+
+    A state without ``tensor_id`` was written by version 0.1, and its int4 payload is packed anew.
+    """
     dtypes = {key: getattr(torch, buffer.dtype) for key, buffer in plan.buffers.items()}
     with torch.inference_mode(False), torch.no_grad():
-        return {
+        copied = {
             key: _as_tensor(value, dtypes[key]).to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
             for key, value in own_state(saved).items()
         }
+        if "tensor_id" not in copied and plan.state_dtype == "int4" and "exp_avg_scale" in copied:
+            copied["exp_avg"] = _repacked(copied["exp_avg"], plan.width)
+        return copied
+
+
+def _repacked(payload: Tensor, width: int) -> Tensor:
+    if not is_sharded(payload):
+        return repacked_int4(payload, width)
+    from floragrad.torch.distributed.shards import with_local
+
+    return with_local(payload, repacked_int4(payload.to_local(), width))
 
 
 def _as_tensor(value: Any, dtype: torch.dtype) -> Tensor:

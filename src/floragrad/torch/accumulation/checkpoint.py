@@ -1,12 +1,16 @@
 """A window's position and sketches, saved and taken up again."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Window
 from floragrad.torch.distributed.collectives import Ranks
+from floragrad.torch.quantize import repacked_int4
+
+_PACKING: Final = "pairs"
+"""Columns 2j and 2j + 1 share a byte; windows of version 0.1 name no packing and have halves."""
 
 
 def window_state(window: Window, slots: Slots, settings: Settings, ranks: Ranks | None) -> dict[str, Any]:
@@ -21,6 +25,7 @@ def window_state(window: Window, slots: Slots, settings: Settings, ranks: Ranks 
         "ended": window.ended,
         "total": window.total,
         "rank": _place(ranks, slots),
+        "int4_packing": _PACKING,
         "sketches": {index: saved for index, saved in sketches.items() if saved.keys() > {"folds"}},
     }
 
@@ -57,7 +62,10 @@ def load_window(state: dict[str, Any], slots: Slots, fresh: Window) -> Window:
     """Fill the sketches from a checked state; the window as it was, in place of a fresh one."""
     for slot in slots:
         if slot.sketch is not None and slot.index in state["sketches"]:
-            slot.sketch.load_state_dict(state["sketches"][slot.index])
+            saved = state["sketches"][slot.index]
+            if "int4_packing" not in state and "data" in saved and slot.sketch.plan.state_dtype == "int4":
+                saved = {**saved, "data": repacked_int4(saved["data"], slot.sketch.plan.width)}  # of version 0.1
+            slot.sketch.load_state_dict(saved)
     kept = {key: state[key] for key in ("seen", "weighted", "ended", "total")}
     return replace(fresh, number=state["window"], dropped=state.get("dropped", 0), **kept)
 

@@ -152,12 +152,15 @@ def placed(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
 
 
 def contiguous(value: DTensor) -> DTensor:
-    """The same tensor with what is here of it in memory one element after the other."""
+    """Return the same tensor with a contiguous local part."""
     local = value.to_local()
-    if local.is_contiguous():
-        return value
+    return value if local.is_contiguous() else with_local(value, local.contiguous())
+
+
+def with_local(value: DTensor, local: Tensor) -> DTensor:
+    """Return a tensor of the same global shape and placements with another local part."""
     return DTensor.from_local(
-        local.contiguous(),
+        local,
         value.device_mesh,
         value.placements,
         run_check=False,

@@ -70,16 +70,12 @@ struct StoredRow {
       case INT8:
         return load_lanes(static_cast<const int8_t*>(data) + first, count, *scale_of(first), out);
       default: {
-        const int64_t half = (width + 1) / 2, low = low_count(first, count);
-        const int8_t* from = static_cast<const int8_t*>(data) + first;
+        int8_t integers[BLOCK];
+        unpack(static_cast<const uint8_t*>(data) + first / 2, count, integers);
         const float step = *scale_of(first);
-        const auto halves = [&](Ints here) { return __builtin_convertvector(here >> 28, Floats) * step; };
-        __builtin_prefetch(from + ahead / 2, 1, 2);
-        for_each_lanes(low, [&](int64_t j, int64_t some) { store(out + j, halves(integers(from + j, some) << 28), some); });
-        for_each_lanes(count - low, [&](int64_t j, int64_t some) {
-          store(out + low + j, halves(integers(from - half + low + j, some) << 24), some);
+        for_each_lanes_of_block(count, [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+          store(out + j, load(integers + j, some) * step, LANES);
         });
-        for (int64_t j = count; j % LANES; ++j) out[j] = 0;
       }
     }
   }
@@ -99,7 +95,7 @@ struct StoredRow {
       case INT8:
         return quantize(first, count, values, 127, static_cast<int8_t*>(data) + first);
       default:
-        return save_halves(first, count, values);
+        return save_pairs(first, count, values);
     }
   }
 
@@ -115,22 +111,33 @@ struct StoredRow {
     });
   }
 
-  // Not part of loops: alone its bytes are known to be no one else's.
-  __attribute__((noinline)) void save_halves(int64_t first, int64_t count, const float* __restrict values) const {
-    // The other halves of the bytes belong to another block, which may not have been read yet.
-    int8_t integers[BLOCK];
-    quantize(first, count, values, 7, integers);
-    const int64_t half = (width + 1) / 2, low = low_count(first, count);
-    uint8_t* __restrict to = static_cast<uint8_t*>(data);
-    for (int64_t j = 0; j < low; ++j) to[first + j] = (to[first + j] & 0xF0) | (integers[j] & 15);
-    for (int64_t j = low; j < count; ++j)
-      to[first + j - half] = (to[first + j - half] & 15) | static_cast<uint8_t>(static_cast<uint8_t>(integers[j]) << 4);
+  // Columns 2j and 2j + 1 share byte j.
+  __attribute__((always_inline)) void unpack(const uint8_t* from, int64_t count, int8_t* integers) const {
+    __builtin_prefetch(from + ahead / 2, 1, 2);
+    const auto pair = [&](int64_t j) __attribute__((always_inline)) {
+      integers[2 * j] = static_cast<int8_t>(from[j] << 4) >> 4;
+      integers[2 * j + 1] = static_cast<int8_t>(from[j]) >> 4;
+    };
+    if (count == BLOCK) {
+      for (int64_t j = 0; j < BLOCK / 2; ++j) pair(j);
+    } else {
+      for (int64_t j = 0; j < (count + 1) / 2; ++j) pair(j);
+    }
   }
 
-  // How many numbers of a block are in the lower halves of their bytes.
-  int64_t low_count(int64_t first, int64_t count) const {
-    const int64_t low = (width + 1) / 2 - first;
-    return low < 0 ? 0 : low < count ? low : count;
+  __attribute__((always_inline)) void save_pairs(int64_t first, int64_t count, const float* values) const {
+    int8_t integers[BLOCK];
+    quantize(first, count, values, 7, integers);
+    if (count % 2) integers[count] = 0;
+    uint8_t* to = static_cast<uint8_t*>(data) + first / 2;
+    const auto pair = [&](int64_t j) __attribute__((always_inline)) {
+      to[j] = (integers[2 * j] & 15) | static_cast<uint8_t>(static_cast<uint8_t>(integers[2 * j + 1]) << 4);
+    };
+    if (count == BLOCK) {
+      for (int64_t j = 0; j < BLOCK / 2; ++j) pair(j);
+    } else {
+      for (int64_t j = 0; j < (count + 1) / 2; ++j) pair(j);
+    }
   }
 
   __attribute__((always_inline)) void quantize(int64_t first, int64_t count, const float* values, int32_t largest,
