@@ -14,16 +14,22 @@ SHAPES = {
     "bias": (64,),
     "scale": (),
 }
+PAIR = {"kernel": (96, 64), "bias": (64,)}
 
 
-def tree(seed: int, dtype: Any = jnp.float32) -> Any:
+def tree(seed: int, dtype: Any = jnp.float32, shapes: Any = SHAPES) -> Any:
     """Matrices, stacked ones, vocabulary-like ones, a vector and a scalar."""
     generator = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(generator.standard_normal(shape), dtype),
-        SHAPES,
+        shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def pair(seed: int) -> Any:
+    """A leaf with a sketch and one without, for tests of the windows: XLA compiles each leaf's operations anew."""
+    return tree(seed, shapes=PAIR)
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:

@@ -14,13 +14,13 @@ import pytest
 from flax import nnx
 
 from floragrad.jax import compressed_multi_steps
-from tests.jax.accumulation_cases import assert_equal, tree
+from tests.jax.accumulation_cases import assert_equal, pair
 
 STEPS = 4
 
 
 def grads(step: int) -> Any:
-    return tree(100 + step)
+    return pair(100 + step)
 
 
 def labels(params: Any) -> Any:
@@ -45,7 +45,7 @@ def step_of(optimizer: Any) -> Any:
 
 def run(optimizer: Any, state: Any, steps: range) -> tuple[Any, Any]:
     """Parameters and state after these micro-batches."""
-    params, step = tree(0), step_of(optimizer)
+    params, step = pair(0), step_of(optimizer)
     for number in steps:
         params, state = step(params, state, grads(number))
     return params, state
@@ -74,14 +74,14 @@ COMBINED = {
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    return run(PLAIN, PLAIN.init(tree(0)), range(STEPS))[0]
+    return run(PLAIN, PLAIN.init(pair(0)), range(STEPS))[0]
 
 
 @pytest.mark.parametrize("name", list(COMBINED))
 def test_combined_it_does_what_it_does_alone(name: str, plain: Any) -> None:
     """Bit for bit, but for a learning rate that is an array: one rounding of the update, 2⁻²⁴ of 0.1 · 4."""
     optimizer = COMBINED[name]
-    found, _ = run(optimizer, optimizer.init(tree(0)), range(STEPS))
+    found, _ = run(optimizer, optimizer.init(pair(0)), range(STEPS))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=2.0**-22, atol=2.0**-22)
 
@@ -89,9 +89,9 @@ def test_combined_it_does_what_it_does_alone(name: str, plain: Any) -> None:
 def test_masked() -> None:
     """What is masked has no sketch, and its updates pass as they are."""
     optimizer = optax.masked(PLAIN, matrices)
-    state = optimizer.init(tree(0))
+    state = optimizer.init(pair(0))
     assert isinstance(state.inner_state.acc_grads.payload["bias"], optax.MaskedNode)
-    updates, _ = jax.jit(optimizer.update)(grads(0), state, tree(0))
+    updates, _ = jax.jit(optimizer.update)(grads(0), state, pair(0))
     np.testing.assert_array_equal(updates["bias"], grads(0)["bias"])
     assert not np.asarray(updates["kernel"]).any()
 
@@ -107,10 +107,10 @@ def test_scan_with_donated_buffers() -> None:
 
         return jax.lax.scan(body, (params, state), stacked)[0]
 
-    given = tree(0), PLAIN.init(tree(0))
+    given = pair(0), PLAIN.init(pair(0))
     found = jax.jit(epoch, donate_argnums=(0, 1))(*given, stacked)
     assert given[1].acc_grads.payload["kernel"].is_deleted()
-    expected = run(PLAIN, PLAIN.init(tree(0)), range(STEPS))
+    expected = run(PLAIN, PLAIN.init(pair(0)), range(STEPS))
     assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, expected)
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
         np.testing.assert_allclose(one, other, rtol=2.0**-22, atol=2.0**-22)
@@ -118,7 +118,7 @@ def test_scan_with_donated_buffers() -> None:
 
 def test_replicas() -> None:
     """vmap over two replicas with gradients of their own: the second's are the first's of other steps."""
-    params = {"kernel": tree(0)["kernel"]}
+    params = {"kernel": pair(0)["kernel"]}
     replicas = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     optimizer = windows(optax.sgd(-1.0), state_dtype="float32")
     state = jax.vmap(optimizer.init)(replicas)
@@ -134,12 +134,12 @@ def test_replicas() -> None:
 @pytest.mark.parametrize("cut", [1, 3])
 def test_orbax_resumes_inside_a_window(tmp_path: Path, cut: int) -> None:
     """Bit for bit, in int4, from after the first micro-batch of a window."""
-    whole = run(ADAM, ADAM.init(tree(0)), range(STEPS))
-    _, state = run(ADAM, ADAM.init(tree(0)), range(cut))
+    whole = run(ADAM, ADAM.init(pair(0)), range(STEPS))
+    _, state = run(ADAM, ADAM.init(pair(0)), range(cut))
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(ADAM.init, tree(0)))
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(ADAM.init, pair(0)))
     assert_equal(restored, state)
     _, resumed = run(ADAM, restored, range(cut, STEPS))
     assert_equal(resumed, whole[1])

@@ -12,16 +12,16 @@ import pytest
 
 from floragrad.jax import compressed_multi_steps
 from floragrad.jax.quantize import Stored
-from tests.jax.accumulation_cases import assert_close, assert_equal, tree
+from tests.jax.accumulation_cases import assert_close, assert_equal, pair, tree
 
 
-def grads(step: int) -> Any:
-    return tree(100 + step)
+def grads(step: int, like: Any = pair) -> Any:
+    return like(100 + step)
 
 
-def run(optimizer: Any, steps: int, given: Any = grads) -> tuple[list[Any], Any]:
+def run(optimizer: Any, steps: int, given: Any = grads, like: Any = pair) -> tuple[list[Any], Any]:
     """The updates of every micro-batch, and the last state, from one compiled program."""
-    params = tree(0)
+    params = like(0)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     found = []
@@ -44,8 +44,9 @@ def run(optimizer: Any, steps: int, given: Any = grads) -> tuple[list[Any], Any]
 def test_every_column_in_float32_equals_multi_steps(every: Any, options: dict[str, Any], steps: int) -> None:
     """Means of three are rounded in another order, by a few 2⁻²⁴ of the largest number; the momentum is linear."""
     inner = optax.sgd(1e-2, momentum=0.9)
-    ours, state = run(compressed_multi_steps(inner, every, **options, state_dtype="float32"), steps)
-    exact, expected = run(optax.MultiSteps(inner, every, **options), steps)
+    given = partial(grads, like=tree), tree
+    ours, state = run(compressed_multi_steps(inner, every, **options, state_dtype="float32"), steps, *given)
+    exact, expected = run(optax.MultiSteps(inner, every, **options), steps, *given)
     for one, other in zip(ours, exact, strict=True):
         assert_close(one, other, 1e-6)
     assert_close(state.inner_opt_state, expected.inner_opt_state, 1e-6)
@@ -54,10 +55,10 @@ def test_every_column_in_float32_equals_multi_steps(every: Any, options: dict[st
 
 def test_the_state_is_that_of_multi_steps() -> None:
     optimizer = compressed_multi_steps(optax.sgd(1.0), 2)
-    state = optimizer.init(tree(0))
+    state = optimizer.init(pair(0))
     assert isinstance(state, optax.MultiStepsState)
     assert isinstance(state.acc_grads, Stored)
-    assert state.acc_grads.payload.keys() == state.acc_grads.scale.keys() == tree(0).keys()
+    assert state.acc_grads.payload.keys() == state.acc_grads.scale.keys() == pair(0).keys()
     assert optimizer.gradient_transformation() is optimizer
     flags, update = [], jax.jit(optimizer.update)
     for step in range(4):
@@ -69,12 +70,12 @@ def test_the_state_is_that_of_multi_steps() -> None:
 
 def test_the_last_gradient_is_whole() -> None:
     """After gradients of zeros, and in windows of one, nothing is rounded: bit for bit what is given."""
-    for every in (1, 3):
+    for every, like in ((1, pair), (3, tree)):
         optimizer = compressed_multi_steps(optax.sgd(-1.0), every, use_grad_mean=False, ratio=3)
-        updates, _ = run(
-            optimizer, every, lambda step, last=every - 1: jax.tree.map(lambda g: g * (step == last), grads(step))
-        )
-        assert_equal(updates[-1], grads(every - 1))
+        last = grads(every - 1, like)
+        zeros = jax.tree.map(jnp.zeros_like, last)
+        updates, _ = run(optimizer, every, [*[zeros] * (every - 1), last].__getitem__, like)
+        assert_equal(updates[-1], last)
 
 
 def test_the_inner_optimizer_is_not_called_on_mini_steps() -> None:
@@ -112,7 +113,7 @@ def test_skipped_micro_batches_never_happened(should_skip: Any) -> None:
 
 def test_what_a_skip_notes_is_kept() -> None:
     optimizer = compressed_multi_steps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite)
-    state = optimizer.init(tree(0))
+    state = optimizer.init(pair(0))
     bad = {**grads(0), "bias": jnp.full(64, jnp.inf)}
     _, state = jax.jit(optimizer.update)(bad, state)
     assert bool(state.skip_state["should_skip"])
@@ -122,7 +123,7 @@ def test_what_a_skip_notes_is_kept() -> None:
 @pytest.mark.parametrize("returned", [0, jnp.zeros(3, bool)], ids=["integer", "vector"])
 def test_a_skip_that_is_no_boolean_is_refused(returned: Any) -> None:
     optimizer = compressed_multi_steps(optax.sgd(1.0), 2, should_skip_update_fn=lambda *_: (returned, ()))
-    state = optimizer.init(tree(0))
+    state = optimizer.init(pair(0))
     with pytest.raises(ValueError, match="must return a boolean scalar"):
         optimizer.update(grads(0), state)
 

@@ -110,10 +110,10 @@ def test_a_schedule_is_the_rate_of_each_step() -> None:
     rates = [1e-2, 5e-3, 2e-3]
     found = course(flora(**options(learning_rate=lambda count: jnp.asarray(rates)[count])), 3)
     optimizer = optax.inject_hyperparams(flora, static_args=("rank", "ratio", "min_dim_size_to_factor"))(**options())
-    state, params = optimizer.init(PARAMS), PARAMS
+    state, params, update = optimizer.init(PARAMS), PARAMS, jax.jit(optimizer.update)
     for step, rate in enumerate(rates):
         state.hyperparams["learning_rate"] = jnp.asarray(rate)
-        updates, state = optimizer.update(grads_at(step), state, params)
+        updates, state = update(grads_at(step), state, params)
         params = optax.apply_updates(params, updates)
     assert_close(found, params)
 
@@ -124,7 +124,7 @@ def test_weight_decay_and_its_mask() -> None:
         **options(weight_decay=0.1, weight_decay_mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree))
     )
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(PARAMS), PARAMS)
     assert_close(updates, jax.tree.map(lambda p: -1e-3 * p if p.ndim > 1 else 0 * p, PARAMS))
 
 
