@@ -1,9 +1,12 @@
 """The native kernels: one build for each instruction set, each left out where there is no compiler for it."""
 
+import copy
 import os
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = "src/floragrad/torch/native"
 HEADERS = ("buckets", "fold", "lanes", "random", "rows", "scratch", "step", "tensor", "threads")
@@ -15,7 +18,24 @@ if platform.machine() in ("x86_64", "AMD64"):
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 is_sanitized = os.environ.get("FLORAGRAD_SANITIZE") == "1"
 
+
+class BuildApart(build_ext):
+    """Build the kernels at once, each with object files of its own: all are made of one source."""
+
+    def initialize_options(self) -> None:
+        """Start a compiler for each of them; an option of setup() would be lost in an editable installation."""
+        super().initialize_options()
+        self.parallel = len(INSTRUCTION_SETS)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one of them in a folder of its own."""
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name.rpartition(".")[2])
+        super(BuildApart, own).build_extension(ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildApart},
     ext_modules=[
         Extension(
             f"floragrad.torch.native._{name}",
@@ -31,5 +51,5 @@ setup(
             optional=True,
         )
         for name, flags in INSTRUCTION_SETS.items()
-    ]
+    ],
 )
