@@ -25,8 +25,11 @@ bench: $(BENCH_READY)  ## a step's time, state and temporaries beside every peer
 bench-all: $(BENCH_READY)  ## the same with one thread and bfloat16 too, for hours
 	$(BENCH_VENV)/bin/python -m benchmarks.step --out benchmarks/results/step_all
 
+# A file's tests run in one process, which makes their fixtures and compiles JAX's programs once.
+PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## every test, on every core; those of several processes one after another
-	$(BIN)/python -m pytest -n auto --ignore tests/distributed --ignore tests/train/test_torchrun.py
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/distributed --ignore tests/train/test_torchrun.py
 	$(BIN)/python -m pytest tests/distributed tests/train/test_torchrun.py
 
 test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
@@ -50,12 +53,15 @@ types: $(READY)
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) runs build src/*.egg-info
 
+# Python compiles the modules that are imported, then; pip would compile thousands that never are.
+QUIETLY = --quiet --disable-pip-version-check --no-compile
+
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(QUIETLY) -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(BENCH_READY): $(SOURCES)
 	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python -m pip install $(QUIETLY) -c constraints.txt -e '.[bench]'
 	touch $@
