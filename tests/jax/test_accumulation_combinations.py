@@ -16,6 +16,8 @@ from flax import nnx
 from floragrad.jax import compressed_multi_steps
 from tests.jax.accumulation_cases import assert_equal, pair
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 STEPS = 4
 
 

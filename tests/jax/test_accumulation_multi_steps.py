@@ -14,6 +14,8 @@ from floragrad.jax import compressed_multi_steps
 from floragrad.jax.quantize import Stored
 from tests.jax.accumulation_cases import assert_close, assert_equal, pair, tree
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def grads(step: int, like: Any = pair) -> Any:
     return like(100 + step)

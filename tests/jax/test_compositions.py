@@ -15,6 +15,8 @@ from flax import nnx
 
 from floragrad.jax import MatrixAxes, flora, scale_by_flora
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PARAMS = {
     "embed": jnp.asarray(np.random.default_rng(0).normal(size=(200, 16)), jnp.float32),
     "kernel": jnp.asarray(np.random.default_rng(1).normal(size=(16, 48)), jnp.float32),

@@ -13,6 +13,8 @@ from floragrad.jax import MatrixAxes, flora, scale_by_flora
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors
 from tests.torch.cases import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 BY_NAME = {case.name: case for case in CASES}
 VARIANTS = ["vector", "paper-estimator", "adaptive-experts", "gaussian", "vocabulary-compressed"]
 """One of everything that has code of its own, for tests that are not about numbers."""

@@ -18,6 +18,8 @@ from floragrad.jax.leaf import Leaf, initial
 from floragrad.jax.options import resolve
 from floragrad.jax.quantize import random_words
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPE, STEPS = (16, 24), 5
 OPTIONS: list[dict[str, Any]] = [
     {"mu_dtype": "float32"},

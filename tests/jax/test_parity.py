@@ -40,16 +40,20 @@ class JaxDraws:
 
     def __init__(self, leaf: Leaf) -> None:
         self.leaf = leaf
+        # Compiled once: operation by operation, each one of every shape would be.
+        self._matrix = jax.jit(lambda epoch: leaf.drawn(epoch).matrix())
+        self._noise = jax.jit(lambda key: adaptive_noise(key, leaf.columns, leaf.plan.width))
 
     def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        return np.asarray(self.leaf.drawn(epoch).matrix(), np.float64)
+        return np.asarray(self._matrix(epoch), np.float64)
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:
-        return np.asarray(initial_weight(self.leaf, None), np.float64).reshape(-1, self.leaf.columns)
+        weight = jax.jit(lambda: initial_weight(self.leaf, None))()
+        return np.asarray(weight, np.float64).reshape(-1, self.leaf.columns)
 
     def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
         key = self.leaf.key(epoch, Stream.ADAPTIVE_NOISE)
-        return np.asarray(adaptive_noise(key, self.leaf.columns, plan.width), np.float64)
+        return np.asarray(self._noise(key), np.float64)
 
 
 def group_of(case: Case) -> dict[str, Any]:
@@ -122,18 +126,25 @@ class DenseProjection:
 def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let PyTorch's optimizer draw what JAX draws."""
 
-    def drawn(_: Any, epoch: int) -> Any:
+    @jax.jit
+    def numbers(epoch: int) -> jax.Array:
         ours = leaf.drawn(epoch)
         if isinstance(ours, GaussianProjection):
-            return DenseProjection(to_torch(ours.dense))
+            return ours.dense
         assert isinstance(ours, BucketProjection)
-        return torch_projection.BucketProjection.signs(leaf.columns, leaf.plan.width, to_torch(ours.weight))
+        return ours.weight
+
+    def drawn(_: Any, epoch: int) -> Any:
+        found = to_torch(numbers(epoch))
+        if leaf.plan.projection == "gaussian":
+            return DenseProjection(found)
+        return torch_projection.BucketProjection.signs(leaf.columns, leaf.plan.width, found)
 
     def noise(n: int, k: int, seed: int, index: int, epoch: int) -> torch.Tensor:
         return to_torch(adaptive_noise(leaf.key(epoch, Stream.ADAPTIVE_NOISE), n, k))
 
     def signs(n: int, *_: Any) -> torch.Tensor:
-        return to_torch(leaf.drawn(0).weight)
+        return to_torch(numbers(0))
 
     monkeypatch.setattr(tensor_step.TensorStep, "projection", drawn)
     monkeypatch.setattr(learnt, "adaptive_noise", noise)
