@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,3 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOWEST.index(folder) if folder in SLOWEST else len(SLOWEST)
 
     items.sort(key=turn)
+
+
+@pytest.fixture(scope="module")
+def unoptimized() -> Iterator[None]:
+    """JAX's programs without LLVM's optimizations, for tests of behaviour: these take longer than the tests.
+
+    Numbers are compared with the oracle, and in every bit of their storage, in optimized code.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,9 +1,6 @@
 """Eight devices on one CPU: asked for when tests are collected, before any test can have started JAX."""
 
 import os
-from collections.abc import Iterator
-
-import pytest
 
 FLAG = "--xla_force_host_platform_device_count=8"
 
@@ -15,14 +12,3 @@ import jax  # noqa: E402 - the flag is read when JAX first looks for devices
 def pytest_sessionstart() -> None:
     """Say what is wrong where it can be seen, rather than in every test that needs a mesh."""
     assert jax.device_count() == 8, f"JAX has {jax.device_count()} devices: it was started before {FLAG} was set"
-
-
-@pytest.fixture(scope="module")
-def unoptimized() -> Iterator[None]:
-    """LLVM without its optimizations, a third of the time of a compilation, for tests of what is computed, not of how.
-
-    Numbers are compared with the oracle, between shardings and in every bit of their storage in optimized code.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

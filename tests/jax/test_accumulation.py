@@ -15,6 +15,8 @@ from floragrad.jax import MatrixAxes, compressed_multi_steps, sketch_accumulator
 from floragrad.policy import StateDtype, matrix_view, plan_accumulator
 from tests.jax.accumulation_cases import assert_close, assert_equal, tree
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 BATCH, MICRO = 12, 3
 
 

@@ -14,6 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from floragrad.jax import compressed_multi_steps, sketch_accumulator
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPES = {"kernel": (512, 128), "embedding": (512, 64), "stack": (8, 128, 64), "bias": (64,)}
 SPECS = {
     "outputs": {"kernel": (None, "x"), "embedding": ("x", None), "stack": (None, None, "x"), "bias": ("x",)},

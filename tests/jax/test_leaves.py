@@ -14,6 +14,8 @@ from optax.microbatching import microbatch
 from floragrad.jax import compressed_multi_steps, flora, flora_report, scale_by_flora, sketch_accumulator
 from floragrad.jax.second_moment import scale_by_factored_rms_of_matrices
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LEAVES: dict[str, Any] = {
     "float": 0.5,
     "array": np.full((3,), 2.0),

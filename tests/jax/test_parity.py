@@ -86,6 +86,7 @@ def test_equals_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("unoptimized")
 def test_equals_pytorch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors as PyTorch keeps them, through ``matrix_axes``; PyTorch is given JAX's projections."""
     param, grads = tensors(case)

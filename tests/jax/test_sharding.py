@@ -14,6 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from floragrad.jax import flora
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 KERNEL, EXPERTS, EMBEDDING = (64, 96), (8, 32, 48), (320, 48)
 OUTPUTS = {
     "outputs": (KERNEL, PartitionSpec(None, "x")),

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from floragrad.jax import flora
 from tests.jax.test_sharding import assert_same, numbers, step_of
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPES = {"kernel": (64, 96), "experts": (8, 32, 48), "bias": (96,)}
 SPECS = {"kernel": PartitionSpec(None, "x"), "experts": PartitionSpec("x"), "bias": PartitionSpec()}
 HALF, STEPS = 3, 6
