@@ -1,6 +1,5 @@
 """A sketch is read in the projection that it was written in, wherever and under whatever options it is read."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import pytest
 
 from floragrad._streams import Stream
 from floragrad.jax import ScaleByFloraState, flora, scale_by_flora, upgrade_state
-from floragrad.jax.draws import draw_step
+from floragrad.jax.draws import Draws, draw_pools, draws_of
 from floragrad.jax.leaf import Leaf, initial
 from floragrad.jax.options import resolve
 from floragrad.jax.quantize import random_words
@@ -101,7 +100,13 @@ def test_what_is_drawn_together_is_what_each_leaf_draws_by_itself() -> None:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(16, 24), (5,), (2, 9, 8), (16, 24), (2, 2)]]
     leaves = [Leaf(options, *each, index) for index, each in enumerate(options.plans(shapes))]
     ids = [initial(leaf, None).projection_id for leaf in leaves]
-    for leaf, drawn in zip(leaves, jax.jit(partial(draw_step, leaves))(ids, jnp.int32(8)), strict=True):
+
+    @jax.jit
+    def draw(ids: Any, count: Any) -> list[Draws]:
+        pools = draw_pools(leaves, ids, options, count)
+        return [draws_of(*each) for each in zip(leaves, pools, ids, strict=True)]
+
+    for leaf, drawn in zip(leaves, draw(ids, jnp.int32(8)), strict=True):
         assert (drawn.projection is None) == (leaf.plan.momentum != "sketch")
         if drawn.projection is not None:
             assert drawn.changed

@@ -1,6 +1,6 @@
 """One leaf of the parameters: how it is seen, what is kept for it, and what that begins as."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -46,10 +46,10 @@ class Leaf:
         index: Its position among the leaves where its state begins, which numbers its random streams for good.
     """
 
-    options: Options
+    options: Options = field(compare=False)
     layout: Layout
     plan: TensorPlan
-    index: int
+    index: int = field(compare=False)
 
     @property
     def learns(self) -> bool:

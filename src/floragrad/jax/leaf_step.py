@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from floragrad._streams import Stream
 from floragrad.jax import quantize
-from floragrad.jax.draws import Draws
+from floragrad.jax.draws import Pool, draws_of
 from floragrad.jax.leaf import Kept, Leaf, kept_as
 from floragrad.jax.projection import BucketProjection, learn, stream_key
 from floragrad.jax.quantize import Stored
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     kept: Kept
 
 
-def step_leaf(leaf: Leaf, count: Array, update: Array, kept: Kept, draws: Draws) -> Step:
+def step_leaf(leaf: Leaf, count: Array, update: Array, kept: Kept, pool: Pool | None) -> Step:
     """D, and what is kept after this step.
 
     Args:
@@ -36,27 +36,27 @@ def step_leaf(leaf: Leaf, count: Array, update: Array, kept: Kept, draws: Draws)
         count: t, from 1.
         update: U, in the shape and dtype of its leaf.
         kept: What is kept before it.
-        draws: Its random numbers.
+        pool: What it draws, and leaves like it.
     """
     if leaf.plan.momentum == "none":
         return Step(update, kept)
     axis, options = leaf.layout.axis, leaf.options
+    projection_id, changed, projection, previous, words = draws_of(leaf, pool, kept.projection_id)
     matrices = leaf.layout.to_matrices(whole_inputs(update, leaf.layout))
     matrices = matrices.astype(jnp.promote_types(update.dtype, jnp.float32))
     scale = None if isinstance(kept.mu_scale, optax.MaskedNode) else kept.mu_scale
     momentum = quantize.load(Stored(kept.mu, scale), leaf.plan.width, leaf.storage, axis=axis)
-    _, changed, projection, previous, words = draws
     weight = kept.weight
     if leaf.learns:
         changed = jnp.logical_or(changed, count == 1)
-        projection, previous = _learnt(leaf, matrices, momentum, weight, changed, draws.projection_id)
+        projection, previous = _learnt(leaf, matrices, momentum, weight, changed, projection_id)
         weight = projection.weight
     direction, following = momentum_step(
         matrices, momentum, projection, previous, changed, options.decay, residual=options.residual, axis=axis
     )
     stored = quantize.save_with_words(following.astype(jnp.float32), leaf.storage, words, axis=axis)
     moved = leaf.layout.from_matrices(direction).astype(update.dtype)
-    return Step(like(moved, update), kept_as(stored, weight, draws.projection_id))
+    return Step(like(moved, update), kept_as(stored, weight, projection_id))
 
 
 def _learnt(

@@ -4,18 +4,19 @@ JAX's defaults choose a generator, how its counters are laid out, and how wide a
 under one choice and read under another is noise. Every choice is named here, so none of them changes a number.
 """
 
-from collections.abc import Sequence
-from math import prod
 from typing import Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.random import threefry_2x32
 from jax.typing import ArrayLike
 
 GENERATOR: Final = "threefry2x32"
+_ROTATIONS: Final = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+Pair = tuple[Array, Array]
+"""The two words of a key."""
 
 
 def key_of(seed: ArrayLike) -> Array:
@@ -41,26 +42,33 @@ def words(key: Array, shape: tuple[int, ...]) -> Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
 
-def words_of_each(requests: Sequence[tuple[Array, tuple[int, ...]]]) -> list[Array]:
-    """As :func:`words` of each key and shape, in one draw.
+@jax.jit
+def fold(key: Pair, number: Array) -> Pair:
+    """The two words of Threefry-2x32 for a key and the counter (0, number): another key, or what words are made of.
+
+    Every round is spelt out: JAX's own is a loop on CPUs, which takes several times as long to compile.
+
+    Args:
+        key: Two words, uint32.
+        number: uint32, of any shape.
 
     Example:
-        >>> one, other = words_of_each([(key_of(0), (3,)), (key_of(1), (2, 2))])
-        >>> bool((one == words(key_of(0), (3,))).all() and (other == words(key_of(1), (2, 2))).all())
+        >>> key = key_of(5)
+        >>> one, other = fold(tuple(jax.random.key_data(key)), lax.iota(jnp.uint32, 3))
+        >>> bool((one ^ other == words(key, (3,))).all())
         True
     """
-    if not requests:
-        return []
-    sizes = [prod(shape) for _, shape in requests]
-    keys = [jax.random.key_data(key) for key, _ in requests]
-    halves = [
-        jnp.concatenate([jnp.full(size, key[at], jnp.uint32) for key, size in zip(keys, sizes, strict=True)])
-        for at in range(2)
-    ]
-    numbers = jnp.concatenate([lax.iota(jnp.uint32, size) for size in sizes])
-    drawn = threefry_2x32((halves[0], halves[1]), jnp.concatenate([jnp.zeros_like(numbers), numbers]))
-    parts = jnp.split(drawn[: len(numbers)] ^ drawn[len(numbers) :], np.cumsum(sizes)[:-1])
-    return [part.reshape(shape) for part, (_, shape) in zip(parts, requests, strict=True)]
+    keys = (*key, lax.bitwise_xor(lax.bitwise_xor(*key), np.uint32(0x1BD11BDA)))
+    one, other = keys[0], lax.add(keys[1], number)
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            one = lax.add(one, other)
+            left = lax.shift_left(other, np.uint32(rotation))
+            right = lax.shift_right_logical(other, np.uint32(32 - rotation))
+            other = lax.bitwise_xor(one, lax.bitwise_or(left, right))
+        one = lax.add(one, keys[(group + 1) % 3])
+        other = lax.add(other, lax.add(keys[(group + 2) % 3], np.uint32(group + 1)))
+    return one, other
 
 
 def signs(drawn: Array) -> Array:

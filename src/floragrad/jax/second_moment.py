@@ -1,5 +1,6 @@
 """Adafactor's second moment, by optax, on the matrices that momentum is sketched on."""
 
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -81,18 +82,20 @@ def scale_by_factored_rms_of_matrices(
             v_col=place(state.v_col, param, layout, inputs=True, without=other),
         )
 
+    @partial(jax.jit, static_argnums=0)  # traced once for all equal leaves
     def step_leaf(layout: Layout, beta: Array, update: Array, v_row: Array, v_col: Array, v: Array) -> _Step:
         grad = layout.to_matrices(mergeable(update, layout))
         squares = jnp.square(grad) + epsilon
         if v.shape == grad.shape:
             v = beta * v + (1 - beta) * squares
-            scaled = grad * lax.rsqrt(v)
+            scaled, v = grad * lax.rsqrt(v), _saturated(v)
         else:
             longest, other = _axes(layout)
             v_row = beta * v_row + (1 - beta) * jnp.mean(squares, axis=longest)
             v_col = beta * v_col + (1 - beta) * jnp.mean(squares, axis=other)
             scaled = _scaled(grad, jnp.expand_dims(v_row, longest), jnp.expand_dims(v_col, other), other)
-        moved = (_saturated(each).astype(grad.dtype) for each in (v_row, v_col, v))
+            v_row, v_col = _saturated(v_row), _saturated(v_col)
+        moved = (each.astype(grad.dtype) for each in (v_row, v_col, v))
         return _Step(like(layout.from_matrices(scaled.astype(grad.dtype)), update), *moved)
 
     def init(params: Any) -> optax.FactoredState:

@@ -1,5 +1,6 @@
 """The momentum as one pure gradient transformation."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ from jax.typing import DTypeLike
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad.jax.axes import MatrixAxesOrFn
-from floragrad.jax.draws import draw_step
+from floragrad.jax.draws import Pool, draw_pools
 from floragrad.jax.leaf import Kept, Leaf, initial
-from floragrad.jax.leaf_step import step_leaf
+from floragrad.jax.leaf_step import Step, step_leaf
 from floragrad.jax.options import resolve
 from floragrad.jax.precision import as_arrays
 from floragrad.policy import EmbeddingMomentum, StateDtype
@@ -113,6 +114,11 @@ def scale_by_flora(
     def leaves(tree: Any) -> list[Leaf]:
         return [Leaf(options, *each, index) for index, each in enumerate(options.plans(tree))]
 
+    @partial(jax.jit, static_argnums=0)
+    def step(leaf: Leaf, count: Array, update: Array, kept: Kept, pool: Pool | None) -> Step:
+        """Traced once for all equal leaves."""
+        return step_leaf(leaf, count, update, kept, pool)
+
     def init(params: Any) -> ScaleByFloraState:
         params = as_arrays(params)
         values, structure = jax.tree.flatten(params)
@@ -130,9 +136,9 @@ def scale_by_flora(
         structure: Any = jax.tree.structure(updates)
         each, count = leaves(updates), optax.safe_increment(state.count)
         kept = [Kept(*parts) for parts in zip(*map(structure.flatten_up_to, state[1:]), strict=True)]
-        draws = draw_step(each, [its.projection_id for its in kept], count)
-        every = zip(each, jax.tree.leaves(updates), kept, draws, strict=True)
-        steps = [step_leaf(leaf, count, value, its, drawn) for leaf, value, its, drawn in every]
+        pools = draw_pools(each, [its.projection_id for its in kept], options, count)
+        every = zip(each, jax.tree.leaves(updates), kept, pools, strict=True)
+        steps = [step(leaf, count, value, its, pool) for leaf, value, its, pool in every]
         return structure.unflatten(step.direction for step in steps), _state(
             count, structure, [step.kept for step in steps]
         )
