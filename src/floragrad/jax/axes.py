@@ -103,9 +103,10 @@ class Layout:
 def default_axes(shape: Sequence[int]) -> MatrixAxes:
     """The last axis is the outputs, the one before it the inputs, all before count matrices.
 
-    A matrix that is more than four times as tall as wide is read as an embedding, (vocabulary, features), whose
-    features are sketched: so are those of an output head (features, vocabulary), and so PyTorch does in both. Whether
-    it keeps a momentum is the policy's decision (:func:`floragrad.policy.plan_tensor`).
+    A matrix that is more than ``TALL`` times as tall as wide is read as (vocabulary, features), whose features are
+    sketched, as they are in an output head (features, vocabulary). This decides on axes alone. Whether the matrix is an
+    embedding, which keeps no momentum by default, is decided by the policy's own bounds on its longer side and its
+    aspect (:func:`floragrad.policy.is_vocabulary_like`), which a matrix may miss that is read this way.
 
     Example:
         >>> default_axes((768, 3072))
