@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 BENCH_VENV ?= .venv-bench
 BENCH_READY = $(BENCH_VENV)/.ready
 # What either environment is made of: the kernels are compiled into it.
-SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/native/*.?pp)
+SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/backends/cpu/*.?pp)
 
 SANITIZED = build/sanitized
 
@@ -38,7 +38,7 @@ test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves ou
 sanitize: $(READY)  ## the kernels under AddressSanitizer and UBSan, in a folder of their own, over the kernels' tests
 	FLORAGRAD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 FLORAGRAD_TEST_KERNELS=$(SANITIZED)/floragrad/torch/native \
+	ASAN_OPTIONS=detect_leaks=0 FLORAGRAD_TEST_KERNELS=$(SANITIZED)/floragrad/torch/backends/cpu \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/torch/test_native.py tests/torch/test_guard_bands.py \
 	tests/torch/test_handover.py tests/torch/test_accumulation_handover.py \
 	-k "not (library_needs_nothing or second_openmp)"

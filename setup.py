@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = "src/floragrad/torch/native"
+SOURCES = "src/floragrad/torch/backends/cpu"
 HEADERS = ("buckets", "fold", "lanes", "random", "rows", "scratch", "step", "tensor", "threads")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -38,7 +38,7 @@ setup(
     cmdclass={"build_ext": BuildApart},
     ext_modules=[
         Extension(
-            f"floragrad.torch.native._{name}",
+            f"floragrad.torch.backends.cpu._{name}",
             [f"{SOURCES}/native.cpp"],
             depends=[f"{SOURCES}/{header}.hpp" for header in HEADERS],
             extra_compile_args=[

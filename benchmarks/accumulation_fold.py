@@ -1,7 +1,7 @@
 """What folding a gradient costs: its noise in a window, and its time against what it replaces, ``.grad``'s own sum.
 
     python -m benchmarks.accumulation_fold
-    FLORAGRAD_NATIVE=0 python -m benchmarks.accumulation_fold
+    FLORAGRAD_KERNELS=eager python -m benchmarks.accumulation_fold
 
 Gradients that have nothing in common (independent normal numbers), the layers of GPT-2 small in turns, so that no
 buffer stays in a cache from one round to the next. Times are medians over interleaved rounds of each round's ratio to
@@ -15,7 +15,7 @@ import torch
 
 from floragrad.policy import StateDtype, plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.native.library import absence
+from floragrad.torch.backends.cpu.library import absence
 
 SHAPE = (768, 3072)
 LAYERS = ((768, 2304), (768, 768), (768, 3072), (3072, 768)) * 6

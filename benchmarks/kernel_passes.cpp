@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "../src/floragrad/torch/native/native.cpp"
+#include "../src/floragrad/torch/backends/cpu/native.cpp"
 
 namespace {
 

@@ -4,8 +4,8 @@
 
 ``make bench`` gives every optimizer a process of its own, whose memory the machine places as it likes; that alone can
 move a ratio by half on a shared machine. Here both step in the same process. Medians of each round's ratio, with
-quartiles, over 25 rounds after 3. ``FLORAGRAD_NATIVE=0`` in the environment measures PyTorch's code in place of the
-native kernels.
+quartiles, over 25 rounds after 3. ``FLORAGRAD_KERNELS=eager`` in the environment measures PyTorch's code in place of
+the native kernels.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_in_turns import parameters, print_in_turns
-from floragrad.torch.tensor_step import BLOCK_ELEMENTS
+from floragrad.torch.storage import BLOCK_ELEMENTS
 
 RATIO = 6
 """Columns for each bucket at rank 128 and width 768."""

@@ -12,7 +12,7 @@ import floragrad
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMPILED = "floragrad.torch.native._"
+COMPILED = "floragrad.torch.backends.cpu._"
 MODULES = [
     "floragrad",
     *(m.name for m in pkgutil.walk_packages(floragrad.__path__, "floragrad.") if not m.name.startswith(COMPILED)),

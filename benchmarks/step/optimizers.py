@@ -130,7 +130,7 @@ def _flora(**options: Any) -> Callable[[list[Group]], list[Any]]:
 
 def _ways(name: str, held: float, options: dict[str, Any], **more: Any) -> dict[str, Entry]:
     """One choice of Flora's options, stepped in both its ways."""
-    without = {"FLORAGRAD_NATIVE": "0"}
+    without = {"FLORAGRAD_KERNELS": "eager"}
     return {
         name: Entry(_flora(**options), held, **more),
         f"{name}, eager": Entry(_flora(**options), held, without, **more),

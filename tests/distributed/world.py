@@ -94,8 +94,6 @@ class World:
 def _work(rank: int, size: int, folder: str, pipe: Connection) -> None:
     """A worker: join the group, then do what comes through the pipe until it closes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    # Shards are stepped by the eager code; what they are compared with in every number has to be as well.
-    os.environ["FLORAGRAD_NATIVE"] = "0"
     torch.set_num_threads(1)
     rendezvous = (Path(folder) / "rendezvous").as_uri()
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=LIMIT / 2)

@@ -14,8 +14,10 @@ from floragrad.jax.leaf import Leaf, initial_weight
 from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
-from floragrad.torch import learnt, step, tensor_step
+from floragrad.torch import context, slots
 from floragrad.torch import projection as torch_projection
+from floragrad.torch.backends import eager as eager_backend
+from floragrad.torch.backends.cpu import step as cpu
 from floragrad.torch.options import resolve_group
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors, to_torch, torch_axes, trajectory
 from tests.torch.cases import CASES, Case
@@ -135,18 +137,20 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(ours, BucketProjection)
         return ours.weight
 
-    def drawn(_: Any, epoch: int) -> Any:
+    def drawn(_: Any, epoch: int, *__: Any) -> Any:
         found = to_torch(numbers(epoch))
         if leaf.plan.projection == "gaussian":
             return DenseProjection(found)
         return torch_projection.BucketProjection.signs(leaf.columns, leaf.plan.width, found)
 
-    def noise(n: int, k: int, seed: int, index: int, epoch: int) -> torch.Tensor:
-        return to_torch(adaptive_noise(leaf.key(epoch, Stream.ADAPTIVE_NOISE), n, k))
+    def noise(ctx: context.StepContext, *_: Any) -> torch.Tensor:
+        key = leaf.key(ctx.resample_index, Stream.ADAPTIVE_NOISE)
+        return to_torch(adaptive_noise(key, leaf.columns, ctx.plan.width))
 
-    def signs(n: int, *_: Any) -> torch.Tensor:
+    def signs(*_: Any) -> torch.Tensor:
         return to_torch(numbers(0))
 
-    monkeypatch.setattr(tensor_step.TensorStep, "projection", drawn)
-    monkeypatch.setattr(learnt, "adaptive_noise", noise)
-    monkeypatch.setattr(step, "random_signs", signs)
+    monkeypatch.setattr(context.StepContext, "projection", drawn)
+    for backend in (cpu, eager_backend):
+        monkeypatch.setattr(backend, "adaptive_noise", noise)
+    monkeypatch.setattr(slots, "random_signs", signs)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from floragrad.torch import native
-from floragrad.torch.native import library
+from floragrad.torch.backends import cpu as native
+from floragrad.torch.backends.cpu import library
 
 # Of `make sanitize`: the kernels of another folder are found before the installed ones.
 if folder := os.environ.get("FLORAGRAD_TEST_KERNELS"):
@@ -41,7 +41,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def use(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library._found.cache_clear()
-    monkeypatch.setenv(library.SWITCH, str(int(code != "eager")))
+    monkeypatch.setenv(library.SWITCH, "eager" if code == "eager" else "auto")
     if code == "eager":
         return
     runnable = library.instruction_sets()

@@ -8,11 +8,11 @@ import torch
 
 from floragrad import Flora, reference
 from floragrad.policy import TensorPlan
-from floragrad.torch.learnt import adaptive_noise
+from floragrad.torch.adaptive import adaptive_noise
+from floragrad.torch.context import StepContext
 from floragrad.torch.options import plan_of, resolve_group
 from floragrad.torch.part import Part
-from floragrad.torch.step import initial_state
-from floragrad.torch.tensor_step import TensorStep
+from floragrad.torch.slots import initial_state
 from tests.torch.cases import Case
 
 INDEX = 0  # the only parameter of its optimizer
@@ -52,8 +52,7 @@ class TorchDraws:
         self.group = group
 
     def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        at = TensorStep(plan, self.group, INDEX, 0, torch.device("cpu"), Part.whole(plan.shape, plan.view))
-        return double(at.projection(epoch).matrix())
+        return double(self._context(plan, 0).projection(epoch).matrix())
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:
         assert plan.view is not None
@@ -61,8 +60,10 @@ class TorchDraws:
         return double(state["projection_weight"]).reshape(-1, plan.view.columns)
 
     def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        assert plan.view is not None
-        return double(adaptive_noise(plan.view.columns, plan.width, self.group["seed"], INDEX, epoch))
+        return double(adaptive_noise(self._context(plan, max(1, epoch * self.group["kappa"]))))
+
+    def _context(self, plan: TensorPlan, step: int) -> StepContext:
+        return StepContext(plan, self.group, INDEX, step, torch.device("cpu"), Part.whole(plan.shape, plan.view))
 
 
 def reference_trajectory(

@@ -20,8 +20,8 @@ import torch
 
 from floragrad import Flora
 from floragrad.policy import StateDtype
+from floragrad.torch.context import StepContext
 from floragrad.torch.projection import BucketProjection, GaussianProjection
-from floragrad.torch.tensor_step import TensorStep
 from tests.torch.cases import CASES, Case
 
 STEPS = 80
@@ -88,12 +88,12 @@ def skip_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def go_on_in_the_old_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = TensorStep.projection
+    drawn = StepContext.projection
 
-    def stale(self: TensorStep, epoch: int) -> Any:
-        return drawn(self, epoch if self.opens_epoch else max(0, epoch - 1))
+    def stale(self: StepContext, epoch: int, *_: Any) -> Any:
+        return drawn(self, epoch if self.is_resample_step else max(0, epoch - 1))
 
-    monkeypatch.setattr(TensorStep, "projection", stale)
+    monkeypatch.setattr(StepContext, "projection", stale)
 
 
 FAULTS: list[tuple[Break, tuple[str, ...]]] = [

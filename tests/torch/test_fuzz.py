@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from floragrad import Flora
-from floragrad.torch.native import library
+from floragrad.torch.backends.cpu import library
 from tests.torch.cases import Case
 from tests.torch.conftest import use
 from tests.torch.oracle import reference_trajectory

@@ -21,7 +21,7 @@ from torch import Tensor
 from floragrad import Flora
 from floragrad.policy import plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.native import library
+from floragrad.torch.backends.cpu import library
 from tests.torch.cases import CASES, Case
 from tests.torch.conftest import use
 
@@ -242,13 +242,16 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     library._found.cache_clear()
-    monkeypatch.setenv("FLORAGRAD_NATIVE", "0")
+    monkeypatch.setenv("FLORAGRAD_KERNELS", "eager")
     param = torch.nn.Parameter(torch.randn(64, 64))
     (row,) = Flora([param], lr=1e-3, rank=8).report().rows
-    assert row.path == "eager (FLORAGRAD_NATIVE=0)"
+    assert row.path == "eager (FLORAGRAD_KERNELS=eager)"
     library._found.cache_clear()
-    monkeypatch.setenv("FLORAGRAD_NATIVE", "yes")
-    with pytest.raises(ValueError, match=r"FLORAGRAD_NATIVE=yes: 1 runs .* 0 turns them off"):
+    monkeypatch.setenv("FLORAGRAD_KERNELS", "yes")
+    with pytest.raises(ValueError, match=r"FLORAGRAD_KERNELS=yes: auto runs .*, eager runs"):
+        Flora([param], lr=1e-3, rank=8)
+    monkeypatch.setenv("FLORAGRAD_NATIVE", "0")
+    with pytest.raises(ValueError, match=r"FLORAGRAD_NATIVE=0 is no switch any more: set FLORAGRAD_KERNELS"):
         Flora([param], lr=1e-3, rank=8)
     library._found.cache_clear()
 
@@ -319,7 +322,7 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 def test_the_library_needs_nothing_but_the_system(name: str) -> None:
     """No libtorch, no libgomp: one build serves every version of torch."""
-    spec = find_spec(f"floragrad.torch.native._{name}")
+    spec = find_spec(f"floragrad.torch.backends.cpu._{name}")
     if spec is None or shutil.which("objdump") is None:
         pytest.skip("not built on this processor, or no objdump to look with")
     listed = subprocess.run(["objdump", "-p", str(spec.origin)], check=True, capture_output=True, text=True).stdout

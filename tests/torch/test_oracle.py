@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from floragrad import Flora
-from floragrad.torch import tensor_step
+from floragrad.torch import storage
 from tests.torch.cases import CASES, STEPS, Case
 from tests.torch.oracle import assert_same_course, reference_trajectory, trajectory
 
@@ -24,9 +24,9 @@ def test_equals_the_oracle_in_small_blocks(case: Case, monkeypatch: pytest.Monke
     """Blocks of a few rows, and of several matrices of a stack, meet the same oracle."""
     gradients = case.gradients()
     expected = reference_trajectory(case, gradients)
-    monkeypatch.setattr(tensor_step, "WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr(storage, "WHOLE_ELEMENTS", 0)
     for elements in (1, 200, 1500):
-        monkeypatch.setattr(tensor_step, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(storage, "BLOCK_ELEMENTS", elements)
         assert_same_course(case, trajectory(case, gradients), expected)
 
 

@@ -24,17 +24,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from floragrad import Flora, reference
-from floragrad.torch.learnt import adaptive_noise
+from floragrad._streams import Stream
+from floragrad.torch.adaptive import noise_from
 from floragrad.torch.projection import (
     BucketProjection,
     GaussianProjection,
     Projection,
-    Stream,
     bucket_sizes,
     normalise_buckets,
     power_iteration,
-    random_signs,
 )
+from floragrad.torch.projection import random_signs as signs_of
+from floragrad.torch.random import Philox
 
 GOLDEN_ZERO = "+--++-++++-++---+++--+------+----++--+--+-+++-+-"
 GOLDEN_LARGE = "-++-+--+---+-+++-+----+-++--++-++-+--+--++-++-+-"
@@ -44,6 +45,10 @@ FALSE_ALARM = 1e-9
 SIGMAS = 6.0
 UNIT = 2.0**-24
 CPU = torch.device("cpu")
+
+
+def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> torch.Tensor:
+    return signs_of(Philox(seed, index, epoch, stream), n, CPU)
 
 
 def hoeffding(draws: int, comparisons: int) -> float:
@@ -119,7 +124,7 @@ def test_error_and_norm_of_signs_over_all_patterns(n: int, k: int) -> None:
     projection = all_signs(n, k)
     sketch = projection.encode(x.expand(2**n, 1, n))
     errors = (projection.decode(sketch) - x).square().sum((1, 2))
-    sizes = bucket_sizes(n, k)[torch.arange(n) % k]
+    sizes = bucket_sizes(n, k, CPU)[torch.arange(n) % k]
     expected = ((sizes - 1) * x.square()).sum()
     assert errors.double().mean() == expected
     if n % k == 0:
@@ -465,7 +470,7 @@ def test_adaptive_captures_what_power_iteration_promises(ratio: int, factor: flo
     param = torch.nn.Parameter(torch.zeros(m, n))
     optimizer = Flora([param], lr=1e-3, ratio=ratio, projection="adaptive", state_dtype="float32")
     start = double(optimizer.state[param]["projection_weight"])
-    start = start + double(adaptive_noise(n, buckets, 0, 0, 0))
+    start = start + double(noise_from(Philox(0, 0, 0, Stream.ADAPTIVE_NOISE).draw(n, CPU), n, buckets))
     param.grad = steady + 0.3 * rows_of(m, n, seed=99)
     optimizer.step()
     update = reference.second_moment(double(param.grad), reference.State(step=1), reference.Options())

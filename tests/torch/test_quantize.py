@@ -4,7 +4,7 @@ Nothing below is sampled but the random bits themselves, whose bounds are Hoeffd
 mean of ±1 exceeds x with probability at most 2 exp(-T x² / 2); ``FALSE_ALARM`` over all comparisons of a test.
 """
 
-from math import ceil, log, sqrt
+from math import ceil, log, prod, sqrt
 
 import pytest
 import torch
@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from floragrad._streams import Stream
 from floragrad.policy import StateDtype, storage
-from floragrad.torch.philox import Philox
-from floragrad.torch.quantize import (
+from floragrad.torch.random import Philox, half_count, halves
+from floragrad.torch.storage import (
     LARGEST,
     RoundingBits,
     dequantize,
-    draw_rounding_bits,
     quantize,
     repacked_int4,
     round_to_bfloat16,
@@ -35,6 +34,11 @@ low_bit = pytest.mark.parametrize("state_dtype", LOW_BIT)
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_rounding_bits(source: Philox, leading: tuple[int, ...], columns: int) -> RoundingBits:
+    words = halves(source.draw(half_count(prod(leading) + columns), torch.device("cpu")), prod(leading) + columns)
+    return RoundingBits(words[: prod(leading)].view(leading), words[prod(leading) :])
 
 
 def bits_for(values: torch.Tensor, seed: int = 0) -> torch.Tensor:

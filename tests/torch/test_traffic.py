@@ -65,7 +65,7 @@ def steady(shape: tuple[int, ...], **options: Any) -> Traffic:
 
 
 # Of SHAPE, in blocks of rows: operations, and passes over the tensor in float32 (reading the gradient once is one).
-EAGER = {"float32": (100, 21.1), "bfloat16": (112, 24.9), "int8": (124, 25.7), "int4": (132, 26.0)}
+EAGER = {"float32": (92, 21.1), "bfloat16": (104, 24.9), "int8": (116, 25.7), "int4": (123, 26.0)}
 
 
 @pytest.mark.usefixtures("eager")

@@ -19,12 +19,12 @@ from floragrad.planning.tracker import MemoryTracker, Moment, Profiles, joined
 from floragrad.policy import AccumulatorPlan, MatrixView, TensorPlan
 from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.native.step import step_native as native
+from floragrad.torch.backends.cpu import step as cpu
+from floragrad.torch.context import ParamUpdate
 from floragrad.torch.part import Part
-from floragrad.torch.step import initial_state
-from floragrad.torch.step import step_tensors as step
-from floragrad.torch.storage import row_blocks
-from floragrad.torch.tensor_step import TensorStep, TensorUpdate, block_elements
+from floragrad.torch.slots import initial_state
+from floragrad.torch.step import step
+from floragrad.torch.storage import block_elements, row_blocks
 
 FEWEST_BLOCKS: Final = 5
 """Whole blocks of the smaller tensor: more than the pieces that a tensor is cut into at least."""
@@ -41,22 +41,23 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
         profiles: What is known of them already.
     """
 
-    def count_steps(updates: Iterable[TensorUpdate], *, is_native: bool) -> None:
-        for param, grad, _, at in updates:  # native ones in one room, as large as the largest takes alone
-            count_step(param, grad, at, is_native=is_native)
+    def count_steps(updates: Iterable[ParamUpdate]) -> None:
+        for update in updates:  # the kernels' batches need no more memory than the largest tensor alone
+            count_step(update, is_native=cpu.takes(update))
 
-    def count_step(param: Tensor, grad: Tensor, at: TensorStep, *, is_native: bool) -> None:
+    def count_step(whole: ParamUpdate, *, is_native: bool) -> None:
+        param, grad, _, ctx = whole
+
         def work(plan: TensorPlan) -> Callable[[], None]:
-            small = replace(at, plan=plan, part=Part.whole(plan.shape, plan.view))
-            fresh = initial_state(plan, at.group, at.index, at.device)
-            update = TensorUpdate(_empty(plan, param), _empty(plan, grad), fresh, small)
-            return lambda: (native if is_native else step)([update])
+            small = replace(ctx, plan=plan, part=Part.whole(plan.shape, plan.view))
+            fresh = initial_state(plan, ctx.group, ctx.index, ctx.device)
+            return partial(step, [ParamUpdate(_empty(plan, param), _empty(plan, grad), fresh, small)])
 
         tracker.touch(param)
-        options = tuple(sorted((key, value) for key, value in at.group.items() if key not in _NOT_OPTIONS))
-        key = ("update", is_native, param.dtype, grad.dtype, options, at.step == 1, at.opens_epoch)
+        options = tuple(sorted((key, value) for key, value in ctx.group.items() if key not in _NOT_OPTIONS))
+        key = ("update", is_native, param.dtype, grad.dtype, options, ctx.step == 1, ctx.is_resample_step)
         # What the native kernels hold is one buffer, whatever the rows.
-        count(key, at.plan, work, by_rows=not is_native)
+        count(key, ctx.plan, work, by_rows=not is_native)
 
     def add_gradient(sketch: GradientSketch, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         def work(plan: AccumulatorPlan) -> Callable[[], None]:
@@ -100,8 +101,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     add, decode, norm = GradientSketch.add, GradientSketch.decode_into, GradientSketch.squared_norm
     with ExitStack() as stack:
-        stack.enter_context(replaced(flora, "step_tensors", partial(count_steps, is_native=False)))
-        stack.enter_context(replaced(flora, "step_native", partial(count_steps, is_native=True)))
+        stack.enter_context(replaced(flora, "step", count_steps))
         stack.enter_context(replaced(GradientSketch, "add", add_gradient))
         stack.enter_context(replaced(GradientSketch, "decode_into", decode_into))
         stack.enter_context(replaced(GradientSketch, "squared_norm", squared_norm))

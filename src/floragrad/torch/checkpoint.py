@@ -9,7 +9,7 @@ from torch import Tensor
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
-from floragrad.torch.quantize import repacked_int4
+from floragrad.torch.storage import repacked_int4
 
 Group = dict[str, Any]
 _MOMENTUM_STATE: Final = ("exp_avg", "exp_avg_scale", "projection_weight")

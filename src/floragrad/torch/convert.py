@@ -17,14 +17,13 @@ from floragrad.torch.checkpoint import (
     lacks_momentum,
     own_state,
 )
+from floragrad.torch.context import Group, State, StepContext
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import changed_option, layout_of, plan_of
 from floragrad.torch.part import Part
 from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.slots import Slot
-from floragrad.torch.step import initial_state
+from floragrad.torch.slots import Slot, initial_state
 from floragrad.torch.storage import load, save
-from floragrad.torch.tensor_step import Group, State, TensorStep
 
 _ALL = (slice(None), slice(None))
 
@@ -107,7 +106,7 @@ class _Conversion:
         self._new: State = initial_state(slot.plan, group, number, device)
         self._new["step"].fill_(step)
         self._written, self._wanted = (
-            TensorStep(each, options, number, step, device, Part.whole(each.shape, each.view))
+            StepContext(each, options, number, step, device, Part.whole(each.shape, each.view))
             for each, options in ((plan, saved), (slot.plan, group))
         )
         self._elsewhere = saved.get("device_type", device.type) != device.type
@@ -154,7 +153,7 @@ class _Conversion:
             return "none was saved"
         if self._same_basis():
             rows = self._rows()
-            if self._wanted.is_learnt:
+            if self._wanted.is_adaptive:
                 self._new["projection_weight"].copy_(self._old["projection_weight"])
         else:
             dense = self._dense()
@@ -166,7 +165,8 @@ class _Conversion:
         stored = self._wanted.stored(self._new)
         bits = None
         if stored.dtype != "float32":
-            bits = self._wanted.rounding(Stream.CONVERSION_ROUNDING, new.width, slice(None))
+            source = self._wanted.stream(Stream.CONVERSION_ROUNDING)
+            bits = self._wanted.part.draw_rounding(source, new.width, slice(None), self._wanted.device)
         stored.write(_ALL, save(rows, stored.dtype, bits))
         return ""
 
@@ -209,8 +209,8 @@ def _factors(view: MatrixView) -> tuple[tuple[str, tuple[int, int]], tuple[str, 
     return ("row_var", (view.rows, 1)), ("col_var", (1, view.columns))
 
 
-def _projection(at: TensorStep, state: State) -> Projection:
+def _projection(ctx: StepContext, state: State) -> Projection:
     """The projection that the momentum of a step is encoded with once the step is over."""
-    if at.is_learnt:
-        return BucketProjection.normalised(at.learnt_weight(state), at.plan.width)
-    return at.projection(at.epoch)
+    if ctx.is_adaptive:
+        return BucketProjection.normalised(ctx.adaptive_weight(state), ctx.plan.width)
+    return ctx.projection(ctx.resample_index)

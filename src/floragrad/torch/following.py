@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from floragrad.torch.context import Group
 from floragrad.torch.distributed.flat import refuse_flattened
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option, option_names, resolve_group
 from floragrad.torch.slots import Slot, new_slots, next_number, placed_slot
-from floragrad.torch.tensor_step import Group
 
 
 def is_settled(slots: Mapping[Tensor, Slot], groups: Sequence[Group]) -> bool:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import STATE_KEYS, EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
+from floragrad.torch.context import ParamUpdate, State, StepContext
 from floragrad.torch.convert import converted_state
-from floragrad.torch.distributed.lockstep import ShardStep, is_sharded, step_together
 from floragrad.torch.following import (
     followed_slots,
     is_settled,
@@ -21,7 +21,6 @@ from floragrad.torch.following import (
     refuse_changed_options,
 )
 from floragrad.torch.handover import check_shape
-from floragrad.torch.native.step import can_step, step_native
 from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
 from floragrad.torch.report import little_compressed, report_row
 from floragrad.torch.scheduling import adopt_momentum, is_lr_ignored, scheduler_defaults, step_size
@@ -35,14 +34,10 @@ from floragrad.torch.slots import (
     placed_state,
     slots_of,
     without_repetition,
+    write_back,
 )
-from floragrad.torch.step import step_part, step_tensors
-from floragrad.torch.tensor_step import State, TensorStep, TensorUpdate
+from floragrad.torch.step import step
 from floragrad.torch.untraced import caller_level, untraced
-from floragrad.torch.vectors import step_vectors, steps_with_others
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -229,24 +224,7 @@ class Flora(torch.optim.Optimizer):
         for group in self.param_groups:
             self._follow_schedulers(group)
         given = [(param, self._checked(param)) for param in self._slots if param.grad is not None]
-        sharded, native, vectors, others = [], [], [], []
-        for param, checked in given:
-            update = self._begin_step(param, *checked)
-            if is_sharded(param):
-                sharded.append(_shard_step(update, param))
-            elif param.numel() == 0:
-                continue
-            elif can_step(*update):
-                native.append(update)
-            elif steps_with_others(update):
-                vectors.append(update)
-            else:
-                others.append(update)
-        if native:
-            step_native(native)
-        step_vectors(vectors)
-        step_tensors(others)
-        step_together(sharded)
+        self._update({param: self._begin_step(param, *checked) for param, checked in given})
         return loss
 
     @untraced
@@ -274,15 +252,7 @@ class Flora(torch.optim.Optimizer):
         self._follow_schedulers(self._slots[param].group)
         if param.grad is None:
             raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
-        update = self._begin_step(param, *self._checked(param))
-        if is_sharded(param):
-            step_together([_shard_step(update, param)])
-        elif param.numel() == 0:
-            return
-        elif can_step(*update):
-            step_native([update])
-        else:
-            step_tensors([update])
+        self._update({param: self._begin_step(param, *self._checked(param))})
 
     @untraced
     def report(self) -> Report:
@@ -302,7 +272,7 @@ class Flora(torch.optim.Optimizer):
                 self._state_of(param)
         return Report(
             tuple(
-                report_row(slot.name, param, slot.plan, has_state="step" in self.state.get(param, {}))
+                report_row(slot.name, param, slot.plan, slot.part, has_state="step" in self.state.get(param, {}))
                 for param, slot in self._slots.items()
             )
         )
@@ -444,13 +414,19 @@ class Flora(torch.optim.Optimizer):
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
         return checked_update(param, self._slots[param], self._state_of(param))
 
-    def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> TensorUpdate:
+    def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> ParamUpdate:
         """Count a step of a parameter; what is here of it, and what the step goes by."""
         slot = self._slots[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        at = TensorStep(slot.plan, slot.group, self._number_of(param, state), step, param.device, slot.part)
-        return TensorUpdate(here, grad, own_state(state), at)
+        ctx = StepContext(slot.plan, slot.group, self._number_of(param, state), step, param.device, slot.part)
+        return ParamUpdate(here, grad, own_state(state), ctx)
+
+    def _update(self, updates: Mapping[Tensor, ParamUpdate]) -> None:
+        """Run a step that has begun."""
+        step(list(updates.values()))
+        for param, update in updates.items():
+            write_back(param, update.param, update.ctx.plan)
 
     def _number_of(self, param: Tensor, state: State) -> int:
         """Return the number in a parameter's state, which is read anew only where it may have changed.
@@ -489,13 +465,3 @@ class Flora(torch.optim.Optimizer):
         reasons = little_compressed(zip(self.report().rows, groups, strict=True))
         if reasons:
             warnings.warn(reasons, UserWarning, stacklevel=3)
-
-
-def _shard_step(update: TensorUpdate, param: "DTensor") -> ShardStep:
-    """The step of what is here of a sharded parameter, not begun yet."""
-    from floragrad.torch.distributed.shards import stepped_placements, written_back
-
-    sums = step_part(*update)
-    if stepped_placements(param, update.at.plan.view) != tuple(param.placements):
-        sums = written_back(sums, update.param, param)
-    return ShardStep(sums, update.at.part, param.device_mesh)

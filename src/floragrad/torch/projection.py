@@ -10,21 +10,20 @@ from functools import cached_property
 from math import ceil
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from floragrad._streams import Stream
 from floragrad.policy import MatrixView
 from floragrad.policy import Projection as ProjectionKind
-from floragrad.torch.philox import Philox
+from floragrad.torch import random
+from floragrad.torch.random import Philox
 
 
 class Projection(Protocol):
     """P, k x n, with E[PᵀP] = I or orthonormal rows. The update takes one of these, never a seed."""
 
-    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
-        """X Pᵀ: (..., n) to (..., k); ``room`` is memory of X's shape to work in, X's own too."""
+    def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
+        """X Pᵀ: (..., n) to (..., k); ``workspace`` is memory of X's shape, X's own too."""
         ...
 
     def decode(self, sketch: Tensor) -> Tensor:
@@ -51,24 +50,14 @@ class Projection(Protocol):
         ...
 
 
-_SIGNS = np.array([-1, 1], dtype=np.float32)
+def random_signs(source: Philox, n: int, device: torch.device) -> Tensor:
+    """Return n independent signs, each +1 or -1 with probability one half, float32."""
+    return random.signs(source.draw(random.sign_count(n), device), n)
 
 
-def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> Tensor:
-    """N independent signs, each +1 or -1 with probability one half, as float32 on the CPU."""
-    return signs_from(Philox(seed, index, epoch, stream), n)
-
-
-def signs_from(source: Philox, n: int) -> Tensor:
-    """N signs."""
-    words = source.words(ceil(n / 64))
-    bits = np.unpackbits(words.astype("<u8", copy=False).view(np.uint8), count=n)
-    return torch.from_numpy(_SIGNS[bits])
-
-
-def bucket_sizes(n: int, k: int) -> Tensor:
-    """How many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
-    sizes = torch.full((k,), float(n // k), dtype=torch.float32, device="cpu")
+def bucket_sizes(n: int, k: int, device: torch.device) -> Tensor:
+    """Return how many of n columns fall into each of k buckets, bucket(j) = j mod k; float32, (k,)."""
+    sizes = torch.full((k,), float(n // k), dtype=torch.float32, device=device)
     if n % k:
         sizes[: n % k] += 1
     return sizes
@@ -129,7 +118,7 @@ class BucketProjection:
     @classmethod
     def signs(cls, n: int, k: int, signs: Tensor, part: slice | None = None) -> "BucketProjection":
         """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
-        return cls(signs, bucket_sizes(n, k).to(signs.device), part, has_signs=True)
+        return cls(signs, bucket_sizes(n, k, signs.device), part, has_signs=True)
 
     @classmethod
     def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
@@ -155,9 +144,9 @@ class BucketProjection:
         """The weights of the columns that are here."""
         return self.weight if self.part is None else self.weight[..., self.part]
 
-    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:
+    def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
         """X Pᵀ."""
-        return self.add_up(torch.mul(rows, self.columns, out=room))
+        return self.add_up(torch.mul(rows, self.columns, out=workspace))
 
     def add_up(self, rows: Tensor) -> Tensor:
         """X Pᵀ of rows whose columns have been multiplied by their weights."""
@@ -245,7 +234,7 @@ class GaussianProjection:
             drawn = torch.randn(size, generator=generator, dtype=torch.float32, device=self.device)
             yield part, drawn.mul_(self.k**-0.5)[:, self.part or slice(None)]
 
-    def encode(self, rows: Tensor, room: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """X Pᵀ."""
         sketch = rows.new_empty(*rows.shape[:-1], self.k)
         for part, drawn in self._pieces():
@@ -289,8 +278,9 @@ def draw_projection(
     source: Philox,
     device: torch.device,
     part: slice | None = None,
+    signs: Tensor | None = None,
 ) -> Projection:
-    """A projection of a view's columns to ``width``, drawn at random.
+    """Draw a random projection of a view's columns to ``width``.
 
     Args:
         kind: ``"sign"`` or ``"gaussian"``.
@@ -298,12 +288,15 @@ def draw_projection(
         width: k.
         source: Of one tensor at one epoch; of ``"gaussian"`` it is only the seed.
         device: Where the projection is used.
-        part: The columns that are here, where the matrix is split along them.
+        part: The local columns, where the matrix is split along them.
+        signs: As drawn from ``source`` already, float32 of (columns,); None draws them.
     """
     if kind == "gaussian":
         piece = max(1, view.batch * view.rows // 8)
         return GaussianProjection(view.columns, width, int(source.words(1)[0]) >> 1, device, piece, part)
-    return BucketProjection.signs(view.columns, width, signs_from(source, view.columns).to(device), part)
+    if signs is None:
+        signs = random_signs(source, view.columns, device)
+    return BucketProjection.signs(view.columns, width, signs, part)
 
 
 def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:

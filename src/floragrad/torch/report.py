@@ -8,18 +8,21 @@ from torch import Tensor
 
 from floragrad._report import FROZEN, ReportRow
 from floragrad.policy import TensorPlan
+from floragrad.torch.backends import path_of
+from floragrad.torch.context import Group
+from floragrad.torch.distributed import lockstep
 from floragrad.torch.distributed.lockstep import is_sharded
-from floragrad.torch.native.layout import path_of
-from floragrad.torch.tensor_step import Group
+from floragrad.torch.part import Part
 
 
-def report_row(name: str, param: Tensor, plan: TensorPlan, has_state: bool) -> ReportRow:
+def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state: bool) -> ReportRow:
     """The row of one parameter; of a sharded one, with the bytes on this device.
 
     Args:
         name: The parameter's.
         param: The parameter.
         plan: Of its global shape.
+        part: Its local part.
         has_state: Whether it has one; a frozen parameter has none, here and in its peers.
     """
     if not has_state:
@@ -39,7 +42,7 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, has_state: bool) -> R
         adamw_bytes=adamw_bytes(here, param.dtype),
         adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
-        path=path_of(param, plan),
+        path=path_of(lockstep.here(param), plan, part),
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floragrad.policy import SCALAR_STATE, TensorPlan
+from floragrad._streams import Stream
+from floragrad.policy import SCALAR_STATE, Buffer, TensorPlan
+from floragrad.torch.context import Group, State
 from floragrad.torch.distributed.flat import refuse_flat
 from floragrad.torch.distributed.lockstep import here, is_sharded
 from floragrad.torch.handover import (
@@ -20,8 +22,8 @@ from floragrad.torch.handover import (
 )
 from floragrad.torch.options import layout_of, plan_of
 from floragrad.torch.part import Part
-from floragrad.torch.step import initial_state
-from floragrad.torch.tensor_step import Group, State
+from floragrad.torch.projection import normalise_buckets, random_signs
+from floragrad.torch.random import Philox
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,34 @@ def make_scalars_exact(state: State, number: int) -> None:
             state[key] = state[key].to("cpu", torch.int64)
 
 
+@torch.inference_mode(False)
+def initial_state(
+    plan: TensorPlan, group: Group, index: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
+) -> State:
+    """Return every buffer: zeros, and for ``"adaptive"`` random signs over their bucket's norm.
+
+    Args:
+        plan: Of the tensor.
+        group: Its options.
+        index: The number that its random streams are drawn with.
+        device: Where the buffers are allocated.
+        buffers: The local parts of the plan's buffers; None: all of them.
+    """
+    state = {
+        key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+        for key, buffer in (plan.buffers if buffers is None else buffers).items()
+    }
+    # Among fake tensors only what was made of a number knows its value, and every step reads these.
+    for key, value in zip(SCALAR_STATE, (0, index), strict=True):
+        state[key] = torch.tensor(value, dtype=torch.int64, device="cpu")
+    if "projection_weight" in state and device.type != "meta":
+        weight = state["projection_weight"]
+        source = Philox(group["seed"], index, 0, Stream.MOMENTUM)
+        signs = random_signs(source, weight.shape[-1], device).expand_as(weight)
+        weight.copy_(normalise_buckets(signs, plan.width, signs))
+    return state
+
+
 def fresh_state(param: Tensor, slot: Slot) -> State:
     """The state of a parameter that has not been stepped, on its device, placed as it is."""
     if not is_sharded(param):
@@ -193,6 +223,14 @@ def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Ten
     grad = local_gradient(param, stepped_placements(param, slot.plan.view))
     grad = checked_gradient(slot.name, grad, slot.layout.shape, param.dtype, local.device)
     return local, grad, checked_state(slot.name, found, slot.layout)
+
+
+def write_back(param: Tensor, stepped: Tensor, plan: TensorPlan) -> None:
+    """Write an updated local part into its parameter, where it is a copy."""
+    if is_sharded(param):
+        from floragrad.torch.distributed import shards
+
+        shards.write_back(stepped, param, plan.view)
 
 
 def without_repetition(params: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, linalg, promote_types
 
 from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.quantize import round_to_bfloat16
+from floragrad.torch.storage import round_to_bfloat16
 
 BALANCE: Final = 2.0**36
 """Factor of C whose inverse is in R: so V² = (G · C)² neither vanishes in rows far below the others nor overflows."""
@@ -21,17 +21,17 @@ LARGEST_MEAN: Final = 2.0**96
 LARGEST_FLOAT: Final = torch.finfo(torch.float32).max
 
 
-def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, room: Tensor) -> None:
+def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, workspace: Tensor) -> None:
     """Put the sums of G² along the rows into ``rows``, and add those along the columns to ``columns``.
 
     Args:
         grad: G, (..., rows, n).
         rows: (..., rows, 1).
         columns: (..., 1, n).
-        room: Where the squares may be written: float32 memory of G's shape.
+        workspace: Where the squares may be written: float32 memory of G's shape.
     """
-    values = grad.float() if grad.dtype == torch.float32 else room.copy_(grad)
-    squares = torch.mul(values, values, out=room)
+    values = grad.float() if grad.dtype == torch.float32 else workspace.copy_(grad)
+    squares = torch.mul(values, values, out=workspace)
     torch.sum(squares, -1, keepdim=True, out=rows)
     columns.add_(squares.sum(-2, keepdim=True))
 
@@ -47,15 +47,15 @@ def saturate_(average: Tensor) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """What makes U of G: U = R · V with V = G · C.
+    """Factors of the gradient: U = R · V with V = G · C.
 
     Attributes:
-        rows: R, (..., rows, 1); None where every number has a factor of its own.
-        rest: C, (..., 1, n), or one for every number.
+        rows: R, (..., rows, 1); None where every element has a factor of its own.
+        columns: C, (..., 1, n), or one for every element.
     """
 
     rows: Tensor | None
-    rest: Tensor
+    columns: Tensor
 
 
 def factored_scales(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> Scales:
@@ -72,18 +72,18 @@ def factored_scales(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> Scale
 
 def normalise(grad: Tensor, scales: Scales) -> Tensor:
     """U, in float32."""
-    update = within_rows(grad, scales.rest)
+    update = within_rows(grad, scales.columns)
     return update if scales.rows is None else update.mul_(scales.rows)
 
 
-def within_rows(grad: Tensor, scale: Tensor, room: Tensor | None = None) -> Tensor:
-    """V, in float32: U but for the rows' factors; written into ``room`` where it is given."""
+def within_rows(grad: Tensor, scale: Tensor, workspace: Tensor | None = None) -> Tensor:
+    """V, in float32: U but for the rows' factors; written into ``workspace`` where it is given."""
     # bfloat16 and float16 gradients are promoted by the float32 scale, in the same pass.
-    return torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scale, out=room)
+    return torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scale, out=workspace)
 
 
 class Estimator(NamedTuple):
-    """How a sketched momentum moves, and the direction of a step: D = a U + decode(X) with an exchange X.
+    """Update of a sketched momentum, and the direction of a step: D = a U + decode(X) with a correction X.
 
     With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
 
@@ -106,24 +106,26 @@ class Estimator(NamedTuple):
     residual: bool
 
     @property
-    def own(self) -> float:
-        """a: how much of U is in D."""
+    def update_weight(self) -> float:
+        """a: the weight of U in D."""
         return 1.0 if self.residual else 1 - self.beta1
 
     @property
-    def reading(self) -> Projection:
-        """What X is decoded with."""
+    def decoder(self) -> Projection:
+        """The projection that X is decoded with."""
         return self.projection if self.residual or self.previous is None else self.previous
 
-    def exchange(self, sketch: Tensor, momentum: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """X and the next M, of encode(U) and M, each (..., rows, k); ‖D‖² − a²‖U‖², or 0 where it is not known.
+    def correction(
+        self, sketch: Tensor, momentum: Tensor, workspace: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return X, the next M, and ‖D‖² − a²‖U‖² (0 where it is not known) of encode(U) and M, each (..., rows, k).
 
         It is Σ X (2a encode(U) + X diag(P Pᵀ)); with ``residual`` that is Σ X (encode(U) + the next M).
 
         Args:
             sketch: encode(U).
             momentum: M.
-            room: Memory of their shape to work in, ``sketch``'s own too.
+            workspace: Memory of their shape, ``sketch``'s own too.
         """
         carried = momentum
         if self.previous is not None:
@@ -131,42 +133,33 @@ class Estimator(NamedTuple):
         if not self.residual:
             following = torch.lerp(carried, sketch, 1 - self.beta1)
             del carried
-            exchange = momentum * self.beta1
+            correction = momentum * self.beta1
             if not self.knows_square:
-                return exchange, following, torch.zeros_like(sketch[0, 0, 0])
+                return correction, following, torch.zeros_like(sketch[0, 0, 0])
             assert isinstance(self.projection, BucketProjection)
-            weighed = torch.mul(sketch, 2 * self.own, out=room).addcmul_(exchange, self.projection.gram)
-            return exchange, following, weighed.mul_(exchange).sum()
+            weighed = torch.mul(sketch, 2 * self.update_weight, out=workspace).addcmul_(
+                correction, self.projection.gram
+            )
+            return correction, following, weighed.mul_(correction).sum()
         assert isinstance(self.projection, BucketProjection)
         del momentum
         change = carried - sketch
         del carried  # what is made from here on may take its place
         following = torch.add(sketch, change, alpha=self.beta1)
-        exchange = change.mul_(self.beta1 / self.projection.gram)
-        return exchange, following, torch.add(sketch, following, out=room).mul_(exchange).sum()
+        correction = change.mul_(self.beta1 / self.projection.gram)
+        return correction, following, torch.add(sketch, following, out=workspace).mul_(correction).sum()
 
     @property
     def knows_square(self) -> bool:
         """Whether ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ diagonal."""
-        return self.reading is self.projection and isinstance(self.projection, BucketProjection)
+        return self.decoder is self.projection and isinstance(self.projection, BucketProjection)
 
 
-class Exchange(NamedTuple):
-    """What a sketch adds to the direction of some rows.
-
-    Attributes:
-        value: X, (..., rows, k).
-        reading: What it is decoded with.
-        own: a.
-    """
-
-    value: Tensor
-    reading: Projection
-    own: float
-
-    def direction(self, update: Tensor) -> Tensor:
-        """D = a U + decode(X), in U's memory."""
-        return self.reading.add_decoded_(update if self.own == 1 else update.mul_(self.own), self.value)
+def add_correction_(update: Tensor, correction: Tensor, estimator: Estimator) -> Tensor:
+    """Return D = a U + decode(X), in U's memory."""
+    if estimator.update_weight != 1:
+        update.mul_(estimator.update_weight)
+    return estimator.decoder.add_decoded_(update, correction)
 
 
 def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -185,7 +178,7 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def relative(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
-    """max(RMS(W), ε₂) of ‖W‖²: what α is in units of."""
+    """Return max(RMS(W), ε₂) of ‖W‖²: the unit of α with ``scale_parameter``."""
     return (norm / numel).sqrt_().clamp_(min=least)
 
 

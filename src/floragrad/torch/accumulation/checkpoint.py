@@ -7,7 +7,7 @@ from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Window
 from floragrad.torch.distributed.collectives import Ranks
-from floragrad.torch.quantize import repacked_int4
+from floragrad.torch.storage import repacked_int4
 
 _PACKING: Final = "pairs"
 """Columns 2j and 2j + 1 share a byte; windows of version 0.1 name no packing and have halves."""

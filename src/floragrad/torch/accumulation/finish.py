@@ -129,9 +129,7 @@ class Release:
         if not held:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         sum_over_parts(
-            ([ShardSum(square, EVERYWHERE)], slot.part, slot.param.device_mesh)
-            for slot, square in held
-            if slot.part is not None and is_sharded(slot.param)
+            ShardSum(square, EVERYWHERE, slot.part, slot.index) for slot, square in held if slot.part is not None
         )
         squares = [square for _, square in held]
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum()

@@ -9,14 +9,12 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
+from floragrad.torch.backends.cpu.fold import can_fold, fold_native
 from floragrad.torch.handover import Layout, check_sketch, checked_gradient
-from floragrad.torch.native.fold import can_fold, fold_native
 from floragrad.torch.part import Part
-from floragrad.torch.philox import Philox
 from floragrad.torch.projection import Projection, draw_projection
-from floragrad.torch.quantize import RoundingBits
-from floragrad.torch.storage import Block, StoredRows, load, row_blocks, save
-from floragrad.torch.tensor_step import block_elements
+from floragrad.torch.random import Philox
+from floragrad.torch.storage import Block, RoundingBits, StoredRows, block_elements, load, row_blocks, save
 
 FOLD_ELEMENTS: Final = 2**15
 """A block has at least so many elements, where a tensor has them: its temporaries take less than its launches."""
@@ -104,7 +102,7 @@ class GradientSketch:
     def _is_native(self, grad: Tensor) -> bool:
         """Whether the native kernels can fold this gradient in."""
         is_gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
-        return not is_gaussian and not self._part.split and can_fold(grad, self._buffers)
+        return not is_gaussian and can_fold(grad, self._buffers, self._part)
 
     def _add_native(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
         fold_native(
@@ -112,6 +110,7 @@ class GradientSketch:
             self._buffers,
             self.plan,
             self._column_sizes(grad.device),
+            self._part,
             is_first=self.folds == 0,
             weight=weight,
             seed=self._seed,
@@ -326,7 +325,7 @@ class GradientSketch:
         if self.plan.state_dtype == "float32":
             return None
         source = Philox(self._seed, self.index, self._counter(window, folds), stream)
-        return self._part.rounding(source, self.plan.width, slice(None), device)
+        return self._part.draw_rounding(source, self.plan.width, slice(None), device)
 
     def _counter(self, window: int, folds: int) -> int:
         """One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16."""

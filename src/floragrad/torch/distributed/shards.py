@@ -7,7 +7,7 @@ split along its columns (row-wise tensor parallelism) has sketches of whole rows
 This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.lockstep` does not.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from floragrad.policy import QUANTIZATION_BLOCK, SCALAR_STATE, Buffer, MatrixView, TensorPlan, leading_shape
-from floragrad.torch.part import Axis, Part, ShardSum
+from floragrad.torch.part import Axis, Part
 
 _OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
 _OF_COLUMNS = ("col_var", "projection_weight")
@@ -57,13 +57,10 @@ def stepped_shape(param: DTensor, view: MatrixView | None) -> tuple[int, ...]:
     return _local(param, tuple(param.shape), stepped_placements(param, view))[0]
 
 
-def written_back(
-    sums: Generator[list[ShardSum], None, None], stepped: Tensor, param: DTensor
-) -> Generator[list[ShardSum], None, None]:
-    """Run a step of :func:`stepped_local`, and write what is this device's into the parameter."""
-    yield from sums
+def write_back(stepped: Tensor, param: DTensor, view: MatrixView | None) -> None:
+    """Write this device's part of :func:`stepped_local` into the parameter, where it is a copy."""
     own = param.to_local()
-    if own.numel():
+    if stepped_placements(param, view) != tuple(param.placements) and own.numel():
         own.copy_(stepped)
 
 
@@ -105,6 +102,7 @@ def part_of(
         columns,
         split,
         prod(param.device_mesh.size(dim) for dim in split.get("columns", ())),
+        param.device_mesh,
     )
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: where they are, what they are handed, and why there are none where there are none."""
+"""The compiled kernels: where they are, their arguments, and why there are none where there are none."""
 
 import ctypes
 import os
@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from floragrad.policy import StateDtype
+from floragrad.torch.backends.switch import SWITCH, kernels_allowed
 
-SWITCH: Final = "FLORAGRAD_NATIVE"
 _INSTRUCTION_SETS: Final = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 
 
@@ -25,10 +25,11 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype momentum is_vector"),
-        *_fields(ctypes.c_int64, "factored learnt stochastic residual opens_epoch"),
-        *_fields(ctypes.c_uint64, "seed index step epoch"),
+        *_fields(ctypes.c_int64, "factored learnt stochastic residual is_resample_step"),
+        *_fields(ctypes.c_int64, "all_rows all_elements all_row_words first_row_word matrix_row_words"),
+        *_fields(ctypes.c_uint64, "seed index step resample_index"),
         *_fields(ctypes.c_double, "beta1 beta2 eps keep size clip_threshold"),
-        *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous scratch"),
+        *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous kept scratch"),
         *_fields(ctypes.c_void_p, "parallel thread_number"),
         *_fields(ctypes.c_int64, "threads"),
     )
@@ -39,6 +40,7 @@ class Fold(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype is_first measures"),
+        *_fields(ctypes.c_int64, "all_row_words first_row_word matrix_row_words"),
         *_fields(ctypes.c_uint64, "seed index window counter"),
         *_fields(ctypes.c_double, "weight"),
         *_fields(ctypes.c_void_p, "grad data scale column_sizes noise scratch parallel thread_number"),
@@ -53,11 +55,13 @@ class Library(NamedTuple):
         name: Their instruction set.
         parallel: The address of the entry point of torch's OpenMP runtime.
         thread_number: The address of its ``omp_get_thread_num``.
-        most_step_bytes: Scratch of one of some steps.
-        steps: All of some steps, one after the other in one room.
-        statistics: Of a step: its second moment.
-        grow: One power iteration for learnt projections.
-        update: Of a step: its momentum and its parameter.
+        scratch_bytes: Scratch of a step, which it leaves to the next.
+        kept_bytes: Bytes that a step keeps between its passes.
+        statistics: Of some steps: the sums of G², or the second moment that is not factored.
+        normalise: Of some steps: the second moment of their sums.
+        direction: Of some steps: ‖D‖².
+        apply: Of some steps: momentum and parameter move on.
+        grow: One power iteration of one step.
         fold_bytes: Scratch of a fold.
         fold: A gradient into a sketch.
     """
@@ -65,11 +69,13 @@ class Library(NamedTuple):
     name: str
     parallel: int
     thread_number: int
-    most_step_bytes: Callable[[Any, int], int]
-    steps: Callable[[Any, int, int], None]
-    statistics: Callable[[Step], None]
+    scratch_bytes: Callable[[Step], int]
+    kept_bytes: Callable[[Step], int]
+    statistics: Callable[[Any, int], None]
+    normalise: Callable[[Any, int], None]
+    direction: Callable[[Any, int], None]
+    apply: Callable[[Any, int], None]
     grow: Callable[[Step, int, int], None]
-    update: Callable[[Step], None]
     fold_bytes: Callable[[Fold], int]
     fold: Callable[[Fold], None]
 
@@ -99,18 +105,15 @@ def instruction_sets() -> tuple[str, ...]:
 @cache
 def _found() -> Library | str:
     """The kernels, or why there are none; the switch is read when they are first needed."""
-    switch = os.environ.get(SWITCH, "1")
-    if switch == "0":
-        return f"{SWITCH}=0"
-    if switch != "1":
-        raise ValueError(f"{SWITCH}={switch}: 1 runs the native kernels where there are any, 0 turns them off")
+    if not kernels_allowed():
+        return f"{SWITCH}=eager"
     runtime = _torch_library()
     if runtime is None:
         return "torch's own library was not found"
     if not hasattr(runtime, "GOMP_parallel"):
         return "torch's threads are not OpenMP's"
     for name in instruction_sets():
-        spec = find_spec(f"floragrad.torch.native._{name}")
+        spec = find_spec(f"floragrad.torch.backends.cpu._{name}")
         if spec is not None and spec.origin is not None:
             return _loaded(name, ctypes.CDLL(spec.origin), runtime)
     return "no native kernels were built: install floragrad where there is a C++ compiler"
@@ -146,11 +149,13 @@ def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | 
         name,
         parallel,
         number,
-        most_step_bytes=function("most_step_bytes", ctypes.c_int64, step, ctypes.c_int64),
-        steps=function("steps", None, step, ctypes.c_int64, address),
-        statistics=function("statistics", None, step),
+        scratch_bytes=function("scratch_bytes", ctypes.c_int64, step),
+        kept_bytes=function("kept_bytes", ctypes.c_int64, step),
+        statistics=function("statistics", None, step, ctypes.c_int64),
+        normalise=function("normalise", None, step, ctypes.c_int64),
+        direction=function("direction", None, step, ctypes.c_int64),
+        apply=function("apply", None, step, ctypes.c_int64),
         grow=function("grow", None, step, address, address),
-        update=function("update", None, step),
         fold_bytes=function("fold_bytes", ctypes.c_int64, fold),
         fold=function("fold", None, fold),
     )

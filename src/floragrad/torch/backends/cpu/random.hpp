@@ -34,13 +34,13 @@ struct Philox {
     for (int i = 0; i < 4; ++i) out[i] = x[i];
   }
 
-  // Words of 32 bits, the low half of each 64 first.
-  void words(uint32_t* out, int64_t count) const {
+  // Words of 32 bits from the ``first`` on, the low half of each 64 first.
+  void words(uint32_t* out, int64_t count, int64_t first = 0) const {
     uint64_t four[4];
-    for (int64_t first = 0; first < count; first += 8) {
-      block(first / 8, four);
-      const int64_t some = std::min<int64_t>(8, count - first);
-      for (int64_t i = 0; i < some; ++i) out[first + i] = static_cast<uint32_t>(four[i / 2] >> (i % 2 * 32));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t word = first + i;
+      if (i == 0 || word % 8 == 0) block(word / 8, four);
+      out[i] = static_cast<uint32_t>(four[word % 8 / 2] >> (word % 2 * 32));
     }
   }
 

@@ -18,6 +18,7 @@ struct Fold {
   int64_t batch, rows, columns, width;
   int64_t value_dtype, state_dtype;
   int64_t is_first, measures;
+  int64_t all_row_words, first_row_word, matrix_row_words;  // as in Step
   uint64_t seed, index, window, counter;
   double weight;
   const void* grad;
@@ -66,7 +67,12 @@ class TensorFold {
   void add_of() const {
     const int64_t rows = at.batch * at.rows, n = at.columns;
     if (projects()) philox(at.window, ACCUMULATOR).signs(signs, n);
-    if (at.state_dtype != FLOAT32) philox(at.counter, ACCUMULATOR_ROUNDING).words(words, rows + at.width);
+    if (at.state_dtype != FLOAT32) {
+      const Philox source = philox(at.counter, ACCUMULATOR_ROUNDING);
+      for (int64_t matrix = 0; matrix < at.batch; ++matrix)
+        source.words(words + matrix * at.rows, at.rows, at.first_row_word + matrix * at.matrix_row_words);
+      source.words(words + rows, at.width, at.all_row_words);
+    }
     const Words drawn = at.state_dtype == FLOAT32 ? Words{} : Words{words, words + rows};
     const StoredRows stored{at.data, at.scale, at.width, at.state_dtype, drawn, rows_ahead(n)};
     for_each_chunk(threads, chunks.count, [&](int64_t chunk, int64_t thread) {

@@ -27,8 +27,11 @@ struct Step {
   int64_t value_dtype, state_dtype, momentum;
   int64_t is_vector;  // no matrix view: one row of all numbers, its own random word for each
   int64_t factored, learnt;  // the second moment; the projection, whose signs are drawn if not
-  int64_t stochastic, residual, opens_epoch;
-  uint64_t seed, index, step, epoch;
+  int64_t stochastic, residual, is_resample_step;
+  // Of the whole tensor where this is a shard of rows: its rows in a matrix, elements, words for rows; the word of the
+  // first row that is here, and words from one local matrix to the next.
+  int64_t all_rows, all_elements, all_row_words, first_row_word, matrix_row_words;
+  uint64_t seed, index, step, resample_index;
   double beta1, beta2, eps, keep, size, clip_threshold;
   const void* grad;
   void* param;
@@ -36,6 +39,9 @@ struct Step {
   float* scale;
   float *row_var, *col_var, *variance;
   const float *weight, *previous;
+  // Kept between the passes; the first three are shares of sums over all parts of the tensor, which the caller adds up:
+  // column sums of G² (batch, columns), row totals (batch), ‖D‖²; then what is made of them.
+  float* kept;
   void* scratch;
   Parallel parallel;
   int (*thread_number)();
@@ -46,7 +52,7 @@ class StepTensor {
  public:
   explicit StepTensor(const Step& given)
       : at(given),
-        carries(given.opens_epoch && given.momentum == SKETCH),
+        carries(given.is_resample_step && given.momentum == SKETCH),
         is_ordinary(given.residual && !carries),
         own(given.residual || given.momentum != SKETCH ? 1.f : static_cast<float>(1 - given.beta1)),
         fresh(static_cast<float>(1 - given.beta1)),
@@ -54,11 +60,13 @@ class StepTensor {
         ahead(rows_ahead(given.columns)),
         chunks(given.batch, given.rows),
         threads(threads_for(given)),
-        scratch(given.scratch) {
+        scratch(given.scratch),
+        kept(given.kept) {
     lay_out();
   }
 
   int64_t scratch_bytes() const { return scratch.size(); }
+  int64_t kept_bytes() const { return kept.size(); }
 
  protected:
   const Step& at;
@@ -70,9 +78,10 @@ class StepTensor {
   const int64_t ahead;     // rows until the one that is asked for
   const Chunks chunks;
   const Threads threads;
-  Scratch scratch;
+  Scratch scratch, kept;
+  float *sums, *row_sums, *row_roots, *col_scales;  // kept
   double* chunk_sums;
-  float *row_roots, *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
+  float *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
   uint32_t *state_words, *value_words;
 
   int64_t row_words() const { return at.is_vector ? at.columns : at.batch * at.rows; }
@@ -83,10 +92,13 @@ class StepTensor {
   void lay_out() {
     const int64_t n = at.columns, k = at.width;
     const bool sketched = at.momentum == SKETCH, drawn = sketched && !at.learnt;
-    const bool reads_otherwise = has_signed_factors() && at.opens_epoch && !at.residual;
+    const bool reads_otherwise = has_signed_factors() && at.is_resample_step && !at.residual;
+    sums = kept.take<float>((at.factored ? at.batch * (n + 1) : 0) + 1);
+    row_sums = kept.take<float>(at.factored ? at.batch * at.rows : 0);
+    row_roots = kept.take<float>(at.factored ? at.batch : 0);
+    col_scales = kept.take<float>(at.factored ? at.batch * n : 0);
     chunk_sums = scratch.take<double>(chunks.count);
-    row_roots = scratch.take<float>(at.batch);
-    col_factors = scratch.take<float>(at.factored ? at.batch * n : 0);
+    col_factors = has_signed_factors() ? scratch.take<float>(at.batch * n) : col_scales;
     reading_factors = reads_otherwise ? scratch.take<float>(at.batch * n) : col_factors;
     partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
     signs = scratch.take<float>(drawn ? n : 0);
@@ -98,6 +110,9 @@ class StepTensor {
     state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + whole_lanes(k) : 0);
     value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (at.is_vector ? 1 : n) : 0);
   }
+
+  float* row_totals() const { return sums + at.batch * at.columns; }
+  float& square() const { return sums[at.factored ? at.batch * (at.columns + 1) : 0]; }
 
   Philox philox(uint64_t counter, Stream stream) const { return {{at.seed, at.index}, counter, stream}; }
 
@@ -129,13 +144,22 @@ class StepTensor {
   const float* previous_of(int64_t matrix) const { return at.learnt ? at.previous + matrix * at.columns : old_signs; }
   // What D is decoded with: the paper's estimator reads M in the basis that it was written in.
   const float* reading_of(int64_t matrix) const {
-    return at.opens_epoch && !at.residual ? previous_of(matrix) : weight_of(matrix);
+    return at.is_resample_step && !at.residual ? previous_of(matrix) : weight_of(matrix);
+  }
+
+  // The words of the rows that are here, then of the columns.
+  void draw_words(Stream stream, int64_t columns, uint32_t* out) const {
+    const Philox source = philox(at.step, stream);
+    const int64_t matrices = at.is_vector ? 1 : at.batch, rows = at.is_vector ? at.columns : at.rows;
+    for (int64_t matrix = 0; matrix < matrices; ++matrix)
+      source.words(out + matrix * rows, rows, at.first_row_word + matrix * at.matrix_row_words);
+    source.words(out + row_words(), columns, at.all_row_words);
   }
 
   void draw() const {
     const int64_t n = at.columns, k = at.width;
-    if (rounds_state()) philox(at.step, STATE_ROUNDING).words(state_words, row_words() + k);
-    if (rounds_values()) philox(at.step, PARAMETER_ROUNDING).words(value_words, row_words() + (at.is_vector ? 1 : n));
+    if (rounds_state()) draw_words(STATE_ROUNDING, k, state_words);
+    if (rounds_values()) draw_words(PARAMETER_ROUNDING, at.is_vector ? 1 : n, value_words);
     if (at.momentum != SKETCH) return;
     const int64_t slices = n / k, rest = n % k;
     for (int64_t j = 0; j < whole_lanes(k); ++j) {
@@ -143,14 +167,15 @@ class StepTensor {
       inverse[j] = 1 / gram[j];
     }
     if (!at.learnt) {
-      philox(at.epoch, MOMENTUM).signs(signs, n);
-      if (at.opens_epoch) philox(at.epoch - 1, MOMENTUM).signs(old_signs, n);
+      philox(at.resample_index, MOMENTUM).signs(signs, n);
+      if (at.is_resample_step) philox(at.resample_index - 1, MOMENTUM).signs(old_signs, n);
     }
     if (has_signed_factors()) {
       for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
+        const float* scales = col_scales + matrix * n;
         float *factors = col_factors + matrix * n, *reading = reading_factors + matrix * n;
-        for (int64_t j = 0; j < n && reading != factors; ++j) reading[j] = factors[j] * reading_of(matrix)[j];
-        for (int64_t j = 0; j < n; ++j) factors[j] *= signs[j];
+        for (int64_t j = 0; j < n && reading != factors; ++j) reading[j] = scales[j] * reading_of(matrix)[j];
+        for (int64_t j = 0; j < n; ++j) factors[j] = scales[j] * signs[j];
       }
     }
     if (!carries) return;

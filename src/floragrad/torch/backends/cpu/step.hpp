@@ -19,9 +19,33 @@ class TensorStep : public StepTensor {
  public:
   using StepTensor::StepTensor;
 
+  // Sums of G² along rows and columns, or the second moment itself where it is not factored.
   void statistics() const { at.value_dtype == FLOAT32 ? statistics_of<float>() : statistics_of<uint16_t>(); }
 
-  void update() const { at.value_dtype == FLOAT32 ? update_of<float>() : update_of<uint16_t>(); }
+  // The factored second moment, of sums over all parts of the tensor; and what makes U of G.
+  void normalise() const {
+    if (!at.factored) return;
+    const int64_t n = at.columns;
+    const float beta2 = static_cast<float>(at.beta2), fresh = static_cast<float>(1 - at.beta2);
+    const float eps = static_cast<float>(at.eps);
+    for (int64_t row = 0; row < at.batch * at.rows; ++row)
+      at.row_var[row] = saturated(at.row_var[row] * beta2 + (row_sums[row] / n + eps) * fresh);
+    for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
+      const double mean = static_cast<double>(row_totals()[matrix]) / at.all_rows + eps * fresh;
+      row_roots[matrix] = static_cast<float>(std::sqrt(mean > LARGEST_MEAN ? LARGEST_MEAN : mean) / BALANCE);
+    }
+    for (int64_t j = 0; j < at.batch * n; ++j) {
+      const float moved = at.col_var[j] * beta2 + (sums[j] / at.all_rows + eps) * fresh;
+      at.col_var[j] = saturated(moved);
+      col_scales[j] = BALANCE / std::sqrt(moved);  // 0 where squares overflow
+    }
+  }
+
+  // ‖D‖² of the rows that are here.
+  void direction() const { at.value_dtype == FLOAT32 ? direction_of<float>() : direction_of<uint16_t>(); }
+
+  // The momentum and the parameter move on.
+  void apply() const { at.value_dtype == FLOAT32 ? apply_of<float>() : apply_of<uint16_t>(); }
 
   // grown = Vᵀ(V w) in every bucket, V = β₁ decode(M) + (1 − β₁) U, w the learner: one power iteration.
   void grow(const float* learner, float* grown) const {
@@ -59,24 +83,18 @@ class TensorStep : public StepTensor {
           store(columns + j, load(columns + j, n - j) + square, n - j);
           squares += square;
         }
-        float& average = at.row_var[row];
-        average = saturated(average * beta2 + (sum(squares) / n + eps) * fresh);
-        total += average;
+        row_sums[row] = sum(squares);
+        // The rows' sum to come, known before the rows are: so that one sum over parts is enough.
+        total += static_cast<double>(at.row_var[row]) * beta2 + static_cast<double>(row_sums[row]) / n * fresh;
       }
       chunk_sums[chunk] = total;
     });
     for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
       double total = 0;
       for (int64_t part = 0; part < chunks.per_matrix; ++part) total += chunk_sums[matrix * chunks.per_matrix + part];
-      const double mean = total / at.rows;
-      row_roots[matrix] = static_cast<float>(std::sqrt(mean > LARGEST_MEAN ? LARGEST_MEAN : mean) / BALANCE);
+      row_totals()[matrix] = static_cast<float>(total);
     }
-    sum_columns([&](int64_t matrix, int64_t j, float sum) {
-      float& average = at.col_var[matrix * n + j];
-      const float moved = average * beta2 + (sum / at.rows + eps) * fresh;
-      average = saturated(moved);
-      col_factors[matrix * n + j] = BALANCE / std::sqrt(moved);  // 0 where squares overflow
-    });
+    sum_columns([&](int64_t matrix, int64_t j, float sum) { sums[matrix * n + j] = sum; });
   }
 
   // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. Where W is about to move, its
@@ -141,7 +159,7 @@ class TensorStep : public StepTensor {
   static double over_factor(const Floats& squares, double factor) { return sum(squares) * factor * factor; }
 
   template <class Value>
-  void update_of() const {
+  void direction_of() const {
     draw();
     const StoredRows rows = stored();
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
@@ -152,7 +170,14 @@ class TensorStep : public StepTensor {
     });
     double total = 0;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) total += chunk_sums[chunk];
-    const double mean = total / static_cast<double>(at.batch * at.rows * at.columns);
+    square() = static_cast<float>(total);
+  }
+
+  template <class Value>
+  void apply_of() const {
+    draw();
+    const StoredRows rows = stored();
+    const double mean = static_cast<double>(square()) / at.all_elements;
     // Rounding may make the square of next to nothing negative; what is not a number stays so.
     const float ratio = static_cast<float>(std::sqrt(mean < 0 ? 0 : mean) / at.clip_threshold);
     const float size = static_cast<float>(at.size) / (ratio < 1 ? 1 : ratio);

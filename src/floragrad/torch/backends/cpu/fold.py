@@ -5,14 +5,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import AccumulatorPlan, MatrixView
-from floragrad.torch.native.layout import lies_plainly, obstacle_of
-from floragrad.torch.native.library import DTYPES, STATE_DTYPES, Fold, library
+from floragrad.torch.backends.cpu.layout import lies_plainly, tensor_reason
+from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Fold, library
+from floragrad.torch.part import Part
 
 
-def can_fold(grad: Tensor, buffers: dict[str, Tensor]) -> bool:
+def can_fold(grad: Tensor, buffers: dict[str, Tensor], part: Part) -> bool:
     """Whether the kernels can fold this gradient into these buffers, of a sketch that is no Gaussian one."""
-    is_empty = grad.numel() == 0
-    return not is_empty and library() is not None and not obstacle_of(grad) and all(map(lies_plainly, buffers.values()))
+    if grad.numel() == 0 or "columns" in part.split or part.row_words is None:
+        return False
+    return library() is not None and not tensor_reason(grad) and all(map(lies_plainly, buffers.values()))
 
 
 def fold_native(
@@ -20,6 +22,7 @@ def fold_native(
     buffers: dict[str, Tensor],
     plan: AccumulatorPlan,
     columns: Tensor | None,
+    part: Part,
     *,
     is_first: bool,
     weight: float,
@@ -36,6 +39,7 @@ def fold_native(
         buffers: The sketch's.
         plan: What they are.
         columns: What columns are divided by, float32 of (batch, 1, columns); None where they are not.
+        part: The local part of the tensor.
         is_first: Nothing has been folded yet: what the buffers hold means nothing.
         weight: w.
         seed: Of projections and of rounding.
@@ -48,6 +52,8 @@ def fold_native(
     assert kernels is not None
     # What has no matrices is summed exactly, in one row.
     batch, rows, columns_here = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
+    assert part.row_words is not None
+    first_row_word, matrix_row_words = part.row_words
     measures = measure_noise and "noise" in buffers
     noise = torch.zeros((), dtype=torch.float64, device="cpu") if measures else None
     fold = Fold(
@@ -59,6 +65,9 @@ def fold_native(
         state_dtype=STATE_DTYPES[plan.state_dtype],
         is_first=is_first,
         measures=noise is not None,
+        all_row_words=part.row_count,
+        first_row_word=first_row_word,
+        matrix_row_words=matrix_row_words,
         seed=seed,
         index=index,
         window=window,

@@ -1,0 +1,56 @@
+// The C interface that library.py calls; no torch headers, so one build serves every version of torch.
+#include "fold.hpp"
+#include "step.hpp"
+
+using floragrad::Fold;
+using floragrad::Step;
+using floragrad::TensorFold;
+using floragrad::TensorStep;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Without elements there are no rows to share among threads, nor to read ahead.
+template <class Given>
+static bool is_empty(const Given& given) {
+  return given.batch * given.rows * given.columns == 0;
+}
+
+// The size of what is handed over, for the caller to compare with its own.
+EXPORT int64_t floragrad_step_size() { return sizeof(Step); }
+EXPORT int64_t floragrad_fold_size() { return sizeof(Fold); }
+
+// Bytes that they need: scratch, which one step leaves to the next, and what a step keeps between its passes. No pointer
+// is followed.
+EXPORT int64_t floragrad_scratch_bytes(const Step* step) { return is_empty(*step) ? 0 : TensorStep(*step).scratch_bytes(); }
+EXPORT int64_t floragrad_kept_bytes(const Step* step) { return is_empty(*step) ? 0 : TensorStep(*step).kept_bytes(); }
+EXPORT int64_t floragrad_fold_bytes(const Fold* fold) {
+  return is_empty(*fold) ? 0 : TensorFold(*fold).scratch_bytes();
+}
+
+// The passes of some steps, one after the other.
+template <class Pass>
+static void for_each_step(const Step* steps, int64_t count, const Pass& pass) {
+  for (int64_t i = 0; i < count; ++i)
+    if (!is_empty(steps[i])) pass(TensorStep(steps[i]));
+}
+EXPORT void floragrad_statistics(const Step* steps, int64_t count) {
+  for_each_step(steps, count, [](const TensorStep& step) { step.statistics(); });
+}
+EXPORT void floragrad_normalise(const Step* steps, int64_t count) {
+  for_each_step(steps, count, [](const TensorStep& step) { step.normalise(); });
+}
+EXPORT void floragrad_direction(const Step* steps, int64_t count) {
+  for_each_step(steps, count, [](const TensorStep& step) { step.direction(); });
+}
+EXPORT void floragrad_apply(const Step* steps, int64_t count) {
+  for_each_step(steps, count, [](const TensorStep& step) { step.apply(); });
+}
+
+// One power iteration of a step that learns its weights.
+EXPORT void floragrad_grow(const Step* step, const float* learner, float* grown) {
+  if (!is_empty(*step)) TensorStep(*step).grow(learner, grown);
+}
+
+EXPORT void floragrad_fold(const Fold* fold) {
+  if (!is_empty(*fold)) TensorFold(*fold).add();
+}

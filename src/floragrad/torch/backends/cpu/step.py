@@ -1,0 +1,200 @@
+"""The passes of a step by the C++ kernels."""
+
+from collections.abc import Iterator, Sequence
+from math import prod, sqrt
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from floragrad.policy import Momentum, TensorPlan
+from floragrad.torch import update as pure
+from floragrad.torch.adaptive import POWER_ITERATIONS, adaptive_noise, perturbed
+from floragrad.torch.backends.cpu.layout import tensor_reason
+from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
+from floragrad.torch.context import ParamUpdate
+from floragrad.torch.handover import is_plain
+from floragrad.torch.part import EVERYWHERE, Part, ShardSum, Sums
+from floragrad.torch.projection import normalise_buckets
+from floragrad.torch.scheduling import step_size
+from floragrad.torch.storage import WHOLE_ELEMENTS
+
+_MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
+
+_KEYS: Final = {
+    "data": "exp_avg",
+    "scale": "exp_avg_scale",
+    "row_var": "row_var",
+    "col_var": "col_var",
+    "variance": "variance",
+    "weight": "projection_weight",
+}
+"""Fields of the kernels' step, and the state that they point to."""
+
+
+def name() -> str:
+    """Return the backend's name with the instruction set of its kernels."""
+    kernels = library()
+    return "native" if kernels is None else f"native ({kernels.name})"
+
+
+def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
+    """Return why the kernels cannot step a parameter; empty where they can."""
+    if library() is None:
+        return absence()
+    if plan.momentum == "sketch" and plan.projection == "gaussian":
+        return "Gaussian projection"
+    if "columns" in part.split:
+        return "split along its columns"
+    return "split unevenly" if part.row_words is None else tensor_reason(tensor)
+
+
+def takes(update: ParamUpdate) -> bool:
+    """Whether the kernels can make this step: all that they read and write lies as they expect."""
+    param, grad, state, ctx = update
+    return (
+        not unsupported_reason(param, ctx.plan, ctx.part)
+        and not tensor_reason(grad)
+        and grad.dtype == param.dtype
+        and param.numel() > 0
+        and all(is_plain(value) and value.is_cpu for value in state.values())
+    )
+
+
+def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+    """Yield the passes of small tensors together, of the others one by one; :func:`takes` holds for each."""
+    for batch in _batches(updates):
+        kernels = library()
+        assert kernels is not None
+        yield _step(batch, kernels)
+
+
+def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
+    """Yield neighbours that are small together; those that learn weights, and large ones, alone."""
+    batch: list[ParamUpdate] = []
+    elements = 0
+    for update in updates:
+        size = WHOLE_ELEMENTS if update.ctx.learns_weights else update.param.numel()
+        if batch and elements + size > WHOLE_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(update)
+        elements += size
+    if batch:
+        yield batch
+
+
+def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
+    """Run the passes of some tensors in one scratch; there are several only where none learns its weights."""
+    given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
+    sizes = [kernels.kept_bytes(each) for each in given]
+    kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+    scratch = torch.empty(max(map(kernels.scratch_bytes, given)), dtype=torch.uint8, device="cpu")
+    shares = [_Shares(update, mine) for update, mine in zip(updates, torch.split(kept, sizes), strict=True)]
+    if any(isinstance(update.param, FakeTensor) for update in updates):
+        return  # what there would be to hold has been held
+    for each, mine in zip(given, shares, strict=True):
+        each.kept, each.scratch = mine.kept.data_ptr(), scratch.data_ptr()
+    kernels.statistics(given, len(given))
+    yield [share for mine in shares for share in mine.statistics()]
+    kernels.normalise(given, len(given))
+    if updates[0].ctx.learns_weights:
+        previous = updates[0].state["projection_weight"].clone()  # which the kernels read until the step is over
+        given[0].previous = previous.data_ptr()
+        yield from _learn_weights(updates[0], given[0], kernels)
+    kernels.direction(given, len(given))
+    yield [mine.square for mine in shares]
+    for each, mine in zip(given, shares, strict=True):
+        alpha = mine.step_size()
+        each.keep, each.size = 1 - alpha * mine.update.ctx.group["weight_decay"], alpha * mine.update.ctx.sign
+    kernels.apply(given, len(given))
+    # Let autograd see that parameters have changed; tensors of inference mode have no version.
+    torch.autograd.graph.increment_version([each.param for each in updates if not each.param.is_inference()])
+
+
+class _Shares:
+    """What a tensor keeps between its passes, and its shares of sums over parts."""
+
+    def __init__(self, update: ParamUpdate, kept: Tensor) -> None:
+        self.update, self.kept = update, kept
+        ctx = update.ctx
+        self._norm = pure.square_norm(update.param) if ctx.group["scale_parameter"] else None
+        batch, _, columns = ctx.view
+        sizes = [batch * columns, batch, 1] if ctx.plan.factored else [0, 0, 1]
+        sums = kept[: 4 * sum(sizes)].view(torch.float32)
+        self._columns, self._total, square = torch.split(sums, sizes)
+        self.square = ShardSum(square, EVERYWHERE, ctx.part, ctx.index)
+
+    def statistics(self) -> list[ShardSum]:
+        """Return the sums that the second moment needs, and ‖W‖² where the step is in its units."""
+        part, order = self.update.ctx.part, self.update.ctx.index
+        sums = [] if self._norm is None else [ShardSum(self._norm, EVERYWHERE, part, order)]
+        if not self.update.ctx.plan.factored:
+            return sums
+        columns = ShardSum(self._columns, ("rows",), part, order)
+        return [*sums, columns, ShardSum(self._total, ("rows", "columns"), part, order)]
+
+    def step_size(self) -> float:
+        """Return α."""
+        ctx, norm = self.update.ctx, 0.0 if self._norm is None else float(self._norm)
+        return step_size(ctx.group, ctx.step, sqrt(norm / ctx.numel))
+
+
+def _described(update: ParamUpdate, kernels: Library) -> Step:
+    """Return the kernels' arguments, but for memory of their own, the step size, and addresses of fake tensors."""
+    param, _, _, ctx = update
+    plan, group, part = ctx.plan, ctx.group, ctx.part
+    # A tensor without a matrix view is one row.
+    batch, rows, columns = ctx.view if plan.view else (1, 1, param.numel())
+    assert part.row_words is not None
+    first, stride = part.row_words
+    return Step(
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        width=plan.width if plan.view else columns,
+        value_dtype=DTYPES[param.dtype],
+        state_dtype=STATE_DTYPES[ctx.state_dtype],
+        momentum=_MOMENTA[plan.momentum],
+        is_vector=plan.view is None,
+        factored=plan.factored,
+        learnt=ctx.is_adaptive,
+        stochastic=group["stochastic_rounding"],
+        residual=group["residual"] or plan.momentum != "sketch",
+        is_resample_step=ctx.is_resample_step or ctx.learns_weights,
+        all_rows=plan.view.rows if plan.view else 1,
+        all_elements=prod(plan.shape),
+        all_row_words=part.row_count,
+        first_row_word=first,
+        matrix_row_words=stride,
+        seed=group["seed"],
+        index=ctx.index,
+        step=ctx.step,
+        resample_index=ctx.resample_index,
+        beta1=group["beta1"] or 0.0,
+        beta2=ctx.beta2,
+        eps=group["eps"][0],
+        clip_threshold=group["clip_threshold"],
+        parallel=kernels.parallel,
+        thread_number=kernels.thread_number,
+        threads=torch.get_num_threads(),
+        **({} if isinstance(param, FakeTensor) else _addresses(update)),
+    )
+
+
+def _addresses(update: ParamUpdate) -> dict[str, int]:
+    found = {field: update.state[key].data_ptr() for field, key in _KEYS.items() if key in update.state}
+    return {"param": update.param.data_ptr(), "grad": update.grad.data_ptr(), **found}
+
+
+def _learn_weights(update: ParamUpdate, given: Step, kernels: Library) -> Sums:
+    """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
+    ctx, weight = update.ctx, update.ctx.adaptive_weight(update.state)
+    learnt = perturbed(weight, adaptive_noise(ctx), ctx.plan.width)
+    for _ in range(POWER_ITERATIONS):
+        growth = torch.empty_like(learnt)
+        kernels.grow(given, learnt.data_ptr(), growth.data_ptr())
+        yield [ShardSum(growth, ("rows",), ctx.part, ctx.index)]
+        learnt = normalise_buckets(growth, ctx.plan.width, learnt)
+    weight.copy_(learnt)

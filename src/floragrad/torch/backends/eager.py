@@ -1,0 +1,368 @@
+"""The update by PyTorch's operations: any device and dtype, and the one to read.
+
+A tensor is visited a block of rows at a time, so that its temporaries stay small beside it. The statistics need all
+rows before any can be normalised, and the clipping threshold the norm of the whole update before any of it can be
+applied: hence three passes. Nothing waits for an accelerator.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import MatrixView, TensorPlan
+from floragrad.torch import update as pure
+from floragrad.torch.adaptive import POWER_ITERATIONS, adaptive_noise, perturbed, power_iteration_step
+from floragrad.torch.context import ParamUpdate, random_requests
+from floragrad.torch.part import EVERYWHERE, Axis, Part, ShardSum, Sums
+from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets
+from floragrad.torch.random import draw_words, signs
+from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
+
+WORDS_AT_ONCE: Final = 2**22
+"""Random words that are drawn together on an accelerator, 32 MiB: a draw takes the same launches for any number."""
+
+Words = Mapping[str, Tensor]
+
+
+def name() -> str:
+    """Return the backend's name."""
+    return "eager"
+
+
+def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:  # noqa: ARG001
+    """Return why the backend cannot take a tensor: it takes every one."""
+    return ""
+
+
+def takes(update: ParamUpdate) -> bool:  # noqa: ARG001
+    """Whether this step can be made: every one can."""
+    return True
+
+
+def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+    """Yield the step of each tensor, to be run to its end before the next one, or side by side.
+
+    Each yields sums that have to be over all parts of the tensor when it goes on.
+    """
+    for device, chunk in _chunks(updates):
+        named = [random_requests(update) for update in chunk]
+        drawn = iter(draw_words([request for each in named for request in each.values()], device))
+        words = [dict(zip(each, drawn, strict=False)) for each in named]
+        for update, its_words in zip(chunk, words, strict=True):
+            yield _EagerStep(update, its_words).run()
+
+
+def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[tuple[torch.device, list[ParamUpdate]]]:
+    """Yield the updates whose words are drawn together: one on the CPU, many on an accelerator."""
+    chunk: list[ParamUpdate] = []
+    total = 0
+    for update in updates:
+        count = sum(each.words for each in random_requests(update).values())
+        device = update.ctx.device
+        if chunk and (device.type == "cpu" or device != chunk[0].ctx.device or total + count > WORDS_AT_ONCE):
+            yield chunk[0].ctx.device, chunk
+            chunk, total = [], 0
+        chunk.append(update)
+        total += count
+    if chunk:
+        yield chunk[0].ctx.device, chunk
+
+
+class _EagerStep:
+    """One step of one tensor.
+
+    A sketched momentum moves in the second pass, and its correction of the direction is held until the third: 1/ρ of
+    the tensor, in float32. Where other parts have to be waited for in between, with all tensors at once, that would be
+    1/ρ of the model: there it is computed again.
+    """
+
+    def __init__(self, update: ParamUpdate, words: Words) -> None:
+        self._param, grad, self._state, self._ctx = update
+        ctx = update.ctx
+        self._words = words
+        self._grads = grad.reshape(ctx.view)
+        self._stored = self._stored_rows()
+        self._scales = pure.Scales(None, self._grads)  # until the statistics are known
+        self._estimator: pure.Estimator | None = None
+        self._corrections: Tensor | None = None
+        self._holds_corrections = ctx.splits_sketch or not ctx.part.split
+
+    def run(self) -> Sums:
+        """Update parameter and state in place."""
+        ctx = self._ctx
+        norm = pure.square_norm(self._param) if ctx.group["scale_parameter"] else None
+        yield from self._statistics(norm)
+        if ctx.is_sketched:
+            projection, previous = self._projections()
+            if ctx.learns_weights:
+                assert previous is not None
+                yield from self._learn_weights(previous)
+            self._estimator = pure.Estimator(projection, previous, ctx.group["beta1"], ctx.group["residual"])
+        square = yield from self._direction()
+        yield [self._share(square, EVERYWHERE)]
+        alpha = ctx.step_lr
+        if norm is not None:
+            alpha = pure.relative(norm, ctx.numel, ctx.group["eps"][1]) * alpha
+        self._apply(square, alpha)
+
+    def _statistics(self, norm: Tensor | None) -> Sums:
+        """Update the second moment; set the factors of the gradient."""
+        ctx, state, eps1, beta2 = self._ctx, self._state, self._ctx.group["eps"][0], self._ctx.beta2
+        sums = [] if norm is None else [self._share(norm, EVERYWHERE)]
+        if not ctx.plan.factored:
+            yield sums
+            variance = state["variance"].view(ctx.view)
+            for where in self._blocks():
+                squares = self._grads[where].float().square()
+                pure.average_(pure.saturate_(variance[where]), squares, 1, beta2, eps1)
+            self._scales = pure.Scales(None, variance)
+            return
+        assert ctx.plan.view is not None
+        _, all_rows, all_columns = ctx.plan.view
+        batch, rows, columns = ctx.view
+        row_sums = self._grads.new_empty((batch, rows, 1), dtype=torch.float32)
+        col_sums = self._grads.new_zeros((batch, 1, columns), dtype=torch.float32)
+        workspace = self._workspace()
+        for where in self._blocks():
+            grad = self._grads[where]
+            pure.add_square_sums_(grad, row_sums[where], col_sums[where[0]], _part_of(workspace, grad))
+        row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
+        # The rows' sum to come, known before the rows are: so that one sum over parts is enough.
+        row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / ctx.part.column_parts)
+        row_total.add_(row_sums.sum(-2, keepdim=True), alpha=(1 - beta2) / all_columns)
+        shares = [self._share(col_sums, ("rows",)), self._share(row_total, ("rows", "columns"))]
+        yield [*sums, *shares, self._share(row_sums, ("columns",))]
+        pure.average_(row_var, row_sums, all_columns, beta2, eps1)
+        pure.average_(pure.saturate_(col_var), col_sums, all_rows, beta2, eps1)
+        row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
+        self._scales = pure.factored_scales(row_var, row_mean, col_var)
+
+    def _projections(self) -> tuple[Projection, Projection | None]:
+        """Return P of this step (with the old weights where new ones are to be learnt), and P before if it differs."""
+        ctx, width = self._ctx, self._ctx.plan.width
+        if ctx.is_adaptive:
+            weight = ctx.adaptive_weight(self._state)
+            previous = BucketProjection.normalised(weight.clone(), width) if ctx.learns_weights else None
+            return BucketProjection.normalised(weight, width), previous
+        now = ctx.projection(ctx.resample_index, self._signs("signs"))
+        if not ctx.is_resample_step:
+            return now, None
+        return now, ctx.projection(ctx.resample_index - 1, self._signs("old signs"))
+
+    def _signs(self, name: str) -> Tensor | None:
+        assert self._ctx.plan.view is not None
+        return signs(self._words[name], self._ctx.plan.view.columns) if name in self._words else None
+
+    def _learn_weights(self, previous: Projection) -> Sums:
+        """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
+        ctx, width = self._ctx, self._ctx.plan.width
+        weight = ctx.adaptive_weight(self._state)
+        learnt = perturbed(weight, adaptive_noise(ctx, self._words["noise"]), width)
+        for _ in range(POWER_ITERATIONS):
+            learner, growth = BucketProjection.normalised(learnt, width), torch.zeros_like(weight)
+            for where in self._blocks():
+                momentum = load(self._stored.read(where), self._stored.dtype, width)
+                bases = _of_batch(previous, where), _of_batch(learner, where)
+                growth[where[0]] += power_iteration_step(
+                    self._grads[where], self._scales_of(where), momentum, *bases, ctx.group["beta1"]
+                )
+            yield [self._share(growth, ("rows",))]
+            learnt = normalise_buckets(growth, width, learnt)
+        weight.copy_(learnt)
+
+    def _direction(self) -> Generator[list[ShardSum], None, Tensor]:
+        """Return this part's share of ‖D‖²."""
+        ctx, estimator = self._ctx, self._estimator
+        if estimator is None:
+            return self._direction_square()
+        sketches, square = self._encode(estimator)
+        if ctx.splits_sketch:
+            yield [self._share(sketches, ("columns",))]
+        added = self._correct(sketches, estimator, moves=self._holds_corrections)
+        self._corrections = sketches
+        if estimator.knows_square:
+            weight, parts = estimator.update_weight, ctx.part.column_parts
+            square = (square if weight == 1 else square * weight**2) + (added if parts == 1 else added / parts)
+        else:
+            square = self._direction_square()
+        if not self._holds_corrections:
+            self._corrections = None
+        return square
+
+    def _apply(self, square: Tensor, alpha: float | Tensor) -> None:
+        """Clip, decay, round and write; a momentum of every column moves on."""
+        ctx, decay = self._ctx, self._ctx.group["weight_decay"]
+        size = pure.clipped(alpha * ctx.sign, square, ctx.numel, ctx.group["clip_threshold"])
+        rows = None if self._keeps_columns else self._scales.rows
+        sizes = size if rows is None else size * rows
+        keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=ctx.device) if decay else None
+        if self._estimator is not None and self._corrections is None:
+            self._corrections, _ = self._encode(self._estimator)
+            self._correct(self._corrections, self._estimator, moves=True)
+        rounding = None
+        if "parameter" in self._words:
+            rounding = ctx.part.rounding(self._words["parameter"], ctx.parameter_width, ctx.part.columns)
+        workspace = self._workspace(rounds=rounding is not None)
+        with _seen_in(ctx.view, self._param) as params:
+            for where in self._blocks(rounds=rounding is not None):
+                direction, _ = self._direction_of(where, workspace)
+                if self._keeps_columns:
+                    self._stored.write(where, save(direction, self._stored.dtype, self._stored.bits(where)))
+                bits = None if rounding is None else rounding.of(where).numbers()
+                pure.descend_(params[where], direction, keep, sizes if rows is None else sizes[where], bits)
+
+    def _encode(self, estimator: pure.Estimator) -> tuple[Tensor, Tensor]:
+        """Return encode(U) of all rows, from the local columns, and ‖U‖²."""
+        scales, projection = self._scales, estimator.projection
+        # ‖V‖ does not see signs, so they go with the columns' factors.
+        is_signed = scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs
+        if is_signed:
+            assert isinstance(projection, BucketProjection)
+            scales = scales._replace(columns=scales.columns * projection.columns)
+        sketches = self._grads.new_empty((*self._ctx.view[:2], self._stored.width), dtype=torch.float32)
+        norms = self._grads.new_empty((*self._ctx.view[:2], 1), dtype=torch.float32)
+        workspace = self._workspace()
+        for where in self._blocks():
+            grad, here = self._grads[where], _of_batch(projection, where)
+            columns = self._scales_of(where).columns if scales.rows is None else scales.columns[where[0]]
+            update = pure.within_rows(grad, columns, _part_of(workspace, grad))
+            torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms[where])
+            if is_signed:
+                assert isinstance(here, BucketProjection)
+                encoded = here.add_up(update)
+            else:
+                encoded = here.encode(update, update)
+            if scales.rows is None:
+                sketches[where] = encoded
+            else:
+                torch.mul(encoded, scales.rows[where], out=sketches[where])
+        if scales.rows is not None:
+            norms.mul_(scales.rows)
+        return sketches, norms.square_().sum()
+
+    def _correct(self, sketches: Tensor, estimator: pure.Estimator, *, moves: bool) -> Tensor:
+        """Replace encode(U) by X / R; return ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
+        stored, rows = self._stored, self._scales.rows
+        total: Tensor | None = None
+        for where in self._sketch_blocks():
+            here = estimator._replace(
+                projection=_of_batch(estimator.projection, where), previous=_of_batch(estimator.previous, where)
+            )
+            sketch = sketches[where]
+            momentum = load(stored.read(where), stored.dtype, stored.width)
+            values, following, added = here.correction(sketch, momentum, workspace=sketch)
+            del momentum
+            if rows is None:
+                sketch.copy_(values)
+            else:
+                torch.mul(values, rows[where].reciprocal(), out=sketch)  # dividing takes three times as long
+            del values  # what rounding takes may take its place
+            if moves:
+                stored.write(where, save(following, stored.dtype, stored.bits(where)))
+            total = added if total is None else total + added
+        return torch.zeros((), dtype=torch.float32, device=self._ctx.device) if total is None else total
+
+    def _direction_square(self) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=self._ctx.device)
+        workspace = self._workspace()
+        for where in self._blocks():
+            total += pure.square_norm(*self._direction_of(where, workspace))
+        return total
+
+    def _direction_of(self, where: Block, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return D of a block in two factors, all columns' and the rows'; whole momentum is all in the first."""
+        grad, scales = self._grads[where], self._scales_of(where)
+        direction = pure.within_rows(grad, scales.columns, _part_of(workspace, grad))
+        if self._keeps_columns:
+            if scales.rows is not None:
+                direction.mul_(scales.rows)
+            kept = load(self._stored.read(where), self._stored.dtype, direction.shape[-1])
+            return torch.lerp(kept, direction, 1 - self._ctx.group["beta1"], out=direction), None
+        if self._estimator is not None:
+            assert self._corrections is not None
+            here = self._estimator._replace(
+                projection=_of_batch(self._estimator.projection, where),
+                previous=_of_batch(self._estimator.previous, where),
+            )
+            pure.add_correction_(direction, self._corrections[where], here)
+        return direction, scales.rows
+
+    def _share(self, value: Tensor, over: tuple[Axis, ...]) -> ShardSum:
+        return ShardSum(value, over, self._ctx.part, self._ctx.index)
+
+    @property
+    def _keeps_columns(self) -> bool:
+        """Whether the momentum keeps every column."""
+        return not self._ctx.is_sketched and bool(self._stored.buffers)
+
+    def _scales_of(self, where: Block) -> pure.Scales:
+        """Return the factors of a block; a full second moment's are roots, taken here."""
+        if self._scales.rows is None:
+            return pure.Scales(None, self._scales.columns[where].rsqrt())
+        return pure.Scales(self._scales.rows[where], self._scales.columns[where[0]])
+
+    def _stored_rows(self) -> StoredRows:
+        ctx, state = self._ctx, self._state
+        rounding = None
+        if "state" in self._words:
+            rounding = ctx.part.rounding(self._words["state"], ctx.plan.width, ctx.sketch_columns)
+        return ctx.stored(state, rounding)
+
+    def _blocks(self, *, rounds: bool = False) -> Iterator[Block]:
+        """Yield batches and rows of the view; the whole of a small one.
+
+        Args:
+            rounds: Whether elements of a block are rounded, which takes three buffers more: smaller blocks then.
+        """
+        view, device = self._ctx.view, self._ctx.device
+        total = view.numel
+        elements = block_elements(total, device)
+        if self._ctx.plan.view is None and elements < total:
+            elements //= 2  # a random word for each element takes as much as half of the blocks
+        if rounds and elements < total:
+            elements //= 4
+        return row_blocks(view, elements, gaussian=self._ctx.is_gaussian)
+
+    def _sketch_blocks(self) -> Iterator[Block]:
+        """Yield the same of the sketch, whose rows are shorter: more of them at a time."""
+        ctx = self._ctx
+        if ctx.is_gaussian:
+            return self._blocks()  # from one projection to the next a sketch is carried through all columns
+        # While a sketch moves there are up to three elements for each of its own.
+        elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
+        return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))
+
+    def _workspace(self, *, rounds: bool = False) -> Tensor:
+        """Return memory for a block in float32."""
+        matrices, rows = next(self._blocks(rounds=rounds), (slice(0, 0), slice(0, 0)))  # no later block is larger
+        elements = matrices.stop * rows.stop * self._ctx.view.columns
+        return torch.empty(elements, dtype=torch.float32, device=self._ctx.device)
+
+
+def _part_of(workspace: Tensor, grad: Tensor) -> Tensor:
+    """Return the part of a workspace that a block takes."""
+    return (workspace if workspace.numel() == grad.numel() else workspace[: grad.numel()]).view(grad.shape)
+
+
+def _of_batch(projection: Any, where: Block) -> Any:
+    """Return the projection of the matrices of a block, where each has its own weights."""
+    if isinstance(projection, BucketProjection) and projection.weight.dim() == 3:
+        return replace(projection, weight=projection.weight[where[0]])
+    return projection
+
+
+@contextmanager
+def _seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
+    """Give a parameter in its view, to be written to; one that cannot be viewed so, through a copy."""
+    try:
+        params = param.view(view)
+    except RuntimeError:
+        copy = param.reshape(view)
+        yield copy
+        param.copy_(copy.view(param.shape))
+    else:
+        yield params

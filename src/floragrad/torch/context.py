@@ -1,0 +1,188 @@
+"""The context of one step of one tensor: its plan, options, step and random streams."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from floragrad._streams import Stream
+from floragrad.policy import MatrixView, StateDtype, TensorPlan
+from floragrad.torch.options import relative_lr
+from floragrad.torch.part import Part
+from floragrad.torch.projection import Projection, draw_projection
+from floragrad.torch.random import Philox, Request, sign_count
+from floragrad.torch.storage import RoundingBits, StoredRows
+
+State = dict[str, Tensor]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One tensor at one step.
+
+    Attributes:
+        plan: The policy's plan for the tensor.
+        group: The options of its parameter group.
+        index: The number that the tensor's random streams are drawn with.
+        step: t, from 1.
+        device: The parameter's.
+        part: The local part of the tensor.
+    """
+
+    plan: TensorPlan
+    group: Group
+    index: int
+    step: int
+    device: torch.device
+    part: Part
+
+    @property
+    def resample_index(self) -> int:
+        """⌊t/κ⌋: projections are resampled where it changes."""
+        return int(self.step // self.group["kappa"])
+
+    @property
+    def is_resample_step(self) -> bool:
+        """Whether the projection of this step differs from that of the step before."""
+        return self.step % int(self.group["kappa"]) == 0
+
+    @property
+    def is_sketched(self) -> bool:
+        """Whether the momentum is kept as a sketch."""
+        return self.plan.momentum == "sketch"
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the projection is the paper's."""
+        return self.is_sketched and self.plan.projection == "gaussian"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the projection's weights are learnt, not drawn."""
+        return self.is_sketched and self.plan.projection == "adaptive"
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether they are learnt in this step: on resample steps, and in the first one."""
+        return self.is_adaptive and (self.is_resample_step or self.step == 1)
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The learning rate of this step, before the parameter's scale."""
+        group = self.group
+        if not group["relative_step"]:
+            rate: float | Tensor = group["lr"]
+            return rate
+        return relative_lr(group, self.step)
+
+    @property
+    def step_lr(self) -> float | Tensor:
+        """The same, a scalar on the parameter's device where it is a tensor."""
+        lr = self.lr
+        return lr.to(self.device, torch.float32).reshape(()) if isinstance(lr, Tensor) else lr
+
+    @property
+    def sign(self) -> float:
+        """Sign of the step along D: all of it is odd in G, so with ``maximize`` M is kept as of G, and W goes up."""
+        return -1.0 if self.group["maximize"] else 1.0
+
+    @property
+    def beta2(self) -> float:
+        """β₂ = 1 − t^decay_rate."""
+        return 1.0 - math.pow(float(self.step), self.group["decay_rate"])
+
+    @property
+    def view(self) -> MatrixView:
+        """The local part as (batch, rows, columns)."""
+        return self.part.view
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.plan.shape)
+
+    @property
+    def splits_sketch(self) -> bool:
+        """Whether a row's sketch is a sum over parts."""
+        return self.is_sketched and "columns" in self.part.split
+
+    @property
+    def state_dtype(self) -> StateDtype:
+        """Storage format of the momentum: tensors without a view keep their own in float32."""
+        return self.plan.state_dtype if self.plan.view else "float32"
+
+    @property
+    def sketch_columns(self) -> slice:
+        """The local columns of the momentum: all of a sketch, wherever its rows are."""
+        return slice(None) if self.is_sketched else self.part.columns
+
+    def rounds_state(self, state: State) -> bool:
+        """Whether the momentum is rounded when it is stored."""
+        return "exp_avg" in state and self.state_dtype != "float32"
+
+    def rounds_parameter(self, dtype: torch.dtype) -> bool:
+        """Whether a parameter of this dtype is rounded stochastically."""
+        return dtype == torch.bfloat16 and bool(self.group["stochastic_rounding"])
+
+    @property
+    def parameter_width(self) -> int:
+        """Elements of a row of the parameter that have random words of their own."""
+        return self.plan.view.columns if self.plan.view else 1
+
+    def stream(self, stream: Stream, counter: int | None = None) -> Philox:
+        """Return one of the tensor's streams, of this step unless another counter is given."""
+        return Philox(self.group["seed"], self.index, self.step if counter is None else counter, stream)
+
+    def projection(self, resample_index: int, signs: Tensor | None = None) -> Projection:
+        """Return the drawn projection (signs or Gaussian) of a resample index.
+
+        Args:
+            resample_index: ⌊t/κ⌋.
+            signs: As drawn already, float32 of (columns,).
+        """
+        assert self.plan.view is not None
+        local = self.part.columns if self.splits_sketch else None
+        source = self.stream(Stream.MOMENTUM, resample_index)
+        return draw_projection(self.plan.projection, self.plan.view, self.plan.width, source, self.device, local, signs)
+
+    def stored(self, state: State, rounding: RoundingBits | None = None) -> StoredRows:
+        """Return the momentum's buffers, with the words that they are rounded with."""
+        batch, rows, columns = self.view
+        keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
+        buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
+        return StoredRows(buffers, self.plan.width if self.is_sketched else columns, self.state_dtype, rounding)
+
+    def adaptive_weight(self, state: State) -> Tensor:
+        """Return the weights of an adaptive projection, (batch, 1, n)."""
+        return state["projection_weight"].view(self.view.batch, 1, self.view.columns)
+
+
+class ParamUpdate(NamedTuple):
+    """A parameter that is to be updated, its gradient, its state, and the context of the step."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    ctx: StepContext
+
+
+def random_requests(update: ParamUpdate) -> dict[str, Request]:
+    """Return the random words that a step of one tensor takes, by name."""
+    ctx, part, found = update.ctx, update.ctx.part, {}
+    if ctx.rounds_state(update.state):
+        found["state"] = part.rounding_request(ctx.stream(Stream.STATE_ROUNDING), ctx.plan.width)
+    if ctx.rounds_parameter(update.param.dtype):
+        found["parameter"] = part.rounding_request(ctx.stream(Stream.PARAMETER_ROUNDING), ctx.parameter_width)
+    if not ctx.is_sketched or ctx.plan.view is None:
+        return found
+    columns = ctx.plan.view.columns
+    if ctx.plan.projection == "sign":
+        found["signs"] = Request(ctx.stream(Stream.MOMENTUM, ctx.resample_index), sign_count(columns))
+        if ctx.is_resample_step:
+            found["old signs"] = Request(ctx.stream(Stream.MOMENTUM, ctx.resample_index - 1), sign_count(columns))
+    if ctx.learns_weights:
+        found["noise"] = Request(ctx.stream(Stream.ADAPTIVE_NOISE, ctx.resample_index), columns)
+    return found

@@ -1,1 +1,0 @@
-"""The step of contiguous tensors on the CPU, in C++."""
