@@ -46,7 +46,7 @@ def matrix(optimizer: Flora, position: int = 0, steps: int = 7) -> torch.Tensor:
     """P of the last step in float64, from the signs that the step drew."""
     param = optimizer.param_groups[0]["params"][position]
     probe = copy.deepcopy(optimizer.state[param])
-    at = optimizer._begin_step(param, param, param, probe).at
+    at = optimizer._begin_step(param, param, param, probe).ctx
     return torch.from_numpy(double(at.projection(steps // at.group["kappa"]).matrix()))
 
 

@@ -1,15 +1,24 @@
 """Groups changed after the optimizer was made: known tensors are kept, new ones adopted, missing ones dropped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from floragrad.torch.context import Group
+from floragrad.torch.checkpoint import exact_state
+from floragrad.torch.context import Group, State
 from floragrad.torch.distributed.flat import refuse_flattened
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option, option_names, resolve_group
-from floragrad.torch.slots import Slot, new_slots, next_number, placed_slot
+from floragrad.torch.slots import (
+    Slot,
+    live_state,
+    new_slots,
+    next_number,
+    numbered_slots,
+    placed_slot,
+    placed_state,
+)
 
 
 def is_settled(slots: Mapping[Tensor, Slot], groups: Sequence[Group]) -> bool:
@@ -19,6 +28,38 @@ def is_settled(slots: Mapping[Tensor, Slot], groups: Sequence[Group]) -> bool:
         param is known and group is slot.group
         for (param, group), (known, slot) in zip(listed, slots.items(), strict=True)
     )
+
+
+def follow(
+    states: MutableMapping[Tensor, State], slots: Mapping[Tensor, Slot], groups: Sequence[Group], defaults: Group
+) -> dict[Tensor, Slot]:
+    """Return the slots of the parameters that the groups have now; states move along, appear and go.
+
+    Args:
+        states: Of the optimizer, changed in place.
+        slots: Of the parameters that the groups had.
+        groups: Options that are missing are filled in, as ``add_param_group`` does.
+        defaults: Of the optimizer.
+
+    Raises:
+        ValueError: A new parameter cannot be updated, one stands in the groups twice, or an option was changed.
+        RuntimeError: Matrices were exchanged for a flat vector.
+    """
+    followed = followed_slots(slots, groups, defaults)
+    refuse_changed_options(followed)
+    for param, old in predecessors_of(slots, followed).items():
+        state = states.pop(old, {})
+        if state and state["step"] > 0:
+            exact = exact_state(state, param.device, followed[param].plan)
+            states[param] = state | placed_state(param, followed[param], exact)
+    for param in slots:
+        if param not in followed:
+            states.pop(param, None)
+    numbered = numbered_slots(followed, states)
+    for param, slot in numbered.items():
+        if param.requires_grad:
+            live_state(param, slot, states[param])
+    return numbered
 
 
 def followed_slots(slots: Mapping[Tensor, Slot], groups: Sequence[Group], defaults: Group) -> dict[Tensor, Slot]:

@@ -9,26 +9,26 @@ from torch import Tensor
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
-from floragrad.policy import STATE_KEYS, EmbeddingMomentum, Projection, StateDtype
+from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
 from floragrad.torch.context import ParamUpdate, State, StepContext
 from floragrad.torch.convert import converted_state
-from floragrad.torch.following import (
-    followed_slots,
-    is_settled,
-    predecessors_of,
-    refuse_changed_option,
-    refuse_changed_options,
-)
+from floragrad.torch.following import follow, is_settled, refuse_changed_option, refuse_changed_options
 from floragrad.torch.handover import check_shape
 from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
 from floragrad.torch.report import little_compressed, report_row
-from floragrad.torch.scheduling import adopt_momentum, is_lr_ignored, scheduler_defaults, step_size
+from floragrad.torch.scheduling import (
+    adopt_momentum,
+    is_lr_ignored,
+    scheduler_defaults,
+    step_size,
+    warn_of_ignored_lr,
+)
 from floragrad.torch.slots import (
     Slot,
+    TensorIds,
     checked_update,
-    fresh_state,
-    make_scalars_exact,
+    live_state,
     next_number,
     numbered_slots,
     placed_state,
@@ -167,7 +167,7 @@ class Flora(torch.optim.Optimizer):
         if relative_step:
             check_relative_lr(lr)
         self._slots: dict[Tensor, Slot] = {}
-        self._numbers: dict[Tensor, tuple[Tensor, int | None, int]] = {}
+        self._ids = TensorIds()
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self.defaults.update(scheduler_defaults(defaults, self.param_groups))
@@ -347,7 +347,7 @@ class Flora(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots, self._numbers = {}, {}
+        self._slots, self._ids = {}, TensorIds()
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
             options.setdefault("maximize", False)  # of versions that had none
@@ -374,41 +374,16 @@ class Flora(torch.optim.Optimizer):
         plans = {param: slot.plan for param, slot in self._slots.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """The parameter's state, allocated if it is new, on the device where the parameter is now."""
-        state: dict[str, Tensor] = self.state[param]
-        slot = self._slots[param]
-        if state.keys().isdisjoint(STATE_KEYS):
-            state.update(fresh_state(param, slot))
-        make_scalars_exact(state, slot.index)
-        device = param.device
-        # The model may have left the meta device, or moved to another, after the optimizer was made.
-        elsewhere = [key for key in slot.layout.state if key in state and state[key].device != device]
-        if any(state[key].is_meta for key in elsewhere):
-            state.update(fresh_state(param, slot))
-        for key in elsewhere:
-            state[key] = state[key].to(device)
-        return state
+    def _state_of(self, param: Tensor) -> State:
+        return live_state(param, self._slots[param], self.state[param])
 
     def _follow(self) -> None:
         """Take over what was changed in the groups: parameters known, new, gone, or put in the places of others."""
         if is_settled(self._slots, self.param_groups):
             refuse_changed_options(self._slots)
             return
-        slots = followed_slots(self._slots, self.param_groups, self.defaults)
-        refuse_changed_options(slots)
-        for param, old in predecessors_of(self._slots, slots).items():
-            state = self.state.pop(old, {})
-            if state and state["step"] > 0:
-                exact = exact_state(state, param.device, slots[param].plan)
-                self.state[param] = state | placed_state(param, slots[param], exact)
-        for param in self._slots:
-            if param not in slots:
-                self.state.pop(param, None)
-        self._slots, self._numbers = numbered_slots(slots, self.state), {}
-        for param in slots:
-            if param.requires_grad:
-                self._state_of(param)
+        self._slots = follow(self.state, self._slots, self.param_groups, self.defaults)
+        self._ids.forget()
 
     def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
@@ -419,7 +394,7 @@ class Flora(torch.optim.Optimizer):
         slot = self._slots[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        ctx = StepContext(slot.plan, slot.group, self._number_of(param, state), step, param.device, slot.part)
+        ctx = StepContext(slot.plan, slot.group, self._ids.of(param, state), step, param.device, slot.part)
         return ParamUpdate(here, grad, own_state(state), ctx)
 
     def _update(self, updates: Mapping[Tensor, ParamUpdate]) -> None:
@@ -428,29 +403,12 @@ class Flora(torch.optim.Optimizer):
         for param, update in updates.items():
             write_back(param, update.param, update.ctx.plan)
 
-    def _number_of(self, param: Tensor, state: State) -> int:
-        """Return the number in a parameter's state, which is read anew only where it may have changed.
-
-        The state's, not the slot's: whoever puts another state in its place has put its number there too.
-        """
-        kept = state["tensor_id"]
-        version = None if kept.is_inference() else kept._version
-        known = self._numbers.get(param)
-        if known is None or version is None or known[0] is not kept or known[1] != version:
-            known = self._numbers[param] = (kept, version, int(kept.item()))
-        return known[2]
-
     def _follow_schedulers(self, group: Group) -> None:
         """Read what schedulers have written into a group."""
         adopt_momentum(group)
         if not self._tells_lr and is_lr_ignored(group):
             self._tells_lr = True
-            warnings.warn(
-                f"lr={group['lr']!r} of a scheduler is ignored: relative_step=True derives the learning rate from "
-                "the step; give lr=... and relative_step=False, or a constant schedule",
-                UserWarning,
-                stacklevel=caller_level(),
-            )
+            warn_of_ignored_lr(group, caller_level())
 
     def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
         """The step size of a group's first parameter; transformers' ``AdafactorSchedule`` asks for it by this name."""

@@ -84,6 +84,11 @@ def draw_words(requests: Sequence[Request], device: torch.device) -> list[Tensor
     """Return 64-bit words as int64 tensors of (count,), all of them drawn together where they are not on the CPU."""
     if device.type == "cpu":
         return [torch.from_numpy(each.source.words(each.words).view(np.int64)) for each in requests]
+    return philox_words(requests, device) if requests else []
+
+
+def philox_words(requests: Sequence[Request], device: torch.device) -> list[Tensor]:
+    """Return the words as :func:`draw_words`, by PyTorch's operations on a device."""
     blocks = [ceil(each.words / 4) for each in requests]
     firsts = list(accumulate(blocks, initial=0))[:-1]
     table = [

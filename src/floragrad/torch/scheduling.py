@@ -1,5 +1,6 @@
 """What learning-rate schedulers read and write in the options of an optimizer."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,3 +50,18 @@ def is_lr_ignored(group: Group) -> bool:
     0 is not counted: ``AdafactorSchedule`` begins with it, and so does a warm-up.
     """
     return bool(group["relative_step"] and group["lr"] not in (0.0, relative_lr(group, 1)))
+
+
+def warn_of_ignored_lr(group: Group, stacklevel: int) -> None:
+    """Warn that a scheduler's learning rate changes nothing.
+
+    Args:
+        group: The options.
+        stacklevel: Of the warning, as seen from the caller.
+    """
+    warnings.warn(
+        f"lr={group['lr']!r} of a scheduler is ignored: relative_step=True derives the learning rate from "
+        "the step; give lr=... and relative_step=False, or a constant schedule",
+        UserWarning,
+        stacklevel=stacklevel + 1,
+    )

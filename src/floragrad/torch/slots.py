@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import SCALAR_STATE, Buffer, TensorPlan
+from floragrad.policy import SCALAR_STATE, STATE_KEYS, Buffer, TensorPlan
 from floragrad.torch.context import Group, State
 from floragrad.torch.distributed.flat import refuse_flat
 from floragrad.torch.distributed.lockstep import here, is_sharded
@@ -169,6 +169,50 @@ def fresh_state(param: Tensor, slot: Slot) -> State:
     buffers = local_buffers(param, slot.plan)
     local = initial_state(slot.plan, slot.group, slot.index, param.device, buffers)
     return sharded_state(param, slot.plan, local)
+
+
+def live_state(param: Tensor, slot: Slot, state: State) -> State:
+    """Return a parameter's state, allocated if it is new, on the device where the parameter is now.
+
+    Args:
+        param: The parameter.
+        slot: Its plan and options.
+        state: As the optimizer keeps it; it is filled in place.
+    """
+    if state.keys().isdisjoint(STATE_KEYS):
+        state.update(fresh_state(param, slot))
+    make_scalars_exact(state, slot.index)
+    device = param.device
+    # The model may have left the meta device, or moved to another, after the optimizer was made.
+    elsewhere = [key for key in slot.layout.state if key in state and state[key].device != device]
+    if any(state[key].is_meta for key in elsewhere):
+        state.update(fresh_state(param, slot))
+    for key in elsewhere:
+        state[key] = state[key].to(device)
+    return state
+
+
+class TensorIds:
+    """The numbers in parameters' states, each read anew only where it may have changed.
+
+    They are the states' own: whoever puts another state in a parameter's place has put its number there too.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, tuple[Tensor, int | None, int]] = {}
+
+    def of(self, param: Tensor, state: State) -> int:
+        """Return the number in a parameter's state."""
+        kept = state["tensor_id"]
+        version = None if kept.is_inference() else kept._version
+        known = self._known.get(param)
+        if known is None or version is None or known[0] is not kept or known[1] != version:
+            known = self._known[param] = (kept, version, int(kept.item()))
+        return known[2]
+
+    def forget(self) -> None:
+        """Read all numbers anew."""
+        self._known.clear()
 
 
 def placed_state(param: Tensor, slot: Slot, state: State) -> State:
