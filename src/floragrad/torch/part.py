@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -53,12 +54,12 @@ class Part:
         view = view or MatrixView(1, prod(shape), 1)
         return cls(view, leading, tuple(slice(0, size) for size in leading), slice(0, view.columns))
 
-    @property
+    @cached_property
     def row_count(self) -> int:
         """Rows of the whole tensor, over all matrices."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def row_words(self) -> tuple[int, int] | None:
         """Number of the first local row among all, and rows from one local matrix to the next; None where they vary.
 

@@ -15,10 +15,12 @@ from floragrad.torch.backends.cpu.layout import tensor_reason
 from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
 from floragrad.torch.context import ParamUpdate
 from floragrad.torch.handover import is_plain
-from floragrad.torch.part import EVERYWHERE, Part, ShardSum, Sums
+from floragrad.torch.part import EVERYWHERE, Axis, Part, ShardSum, Sums
 from floragrad.torch.projection import normalise_buckets
 from floragrad.torch.scheduling import step_size
-from floragrad.torch.storage import WHOLE_ELEMENTS
+
+BATCH_ELEMENTS: Final = 2**16
+"""Elements of small tensors that are stepped together: what one pass leaves in the cache the next one finds there."""
 
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
@@ -75,8 +77,8 @@ def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
     batch: list[ParamUpdate] = []
     elements = 0
     for update in updates:
-        size = WHOLE_ELEMENTS if update.ctx.learns_weights else update.param.numel()
-        if batch and elements + size > WHOLE_ELEMENTS:
+        size = BATCH_ELEMENTS if update.ctx.learns_weights else update.param.numel()
+        if batch and elements + size > BATCH_ELEMENTS:
             yield batch
             batch, elements = [], 0
         batch.append(update)
@@ -88,57 +90,48 @@ def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
 def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
     """Run the passes of some tensors in one scratch; there are several only where none learns its weights."""
     given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
-    sizes = [kernels.kept_bytes(each) for each in given]
-    kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+    kept = torch.empty(sum(map(kernels.kept_bytes, given)), dtype=torch.uint8, device="cpu")
     scratch = torch.empty(max(map(kernels.scratch_bytes, given)), dtype=torch.uint8, device="cpu")
-    shares = [_Shares(update, mine) for update, mine in zip(updates, torch.split(kept, sizes), strict=True)]
     if any(isinstance(update.param, FakeTensor) for update in updates):
         return  # what there would be to hold has been held
-    for each, mine in zip(given, shares, strict=True):
-        each.kept, each.scratch = mine.kept.data_ptr(), scratch.data_ptr()
+    address, shares = kept.data_ptr(), []
+    for each, update in zip(given, updates, strict=True):
+        each.kept, each.scratch = address, scratch.data_ptr()
+        if update.ctx.part.split:
+            first = address - kept.data_ptr()
+            shares.append(_shares(update, kept[first : first + kernels.kept_bytes(each)]))
+        address += kernels.kept_bytes(each)
+    norms = [pure.square_norm(each.param) if each.ctx.group["scale_parameter"] else None for each in updates]
     kernels.statistics(given, len(given))
-    yield [share for mine in shares for share in mine.statistics()]
+    norm_shares = [_share(each, norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
+    yield norm_shares + [share for statistics, _ in shares for share in statistics]
     kernels.normalise(given, len(given))
     if updates[0].ctx.learns_weights:
         previous = updates[0].state["projection_weight"].clone()  # which the kernels read until the step is over
         given[0].previous = previous.data_ptr()
         yield from _learn_weights(updates[0], given[0], kernels)
     kernels.direction(given, len(given))
-    yield [mine.square for mine in shares]
-    for each, mine in zip(given, shares, strict=True):
-        alpha = mine.step_size()
-        each.keep, each.size = 1 - alpha * mine.update.ctx.group["weight_decay"], alpha * mine.update.ctx.sign
+    yield [square for _, square in shares]
+    for each, update, norm in zip(given, updates, norms, strict=True):
+        ctx = update.ctx
+        alpha = step_size(ctx.group, ctx.step, 0.0 if norm is None else sqrt(float(norm) / ctx.numel))
+        each.keep, each.size = 1 - alpha * ctx.group["weight_decay"], alpha * ctx.sign
     kernels.apply(given, len(given))
     # Let autograd see that parameters have changed; tensors of inference mode have no version.
     torch.autograd.graph.increment_version([each.param for each in updates if not each.param.is_inference()])
 
 
-class _Shares:
-    """What a tensor keeps between its passes, and its shares of sums over parts."""
+def _share(update: ParamUpdate, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
+    return ShardSum(value, over, update.ctx.part, update.ctx.index)
 
-    def __init__(self, update: ParamUpdate, kept: Tensor) -> None:
-        self.update, self.kept = update, kept
-        ctx = update.ctx
-        self._norm = pure.square_norm(update.param) if ctx.group["scale_parameter"] else None
-        batch, _, columns = ctx.view
-        sizes = [batch * columns, batch, 1] if ctx.plan.factored else [0, 0, 1]
-        sums = kept[: 4 * sum(sizes)].view(torch.float32)
-        self._columns, self._total, square = torch.split(sums, sizes)
-        self.square = ShardSum(square, EVERYWHERE, ctx.part, ctx.index)
 
-    def statistics(self) -> list[ShardSum]:
-        """Return the sums that the second moment needs, and ‖W‖² where the step is in its units."""
-        part, order = self.update.ctx.part, self.update.ctx.index
-        sums = [] if self._norm is None else [ShardSum(self._norm, EVERYWHERE, part, order)]
-        if not self.update.ctx.plan.factored:
-            return sums
-        columns = ShardSum(self._columns, ("rows",), part, order)
-        return [*sums, columns, ShardSum(self._total, ("rows", "columns"), part, order)]
-
-    def step_size(self) -> float:
-        """Return α."""
-        ctx, norm = self.update.ctx, 0.0 if self._norm is None else float(self._norm)
-        return step_size(ctx.group, ctx.step, sqrt(norm / ctx.numel))
+def _shares(update: ParamUpdate, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
+    """Return a shard's shares of the statistics and of ‖D‖², in the memory that it keeps between its passes."""
+    batch, _, columns = update.ctx.view
+    sizes = [batch * columns, batch, 1] if update.ctx.plan.factored else [0, 0, 1]
+    column_sums, row_totals, square = torch.split(kept[: 4 * sum(sizes)].view(torch.float32), sizes)
+    statistics = [_share(update, column_sums, ("rows",)), _share(update, row_totals, ("rows", "columns"))]
+    return statistics if update.ctx.plan.factored else [], _share(update, square)
 
 
 def _described(update: ParamUpdate, kernels: Library) -> Step:
