@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, distributed
 
 from floragrad.policy import AccumulatorPlan, plan_accumulator
+from floragrad.torch.accumulation import exchange
+from floragrad.torch.accumulation.exchange import sum_sketches
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.distributed import collectives, exchange
+from floragrad.torch.distributed import collectives
 from floragrad.torch.distributed.collectives import Ranks
-from floragrad.torch.distributed.exchange import sum_sketches
 from tests.distributed.conftest import Worlds
 
 BOUND = 5.0

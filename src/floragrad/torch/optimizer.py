@@ -10,32 +10,15 @@ from torch import Tensor
 from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
+from floragrad.torch import scheduling, slots
 from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
 from floragrad.torch.context import ParamUpdate, State, StepContext
 from floragrad.torch.convert import converted_state
 from floragrad.torch.following import follow, is_settled, refuse_changed_option, refuse_changed_options
 from floragrad.torch.handover import check_shape
 from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
-from floragrad.torch.report import little_compressed, report_row
-from floragrad.torch.scheduling import (
-    adopt_momentum,
-    is_lr_ignored,
-    scheduler_defaults,
-    step_size,
-    warn_of_ignored_lr,
-)
-from floragrad.torch.slots import (
-    Slot,
-    TensorIds,
-    checked_update,
-    live_state,
-    next_number,
-    numbered_slots,
-    placed_state,
-    slots_of,
-    without_repetition,
-    write_back,
-)
+from floragrad.torch.report import little_compressed, report_of
+from floragrad.torch.slots import Slot, TensorIds, live_state, next_number, slots_of
 from floragrad.torch.step import step
 from floragrad.torch.untraced import caller_level, untraced
 
@@ -170,8 +153,10 @@ class Flora(torch.optim.Optimizer):
         self._ids = TensorIds()
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
-        self.defaults.update(scheduler_defaults(defaults, self.param_groups))
-        self._warn_if_little_is_compressed()
+        self.defaults.update(scheduling.scheduler_defaults(defaults, self.param_groups))
+        reasons = little_compressed(zip(self.report().rows, (slot.group for slot in self._slots.values()), strict=True))
+        if reasons:
+            warnings.warn(reasons, UserWarning, stacklevel=2)
 
     @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -184,7 +169,7 @@ class Flora(torch.optim.Optimizer):
             ValueError: As in the constructor; the optimizer is left as it was.
         """
         group = without_compile(param_group, stacklevel=2)
-        group["params"] = without_repetition(group["params"])
+        group["params"] = slots.without_repetition(group["params"])
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         group.pop("momentum", None)  # a scheduler's to set
@@ -267,15 +252,7 @@ class Flora(torch.optim.Optimizer):
             (8, True)
         """
         self._follow()
-        for param in self._slots:
-            if param.requires_grad:
-                self._state_of(param)
-        return Report(
-            tuple(
-                report_row(slot.name, param, slot.plan, slot.part, has_state="step" in self.state.get(param, {}))
-                for param, slot in self._slots.items()
-            )
-        )
+        return report_of(self._slots, self.state)
 
     def tensor_ids(self) -> dict[Tensor, int]:
         """The number of each parameter, which its random streams are drawn with, and which is saved with its state."""
@@ -359,9 +336,9 @@ class Flora(torch.optim.Optimizer):
         for param, saved in incoming.items():
             # In place of what the base class cast to the parameter's dtype; entries of wrappers stay as it left them.
             self.state[param].update(
-                placed_state(param, self._slots[param], exact_state(saved, param.device, self._slots[param].plan))
+                slots.placed_state(param, self._slots[param], exact_state(saved, param.device, self._slots[param].plan))
             )
-        self._slots = numbered_slots(self._slots, self.state)
+        self._slots = slots.numbered_slots(self._slots, self.state)
         for param in self._slots:
             if param.requires_grad or param in incoming:
                 self._state_of(param)
@@ -387,7 +364,7 @@ class Flora(torch.optim.Optimizer):
 
     def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
-        return checked_update(param, self._slots[param], self._state_of(param))
+        return slots.checked_update(param, self._slots[param], self._state_of(param))
 
     def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> ParamUpdate:
         """Count a step of a parameter; what is here of it, and what the step goes by."""
@@ -401,25 +378,18 @@ class Flora(torch.optim.Optimizer):
         """Run a step that has begun."""
         step(list(updates.values()))
         for param, update in updates.items():
-            write_back(param, update.param, update.ctx.plan)
+            slots.write_back(param, update.param, update.ctx.plan)
 
     def _follow_schedulers(self, group: Group) -> None:
         """Read what schedulers have written into a group."""
-        adopt_momentum(group)
-        if not self._tells_lr and is_lr_ignored(group):
+        scheduling.adopt_momentum(group)
+        if not self._tells_lr and scheduling.is_lr_ignored(group):
             self._tells_lr = True
-            warn_of_ignored_lr(group, caller_level())
+            scheduling.warn_of_ignored_lr(group, caller_level())
 
     def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
         """The step size of a group's first parameter; transformers' ``AdafactorSchedule`` asks for it by this name."""
         self._tells_lr = True  # what it writes into the group is read from here
         param = group["params"][0].detach()
         rms = float(param.float().square().mean().sqrt()) if group["scale_parameter"] else 1.0
-        return step_size(group, max(int(state["step"]), 1), rms)
-
-    def _warn_if_little_is_compressed(self) -> None:
-        """Say once why most momentum is no sketch, where the options meant it to be."""
-        groups = (slot.group for slot in self._slots.values())
-        reasons = little_compressed(zip(self.report().rows, groups, strict=True))
-        if reasons:
-            warnings.warn(reasons, UserWarning, stacklevel=3)
+        return scheduling.step_size(group, max(int(state["step"]), 1), rms)

@@ -1,18 +1,19 @@
 """The report's rows of PyTorch's parameters, and what they say of compression."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
 from math import prod
 
 import torch
 from torch import Tensor
 
-from floragrad._report import FROZEN, ReportRow
+from floragrad._report import FROZEN, Report, ReportRow
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends import path_of
-from floragrad.torch.context import Group
+from floragrad.torch.context import Group, State
 from floragrad.torch.distributed import lockstep
 from floragrad.torch.distributed.lockstep import is_sharded
 from floragrad.torch.part import Part
+from floragrad.torch.slots import Slot, live_state
 
 
 def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state: bool) -> ReportRow:
@@ -43,6 +44,24 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state
         adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
         path=path_of(lockstep.here(param), plan, part),
+    )
+
+
+def report_of(slots: Mapping[Tensor, Slot], states: MutableMapping[Tensor, State]) -> Report:
+    """Return the report of an optimizer; the state of trained parameters is allocated where it is missing.
+
+    Args:
+        slots: Its parameters.
+        states: Their states.
+    """
+    for param, slot in slots.items():
+        if param.requires_grad:
+            live_state(param, slot, states[param])
+    return Report(
+        tuple(
+            report_row(slot.name, param, slot.plan, slot.part, has_state="step" in states.get(param, {}))
+            for param, slot in slots.items()
+        )
     )
 
 

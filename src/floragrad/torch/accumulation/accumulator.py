@@ -385,35 +385,6 @@ class GradientAccumulator(MicroBatches):
         assert self._ranks is not None
         return share_window(self._window, self._slots, self._settings, self._ranks)
 
-    def _note_fed(self) -> None:
-        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
-
-    def check_fed(self) -> None:
-        """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
-
-        Raises:
-            RuntimeError: Naming the parameters, and the way out.
-        """
-        if not self._window.ended:  # else there may be zeros in a .grad that tell whether somebody writes to it
-            self._note_fed()
-        if not self._is_fed:
-            listed = list(self._slots.listed())
-            frozen = sum(not each.param.requires_grad for each in listed)
-            names = ", ".join(each.name for each in listed[:3])
-            raise RuntimeError(
-                f"no backward pass has reached a parameter of the optimizer ({len(listed)}: {names}, ..., of which "
-                f"{frozen} are frozen): what is trained are others; make the optimizer of the parameters that are "
-                "trained, after the model has got its adapters (get_peft_model, peft_config)"
-            )
-
-    def _check_complete(self, what: str) -> None:
-        self._check_quiet()
-        if not self._window.ended:
-            raise RuntimeError(
-                f"{what} after {self._window.seen} of {self.steps} micro-batches: go on until `complete`, "
-                "or flush() to end the window early"
-            )
-
     def _let_go(self) -> None:
         if not self._closed:
             self._last_report = self.report()

@@ -2,11 +2,11 @@
 
 from zlib import crc32
 
+from floragrad.torch.accumulation.exchange import sum_sketches
 from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.slots import Slots
 from floragrad.torch.accumulation.window import Window
 from floragrad.torch.distributed.collectives import Ranks
-from floragrad.torch.distributed.exchange import sum_sketches
 
 
 def share_window(window: Window, slots: Slots, settings: Settings, ranks: Ranks) -> bool:

@@ -29,6 +29,7 @@ class MicroBatches:
     _scaler: GradScaler | None
     _closed: bool
     _drops_nonfinite: bool
+    _is_fed: bool
     _finite: list[Tensor]
 
     dropped = 0
@@ -265,3 +266,32 @@ class MicroBatches:
             )
         if self._window.is_open:
             raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
+
+    def _note_fed(self) -> None:
+        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
+
+    def check_fed(self) -> None:
+        """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
+
+        Raises:
+            RuntimeError: Naming the parameters, and the way out.
+        """
+        if not self._window.ended:  # else there may be zeros in a .grad that tell whether somebody writes to it
+            self._note_fed()
+        if not self._is_fed:
+            listed = list(self._slots.listed())
+            frozen = sum(not each.param.requires_grad for each in listed)
+            names = ", ".join(each.name for each in listed[:3])
+            raise RuntimeError(
+                f"no backward pass has reached a parameter of the optimizer ({len(listed)}: {names}, ..., of which "
+                f"{frozen} are frozen): what is trained are others; make the optimizer of the parameters that are "
+                "trained, after the model has got its adapters (get_peft_model, peft_config)"
+            )
+
+    def _check_complete(self, what: str) -> None:
+        self._check_quiet()
+        if not self._window.ended:
+            raise RuntimeError(
+                f"{what} after {self._window.seen} of {self.steps} micro-batches: go on until `complete`, "
+                "or flush() to end the window early"
+            )

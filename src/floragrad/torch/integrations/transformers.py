@@ -15,10 +15,10 @@ require("accelerate", "transformers")
 from accelerate import Accelerator  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
-from floragrad.torch.integrations.accelerate import (  # noqa: E402
+from floragrad.torch.integrations.accelerate import FloraAccelerator  # noqa: E402
+from floragrad.torch.integrations.accelerated_optimizer import (  # noqa: E402
     AcceleratedAccumulator,
     AccumulatingOptimizer,
-    FloraAccelerator,
 )
 
 

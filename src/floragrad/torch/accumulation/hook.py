@@ -9,9 +9,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Projection, StateDtype, plan_accumulator
+from floragrad.torch.accumulation.exchange import sum_rounded
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed.collectives import Ranks
-from floragrad.torch.distributed.exchange import sum_rounded
 from floragrad.torch.options import as_integers, check_option, state_dtype_name
 
 if TYPE_CHECKING:

@@ -1,0 +1,154 @@
+"""The optimizer that :class:`FloraAccelerator` prepares, and the window that it is stepped with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from floragrad._extras import require
+from floragrad.torch.accumulation import GradientAccumulator
+from floragrad.torch.accumulation.advice import Advice
+
+require("accelerate", "accelerate")
+
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+
+_WINDOW = "accumulation"
+"""The window's key in the state of its optimizer: there it is saved and loaded whoever saves the optimizer."""
+
+
+class AcceleratedAccumulator(GradientAccumulator):
+    """The accumulator of one prepared optimizer. A backward pass may be another optimizer's, and give it nothing."""
+
+    advice = Advice(
+        backward="call accelerator.backward(loss) instead of loss.backward(); accelerator.end_training() gives the "
+        "model back",
+        step="step the optimizer that accelerator.prepare() returned",
+        clip="call accelerator.clip_grad_norm_(model.parameters(), max_norm), or construct the accelerator with "
+        "accumulation={'release': False}",
+        drop="optimizer.zero_grad() drops the window",
+        close="call end_training() or free_memory() of the accelerator that it was prepared with; where that one is "
+        "out of reach, floragrad.GradientAccumulator.close_all(model)",
+    )
+    expects_gradients = False
+
+
+class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
+    """An optimizer as :meth:`FloraAccelerator.prepare` returns it, with the window that it will be stepped with.
+
+    Attributes:
+        window: What gathers its gradients; None once the accelerator has let go of it.
+        accumulator: The same, or the closed one that it was.
+        resumes_windows: Whether a window that was saved half full is taken up again; False where the loop goes
+            back to the window's first micro-batch.
+    """
+
+    window: GradientAccumulator | None = None
+    accumulator: GradientAccumulator | None = None
+    resumes_windows = True
+    _broken = False
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """One backward pass, run by somebody else; a micro-batch may have several."""
+        window = self.window
+        if window is None:
+            yield
+            return
+        if window.takes_late_passes:
+            passes = window.late_pass()
+        elif window.complete:
+            raise RuntimeError(
+                "a backward pass after the window's last one: run each micro-batch inside `with "
+                "accelerator.accumulate(model):`, and its losses, if there are several, in one backward(a + b); freeze "
+                "(requires_grad_(False)) the models that another model's pass goes through"
+            )
+        else:
+            # What backward() gets is divided by the number of steps already, as Accelerate does it: sum up. Where
+            # nothing is left in .grad, the window ends when its gradient is first asked for; where sketches are
+            # summed over processes, when a pass has given it a gradient.
+            last = self.gradient_state.sync_gradients and not (window.releases or window.is_shared)
+            passes = window.micro_batch(weight=1.0, last=last)
+        try:
+            with passes:
+                yield
+        except BaseException:
+            self._broken = True
+            raise
+        if self.gradient_state.sync_gradients and window.is_shared and not window.releases:
+            window.flush_if_fed()
+
+    def step(self, closure: Any = None) -> None:
+        """Update with the window's gradient, where Accelerate steps; nothing happens without a window."""
+        window = self.window
+        if window is None:
+            super().step(closure)
+            return
+        if not self.gradient_state.sync_gradients:
+            return
+        if closure is not None:
+            raise ValueError("step(closure) with accumulation: run backward(loss) before step(), without a closure")
+        is_complete = window.flush()
+        if is_complete or not self.trained:
+            window.check_fed()
+        if not is_complete:
+            return
+        stepped = window.step()
+        if self.scaler is not None:
+            self._is_overflow = not stepped
+            self.scaler.update()
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Drop the window, where Accelerate zeroes; also one whose backward pass broke off."""
+        super().zero_grad(set_to_none)
+        if self.window is not None and (self.gradient_state.sync_gradients or self._broken):
+            self.window.zero_grad()
+            self._broken = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with the window's beside it; a bare optimizer can load it too.
+
+        Raises:
+            RuntimeError: Several processes are inside a window.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        if self.window is None:
+            return saved
+        window = self.window.state_dict()
+        if window["rank"][1] > 1 and (window["seen"] or window["ended"]):
+            if not self.resumes_windows:
+                return saved
+            raise RuntimeError(
+                "saving inside a window of several processes: each has a part of its own, and Accelerate saves the "
+                "first one's alone; save after optimizer.step() under `if accelerator.sync_gradients:`"
+            )
+        return {**saved, _WINDOW: window}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up optimizer and window; a state without a window begins a new one."""
+        saved = dict(state_dict)
+        window = saved.pop(_WINDOW, None)
+        super().load_state_dict(saved)
+        if self.window is None:
+            return
+        if window is not None:
+            self.window.load_state_dict(window)
+        if window is None or not self.resumes_windows:
+            self.window.zero_grad()
+
+    def gather(self, window: GradientAccumulator) -> None:
+        """Begin to gather gradients."""
+        self.window = self.accumulator = window
+
+    def let_go(self) -> None:
+        """Remove the hooks; what is left of a window is dropped."""
+        if self.window is not None:
+            self.window.zero_grad()
+            self.window.close()
+            self.window = None
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that gradients are gathered of."""
+        return [param for group in self.param_groups for param in group["params"] if param.requires_grad]
