@@ -9,6 +9,9 @@ import pytest
 # One thread: pytest-xdist has one process on each core. The processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Triton's kernels run in its interpreter, on CPU tensors; it has to be known before anything imports triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Started in the background by a shell, pytest would ignore Ctrl-C, and so would the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends import eager
 from floragrad.torch.backends.cpu import step as cpu
+from floragrad.torch.backends.triton import step as triton
 from floragrad.torch.context import ParamUpdate
 from floragrad.torch.part import Part, Sums
 
@@ -32,7 +33,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[tuple[Backend, ...]] = (cpu, eager)
+BACKENDS: Final[tuple[Backend, ...]] = (triton, cpu, eager)
 """In the order in which they are asked; the last takes every tensor."""
 
 
@@ -47,10 +48,12 @@ def steps_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
 def path_of(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     """Return the backend that steps a parameter, in words: ``"native (…)"`` or ``"eager (why)"``."""
-    reasons: list[str] = []
+    other_device = f"on {tensor.device.type}"  # what backends for other devices say
+    reasons = [other_device]
     for backend in BACKENDS:
         reason = backend.unsupported_reason(tensor, plan, part)
         if not reason:
-            return f"{backend.name()} ({reasons[-1]})" if reasons else backend.name()
-        reasons.append(reason)
+            return f"{backend.name()} ({reasons[-1]})" if backend is BACKENDS[-1] else backend.name()
+        if reason != other_device:
+            reasons.append(reason)
     raise AssertionError("the last backend takes every tensor")

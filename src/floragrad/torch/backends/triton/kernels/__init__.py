@@ -1,0 +1,1 @@
+"""The kernels: functions of pointers and numbers, which know nothing of optimizers."""

@@ -1,0 +1,36 @@
+"""A kernel, the programs that it is cut into, and what it is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: A function of ``kernels``.
+        grid: Programs along three axes.
+        arguments: Tensors and numbers, another value of which compiles nothing (but for integers that are 1, or
+            multiples of 16, where others are not).
+        constants: What the kernel is compiled for.
+        warps: Of a program.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, Tensor | int | float]
+    constants: Mapping[str, Any]
+    warps: int = 4
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it is compiled: products are rounded before they are added to, as on CPUs."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+    def run(self) -> None:
+        """Launch it on the current device; nothing is waited for."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)

@@ -1,0 +1,102 @@
+"""Which tensors the Triton kernels step. This module loads neither triton nor the kernels before there is one."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from math import ceil
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from floragrad.policy import TensorPlan
+from floragrad.torch.backends.switch import SWITCH, kernels_allowed
+from floragrad.torch.context import ParamUpdate
+from floragrad.torch.handover import is_plain
+from floragrad.torch.part import Part, Sums
+
+DEVICES: Final = {"cuda", "xpu"}
+"""Kinds of devices that triton compiles for. Tests that run kernels in its interpreter add the CPU."""
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""Of parameters and gradients."""
+MOST_SLICES: Final = 512
+"""Columns that share an element of the momentum, at most: a program holds those of 64 elements in registers."""
+
+
+def name() -> str:
+    """Return the backend's name."""
+    return "triton"
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
+    """Return why the kernels cannot step a parameter; empty where they can."""
+    if tensor.device.type not in DEVICES:
+        return f"on {tensor.device.type}"
+    if not kernels_allowed():
+        return f"{SWITCH}=eager"
+    if not _is_installed():
+        return "triton is not installed"
+    if plan.momentum == "sketch" and plan.projection == "gaussian":
+        return "Gaussian projection"
+    if "columns" in part.split:
+        return "split along its columns"
+    if part.row_words is None:
+        return "split unevenly"
+    if plan.momentum == "sketch" and ceil(part.view.columns / plan.width) > MOST_SLICES:
+        return f"ratio above {MOST_SLICES}"
+    return _tensor_reason(tensor)
+
+
+def _tensor_reason(tensor: Tensor) -> str:
+    """Return why the kernels cannot read a tensor at its address; empty where they can."""
+    if not is_plain(tensor):
+        return type(tensor).__name__
+    if tensor.dtype not in DTYPES:
+        return str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_neg():
+        return "negative bit"
+    return "" if tensor.is_contiguous() else "not contiguous"
+
+
+def takes(update: ParamUpdate) -> bool:
+    """Whether the kernels can make this step: all that they read and write lies as they expect."""
+    param, grad, state, ctx = update
+    return (
+        not unsupported_reason(param, ctx.plan, ctx.part)
+        and not _tensor_reason(grad)
+        and param.numel() > 0
+        and all(is_plain(value) for value in state.values())
+    )
+
+
+def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+    """Yield the passes of each batch of tensors with equal shapes, dtypes, options and steps.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured.
+    """
+    if updates:
+        for device in {update.param.device for update in updates}:
+            refuse_capture(device)
+        from floragrad.torch.backends.triton.passes import passes_of
+
+        yield from passes_of(updates)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Refuse a step whose replays would each be the same one.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured on the device.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step of Flora cannot be captured by torch.cuda.graph: it is counted on the host, so each replay would "
+            "repeat its averaging weight, random signs and rounding bits; capture the forward and the backward pass, "
+            "and call optimizer.step() after each replay"
+        )

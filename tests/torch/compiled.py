@@ -1,0 +1,170 @@
+"""Compile the launches of steps for GPUs that are not here, and print what each program takes as JSON.
+
+A program of its own: the interpreter, in which other tests run, replaces what compiles.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from floragrad.torch.backends.triton import launches
+from floragrad.torch.backends.triton.geometry import Geometry
+from floragrad.torch.backends.triton.launch import Launch
+from floragrad.torch.backends.triton.launches import Batch
+from floragrad.torch.backends.triton.spec import Numbers, Spec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one program of a kernel takes."""
+
+    case: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Types, constants and promises of a launch, as Triton derives them from what it is called with."""
+    names = launch.kernel.arg_names
+    constants, types, promises = dict(launch.constants), {}, {}
+    for place, name in enumerate(names):
+        if name in constants:
+            types[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            types[name] = {torch.int64: "*i64", torch.float32: "*fp32"}[value.dtype]
+            promises[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif value == 1:
+            types[name], constants[name] = "constexpr", 1
+        else:
+            types[name] = "i32"
+            if value % 16 == 0:
+                promises[(place,)] = [["tt.divisibility", 16]]
+    return types, constants, promises
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    types, constants, promises = signature_of(launch)
+    source = ASTSource(launch.kernel, types, constants, promises)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def usage(case: str, launch: Launch, name: str) -> Usage:
+    target = TARGETS[name]
+    kernel = compiled(launch, target)
+    if target.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(kernel.asm["cubin"])
+            text = subprocess.run(
+                [str(CUOBJDUMP), "-res-usage", file.name], check=True, capture_output=True, text=True
+            ).stdout
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        registers, spills = found["REG"], found["STACK"] + found["LOCAL"]
+    else:
+        text = kernel.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = sum(int(each) for each in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text))
+    return Usage(case, launch.kernel.__name__, name, launch.warps, registers, spills, kernel.metadata.shared)
+
+
+def spec(rows: int, columns: int, width: int, **changes: Any) -> Spec:
+    momentum = "sketch" if width < columns else "whole"
+    plain = Spec(
+        batch=1,
+        rows=rows,
+        columns=columns,
+        width=width,
+        all_rows=rows,
+        numel=rows * columns,
+        param_dtype=torch.bfloat16,
+        grad_dtype=torch.bfloat16,
+        state_dtype="int8",
+        momentum=momentum,
+        factored=True,
+        learnt=False,
+        learns=False,
+        residual=True,
+        resamples=False,
+        rounds=True,
+        scales=False,
+        is_split=False,
+        aligned=True,
+    )
+    return replace(plain, **changes)
+
+
+NUMBERS = Numbers(0.9, 0.99, 1e-30, 1e-3, 1e-3, 1.0, 0.1, 1.0)
+
+
+def launches_of(given: Spec) -> list[Launch]:
+    batch = Batch(given, NUMBERS, Geometry.of(given), 12, torch.empty(1, dtype=torch.int64), torch.empty(1))
+    made = [
+        launches.statistics(batch),
+        launches.between(batch),
+        launches.directions(batch),
+        launches.application(batch),
+    ]
+    if given.learns:
+        made += [launches.learning_start(batch), launches.growth(batch), launches.learning_end(batch, is_last=True)]
+    if given.is_split:
+        made.append(launches.shard_factors(batch))
+    return [launch for launch in made if launch is not None]
+
+
+FLOAT32 = {"param_dtype": torch.float32, "grad_dtype": torch.float32, "rounds": False}
+# GPT-2 small and Llama-3-8B: rank 128, the default; and two columns of every number of the momentum.
+CASES = {
+    "gpt2-mlp": spec(3072, 768, 128),
+    "gpt2-mlp-float32": spec(3072, 768, 128, **FLOAT32),
+    "llama-up": spec(14336, 4096, 128),
+    "llama-down-int4": spec(4096, 14336, 448, state_dtype="int4"),
+    "llama-up-ratio-2-int4": spec(14336, 4096, 2048, state_dtype="int4"),
+    "llama-up-float32": spec(14336, 4096, 128, **FLOAT32),
+    "llama-embedding": spec(128256, 4096, 4096, momentum="none", state_dtype="float32"),
+    "llama-whole": spec(4096, 4096, 4096),
+    "llama-resamples": spec(14336, 4096, 128, resamples=True),
+    "llama-paper": spec(14336, 4096, 128, resamples=True, residual=False),
+    "llama-adaptive": spec(14336, 4096, 128, learnt=True, learns=True, resamples=True),
+    "llama-full-second-moment": spec(14336, 4096, 128, factored=False),
+    "llama-shard": spec(1792, 4096, 128, all_rows=14336, is_split=True),
+    "norm": spec(1, 4096, 4096, factored=False, momentum="whole", state_dtype="float32", all_rows=1),
+}
+
+
+def main(pairs: list[str]) -> None:
+    """Compile each launch of each case for its target, ``case:target``; those that are the same once."""
+    seen = set()
+    for case, target in (pair.split(":") for pair in pairs):
+        for launch in launches_of(CASES[case]):
+            key = target, launch.kernel, str(signature_of(launch)), launch.warps
+            if key not in seen:
+                seen.add(key)
+                print(json.dumps(asdict(usage(case, launch, target))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
