@@ -11,17 +11,21 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from floragrad.policy import plan_accumulator
 from floragrad.torch.backends.triton import launches
+from floragrad.torch.backends.triton.fold import decode_triton, fold_triton
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.launch import Launch
 from floragrad.torch.backends.triton.launches import Batch
 from floragrad.torch.backends.triton.spec import Numbers, Spec
+from floragrad.torch.part import Part
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,6 +33,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+POINTERS = {
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+COUNTED = ("seed", "index", "window", "counter")  # which the kernels of folds are not specialized for
 
 
 @dataclass(frozen=True)
@@ -54,10 +68,12 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[A
             continue
         value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
-            types[name] = {torch.int64: "*i64", torch.float32: "*fp32"}[value.dtype]
+            types[name] = POINTERS[value.dtype]
             promises[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             types[name] = "fp32"
+        elif name in COUNTED:
+            types[name] = "i64"
         elif value == 1:
             types[name], constants[name] = "constexpr", 1
         else:
@@ -135,6 +151,22 @@ def launches_of(given: Spec) -> list[Launch]:
     return [launch for launch in made if launch is not None]
 
 
+def folds_of(case: str) -> list[Launch]:
+    """The launches of a fold with its noise, and of decoding, of a matrix of Llama-3-8B."""
+    ratio, state_dtype = FOLDS[case]
+    plan, made = plan_accumulator((14336, 4096), ratio=ratio, state_dtype=state_dtype, kind="matrix"), []
+    buffers = {key: torch.empty(1, dtype=getattr(torch, each.dtype)) for key, each in plan.buffers.items()}
+    grad, columns = torch.empty(1, dtype=torch.bfloat16), buffers["scale"] if ratio == 1 else None
+    part, streams = Part.whole(plan.shape, plan.view), {"seed": 1, "index": 1, "window": 1}
+    with mock.patch.object(Launch, "run", lambda launch: made.append(launch)):
+        fold_triton(
+            grad, buffers, plan, columns, part, is_first=False, weight=0.5, counter=1, measure_noise=True, **streams
+        )
+        decode_triton(grad, buffers, plan, columns, own=0, factor=grad, orthogonal=False, **streams)
+    return made
+
+
+FOLDS = {"fold-int8": (1, "int8"), "fold-ratio-2-int4": (2, "int4"), "fold-ratio-32": (32, "int8")}
 FLOAT32 = {"param_dtype": torch.float32, "grad_dtype": torch.float32, "rounds": False}
 # GPT-2 small and Llama-3-8B: rank 128, the default; and two columns of every number of the momentum.
 CASES = {
@@ -159,7 +191,7 @@ def main(pairs: list[str]) -> None:
     """Compile each launch of each case for its target, ``case:target``; those that are the same once."""
     seen = set()
     for case, target in (pair.split(":") for pair in pairs):
-        for launch in launches_of(CASES[case]):
+        for launch in launches_of(CASES[case]) if case in CASES else folds_of(case):
             key = target, launch.kernel, str(signature_of(launch)), launch.warps
             if key not in seen:
                 seen.add(key)

@@ -108,8 +108,11 @@ def accesses(tensors: Mapping[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> 
         return store(self, pointers, value, mask, *rest, **named)
 
     def run_with_own(launch: Launch) -> None:
-        before, own = seen._ranges, [each for each in launch.arguments.items() if isinstance(each[1], Tensor)]
-        seen._ranges = before + [(name, each.data_ptr(), each.data_ptr() + each.nbytes) for name, each in own]
+        before, known = seen._ranges, {first for _, first, _ in seen._ranges}
+        for name, each in launch.arguments.items():
+            if isinstance(each, Tensor) and each.numel() and each.data_ptr() not in known:
+                known.add(each.data_ptr())
+                seen._ranges = [*seen._ranges, (name, each.data_ptr(), each.data_ptr() + each.nbytes)]
         run(launch)
         seen._ranges = before
 

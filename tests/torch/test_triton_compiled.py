@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.torch.compiled import CASES, TARGETS
+from tests.torch.compiled import CASES, FOLDS, TARGETS
 
 # Each kernel, and each way of compiling it that differs much, for one GPU: all of them are among the slow tests.
-CHOSEN = ("gpt2-mlp:sm_80", "llama-down-int4:sm_90", "llama-up:gfx942", "llama-adaptive:sm_90", "norm:sm_80")
+CHOSEN = (
+    "gpt2-mlp:sm_80",
+    "llama-down-int4:sm_90",
+    "llama-up:gfx942",
+    "llama-adaptive:sm_90",
+    "norm:sm_80",
+    "fold-ratio-32:sm_90",
+)
 
 
 def assert_nothing_spills(pairs: Iterable[str], cache: Path) -> None:
@@ -33,4 +40,4 @@ def test_kernels_compile_and_spill_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_case_compiles_for_every_gpu(target: str, tmp_path: Path) -> None:
-    assert_nothing_spills((f"{case}:{target}" for case in CASES), tmp_path)
+    assert_nothing_spills((f"{case}:{target}" for case in [*CASES, *FOLDS]), tmp_path)

@@ -1,6 +1,6 @@
 """One tensor's sum of gradients over a window, kept as a sketch: what is stored, not when."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -10,6 +10,7 @@ from floragrad._streams import Stream
 from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch.backends.cpu.fold import can_fold, fold_native
+from floragrad.torch.backends.triton import step as triton
 from floragrad.torch.handover import Layout, check_sketch, checked_gradient
 from floragrad.torch.part import Part
 from floragrad.torch.projection import Projection, draw_projection
@@ -93,19 +94,32 @@ class GradientSketch:
         self._stored(grad.device)
         if self.folds == 0 and "noise" in self._buffers:
             self._buffers["noise"].zero_()
-        if self._is_native(grad):
-            self._add_native(grad, weight, window, measure_noise=measure_noise)
+        if self._is_on_gpu_kernels(grad):
+            from floragrad.torch.backends.triton.fold import fold_triton
+
+            self._add_by(fold_triton, grad, weight, window, measure_noise=measure_noise)
+        elif self._is_native(grad):
+            self._add_by(fold_native, grad, weight, window, measure_noise=measure_noise)
         else:
             self._add_blocks(grad, weight, window, measure_noise=measure_noise)
         self.folds += 1
 
+    @property
+    def _is_gaussian(self) -> bool:
+        return self.plan.ratio > 1 and self._kind == "gaussian"
+
     def _is_native(self, grad: Tensor) -> bool:
         """Whether the native kernels can fold this gradient in."""
-        is_gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
-        return not is_gaussian and can_fold(grad, self._buffers, self._part)
+        return not self._is_gaussian and can_fold(grad, self._buffers, self._part)
 
-    def _add_native(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
-        fold_native(
+    def _is_on_gpu_kernels(self, grad: Tensor) -> bool:
+        """Whether the Triton kernels fold this gradient in, and decode into it."""
+        return not self._is_gaussian and triton.can_fold(grad, self._buffers, self._part, self.plan.width)
+
+    def _add_by(
+        self, fold: Callable[..., None], grad: Tensor, weight: float, window: int, *, measure_noise: bool
+    ) -> None:
+        fold(
             grad,
             self._buffers,
             self.plan,
@@ -213,11 +227,21 @@ class GradientSketch:
             factor: Of all, a number or a tensor of one element.
             orthogonal: Decode with (P Pᵀ)⁻¹ P: no longer the sum in the mean, but its orthogonal projection.
         """
-        stored, projection = self._stored(grad.device), self._projection(window)
-        grads, columns = grad.view(self.plan.view), self._column_sizes(grad.device)
-        squares = None if columns is None else torch.zeros_like(self._buffers["col_var"])
         if isinstance(factor, Tensor):
             factor = factor.to(grad.device)
+        stored, columns = self._stored(grad.device), self._column_sizes(grad.device)
+        if self._is_on_gpu_kernels(grad):
+            from floragrad.torch.backends.triton.fold import decode_triton
+
+            streams = {"seed": self._seed, "index": self.index, "window": window}
+            squares = decode_triton(
+                grad, self._buffers, self.plan, columns, own=own, factor=factor, orthogonal=orthogonal, **streams
+            )
+            if squares is not None:
+                self._remember(squares / self.plan.view.rows)
+            return
+        projection, grads = self._projection(window), grad.view(self.plan.view)
+        squares = None if columns is None else torch.zeros_like(self._buffers["col_var"])
         for where in self._blocks(grad.device):
             rows = load(stored.read(where), self.plan.state_dtype, stored.width)
             if projection is not None and orthogonal:
@@ -339,7 +363,6 @@ class GradientSketch:
         return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
 
     def _blocks(self, device: torch.device) -> Iterator[Block]:
-        gaussian = self.plan.ratio > 1 and self._kind == "gaussian"
         total = self.plan.view.numel
         elements = max(block_elements(total, device), min(total, FOLD_ELEMENTS))
-        return row_blocks(self.plan.view, elements, gaussian=gaussian)
+        return row_blocks(self.plan.view, elements, gaussian=self._is_gaussian)

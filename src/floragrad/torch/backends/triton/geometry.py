@@ -32,17 +32,56 @@ def power_of_2(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Tiles and grids for one shape.
+class Tiles:
+    """How a pass over a matrix and its sketch is cut: tiles of (rows, slices, buckets), and programs that take them.
 
     Attributes:
         slices: Slices of a tile, a power of two: ceil(n/k) or more.
         buckets: Columns of the momentum that a program works on.
-        tile_rows: Rows of a tile.
+        rows: Rows of a tile.
         bucket_blocks: Programs along the momentum's columns.
-        row_programs: Programs along a matrix's rows, each of which works on tiles of rows one after the other.
-        grow_programs: The same in a power iteration.
-        warps: Of a program on tiles.
+        row_programs: Programs along a matrix's rows, each of which takes tiles one after the other.
+        warps: Of a program.
+    """
+
+    slices: int
+    buckets: int
+    rows: int
+    bucket_blocks: int
+    row_programs: int
+    warps: int
+
+    @classmethod
+    def of(cls, batch: int, rows: int, columns: int, width: int) -> "Tiles":
+        """Return the tiles of ``batch`` matrices of rows x columns with sketches of ``width`` columns."""
+        slices = power_of_2(ceil(columns / width))
+        widest = QUANTIZATION_BLOCK if slices > 1 else max(WIDEST, TILE // power_of_2(rows))
+        buckets = max(2, min(widest, power_of_2(width)))
+        tile = TILE if slices > FEW_SLICES else TILE // 2
+        tile_rows = max(1, min(tile // (slices * buckets), power_of_2(rows)))
+        bucket_blocks = ceil(width / buckets)
+        return cls(
+            slices=slices,
+            buckets=buckets,
+            rows=tile_rows,
+            bucket_blocks=bucket_blocks,
+            row_programs=min(ceil(rows / tile_rows), max(1, MOST_PARTIALS // (batch * bucket_blocks))),
+            warps=min(16, max(4, slices * buckets // 1024)),
+        )
+
+    @property
+    def programs(self) -> int:
+        """Programs on a matrix."""
+        return self.row_programs * self.bucket_blocks
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a step is cut.
+
+    Attributes:
+        tiles: Of the passes that know the direction.
+        grow_programs: Programs along a matrix's rows in a power iteration.
         sum_rows: Rows of a tile of the first pass.
         sum_columns: Columns of it.
         column_tiles: Of the first pass.
@@ -51,13 +90,8 @@ class Geometry:
         pieces: Pieces of a matrix's rows that are averaged by one program.
     """
 
-    slices: int
-    buckets: int
-    tile_rows: int
-    bucket_blocks: int
-    row_programs: int
+    tiles: Tiles
     grow_programs: int
-    warps: int
     sum_rows: int
     sum_columns: int
     column_tiles: int
@@ -68,25 +102,14 @@ class Geometry:
     @classmethod
     def of(cls, spec: Spec) -> "Geometry":
         """Return the geometry of a batch's tensors."""
-        batch, rows, columns, width = spec.batch, spec.rows, spec.columns, spec.width
-        slices = power_of_2(ceil(columns / width))
-        widest = QUANTIZATION_BLOCK if slices > 1 else max(WIDEST, TILE // power_of_2(rows))
-        buckets = max(2, min(widest, power_of_2(width)))
-        tile = TILE if slices > FEW_SLICES else TILE // 2
-        tile_rows = max(1, min(tile // (slices * buckets), power_of_2(rows)))
-        bucket_blocks = ceil(width / buckets)
-        row_tiles = ceil(rows / tile_rows)
+        batch, rows, columns = spec.batch, spec.rows, spec.columns
+        tiles = Tiles.of(batch, rows, columns, spec.width)
         sum_columns = min(max(WIDEST, TILE // power_of_2(rows)), power_of_2(columns))
         sum_rows = max(1, min(TILE // sum_columns, power_of_2(rows)))
         chunk_rows = sum_rows * ceil(rows / sum_rows / max(1, MOST_CHUNKS // batch))
         return cls(
-            slices=slices,
-            buckets=buckets,
-            tile_rows=tile_rows,
-            bucket_blocks=bucket_blocks,
-            row_programs=min(row_tiles, max(1, MOST_PARTIALS // (batch * bucket_blocks))),
-            grow_programs=min(row_tiles, max(1, MOST_CHUNKS // (2 * batch))),
-            warps=min(16, max(4, slices * buckets // 1024)),
+            tiles=tiles,
+            grow_programs=min(ceil(rows / tiles.rows), max(1, MOST_CHUNKS // (2 * batch))),
             sum_rows=sum_rows,
             sum_columns=sum_columns,
             column_tiles=ceil(columns / sum_columns),
@@ -100,8 +123,3 @@ class Geometry:
         if spec.factored:
             return spec.batch * self.chunks * self.column_tiles
         return min(MOST_PARTIALS, ceil(spec.batch * spec.rows * spec.columns / VECTOR_BLOCK))
-
-    @property
-    def programs(self) -> int:
-        """Programs on the tiles of a matrix."""
-        return self.row_programs * self.bucket_blocks

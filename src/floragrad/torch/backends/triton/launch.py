@@ -1,9 +1,11 @@
 """A kernel, the programs that it is cut into, and what it is given."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +36,8 @@ class Launch:
     def run(self) -> None:
         """Launch it on the current device; nothing is waited for."""
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the one that kernels are launched on."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)

@@ -69,9 +69,9 @@ class Batch(NamedTuple):
             "STATE": STATE_DTYPES[spec.state_dtype],
             "FACTORED": spec.factored,
             "ALIGNED": spec.aligned,
-            "ROWS": geometry.tile_rows,
-            "SLICES": geometry.slices,
-            "BUCKETS": geometry.buckets,
+            "ROWS": geometry.tiles.rows,
+            "SLICES": geometry.tiles.slices,
+            "BUCKETS": geometry.tiles.buckets,
         }
 
     @property
@@ -168,9 +168,9 @@ def directions(batch: Batch) -> Launch:
     return Launch(
         direction,
         _tile_grid(batch),
-        {**batch.where, **batch.tile_numbers, "row_programs": batch.geometry.row_programs},
+        {**batch.where, **batch.tile_numbers, "row_programs": batch.geometry.tiles.row_programs},
         batch.tile_constants | batch.estimator,
-        batch.geometry.warps,
+        batch.geometry.tiles.warps,
     )
 
 
@@ -183,8 +183,8 @@ def application(batch: Batch) -> Launch:
         {
             **batch.where,
             **batch.tile_numbers,
-            "row_programs": geometry.row_programs,
-            "partials": 1 if spec.is_split else spec.batch * geometry.programs,
+            "row_programs": geometry.tiles.row_programs,
+            "partials": 1 if spec.is_split else spec.batch * geometry.tiles.programs,
             "param_partials": 1 if spec.is_split else geometry.measured(spec),
             "lr": numbers.lr,
             "sign": numbers.sign,
@@ -202,7 +202,7 @@ def application(batch: Batch) -> Launch:
             "SCALES": spec.scales,
             "ADDED_UP": spec.is_split,
         },
-        geometry.warps,
+        geometry.tiles.warps,
     )
 
 
@@ -218,10 +218,10 @@ def growth(batch: Batch) -> Launch:
     spec, geometry = batch.spec, batch.geometry
     return Launch(
         grow,
-        (geometry.grow_programs * geometry.bucket_blocks, spec.batch, batch.tensors),
+        (geometry.grow_programs * geometry.tiles.bucket_blocks, spec.batch, batch.tensors),
         {**batch.where, **batch.tile_numbers, "row_programs": geometry.grow_programs},
         batch.tile_constants,
-        geometry.warps,
+        geometry.tiles.warps,
     )
 
 
@@ -238,11 +238,11 @@ def learning_end(batch: Batch, *, is_last: bool) -> Launch:
 
 
 def _tile_grid(batch: Batch) -> tuple[int, int, int]:
-    return batch.geometry.programs, batch.spec.batch, batch.tensors
+    return batch.geometry.tiles.programs, batch.spec.batch, batch.tensors
 
 
 def _bucket_grid(batch: Batch) -> tuple[int, int, int]:
-    return batch.geometry.bucket_blocks, batch.spec.batch, batch.tensors
+    return batch.geometry.tiles.bucket_blocks, batch.spec.batch, batch.tensors
 
 
 def _row(batch: Batch) -> dict[str, int]:
@@ -251,8 +251,8 @@ def _row(batch: Batch) -> dict[str, int]:
 
 def _bucket_constants(batch: Batch) -> dict[str, Any]:
     geometry = batch.geometry
-    return {"ALIGNED": batch.spec.aligned, "SLICES": geometry.slices, "BUCKETS": geometry.buckets}
+    return {"ALIGNED": batch.spec.aligned, "SLICES": geometry.tiles.slices, "BUCKETS": geometry.tiles.buckets}
 
 
 def _warps(batch: Batch) -> int:
-    return min(16, max(1, batch.geometry.slices * batch.geometry.buckets // 256))
+    return min(16, max(1, batch.geometry.tiles.slices * batch.geometry.tiles.buckets // 256))

@@ -1,7 +1,6 @@
 """The passes of a step, batch by batch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton.language as tl
@@ -12,7 +11,7 @@ from floragrad.torch.backends.triton import launches
 from floragrad.torch.backends.triton.describe import REGIONS, Located, numbers_of, on_device, rows_of, spec_of
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.kernels import fields
-from floragrad.torch.backends.triton.launch import Launch
+from floragrad.torch.backends.triton.launch import Launch, current_device
 from floragrad.torch.backends.triton.launches import Batch
 from floragrad.torch.backends.triton.workspace import Workspace, regions
 from floragrad.torch.context import ParamUpdate
@@ -106,12 +105,7 @@ class _Passes:
         return self._planned.workspace.region(batch.workspace, name.value)
 
     def _launch(self, *several: Launch | None) -> None:
-        with _current(self._device):
+        with current_device(self._device):
             for launch in several:
                 if launch is not None:
                     launch.run()
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the one that kernels are launched on."""
-    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)

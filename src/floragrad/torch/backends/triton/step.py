@@ -1,6 +1,6 @@
 """Which tensors the Triton kernels step. This module loads neither triton nor the kernels before there is one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import ceil
@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
@@ -43,18 +44,22 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
         return "triton is not installed"
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
+    width = plan.width if plan.momentum == "sketch" else part.view.columns
+    return _part_reason(part, width) or _tensor_reason(tensor)
+
+
+def _part_reason(part: Part, width: int) -> str:
+    """Return why the kernels cannot take a tensor's local part with a sketch of ``width`` columns."""
     if "columns" in part.split:
         return "split along its columns"
     if part.row_words is None:
         return "split unevenly"
-    if plan.momentum == "sketch" and ceil(part.view.columns / plan.width) > MOST_SLICES:
-        return f"ratio above {MOST_SLICES}"
-    return _tensor_reason(tensor)
+    return f"ratio above {MOST_SLICES}" if ceil(part.view.columns / width) > MOST_SLICES else ""
 
 
 def _tensor_reason(tensor: Tensor) -> str:
     """Return why the kernels cannot read a tensor at its address; empty where they can."""
-    if not is_plain(tensor):
+    if not is_plain(tensor) or isinstance(tensor, FakeTensor):
         return type(tensor).__name__
     if tensor.dtype not in DTYPES:
         return str(tensor.dtype).removeprefix("torch.")
@@ -71,6 +76,26 @@ def takes(update: ParamUpdate) -> bool:
         and not _tensor_reason(grad)
         and param.numel() > 0
         and all(is_plain(value) for value in state.values())
+    )
+
+
+def can_fold(grad: Tensor, buffers: Mapping[str, Tensor], part: Part, width: int) -> bool:
+    """Whether the kernels can fold a gradient into a sketch that is no Gaussian one, and decode into it.
+
+    Args:
+        grad: The gradient.
+        buffers: The sketch's.
+        part: The local part of the tensor.
+        width: Columns of the sketch.
+    """
+    return (
+        grad.device.type in DEVICES
+        and kernels_allowed()
+        and _is_installed()
+        and not _part_reason(part, width)
+        and not _tensor_reason(grad)
+        and grad.numel() > 0
+        and all(is_plain(buffer) and buffer.is_contiguous() for buffer in buffers.values())
     )
 
 

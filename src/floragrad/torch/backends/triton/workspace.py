@@ -45,7 +45,7 @@ def regions(spec: Spec, geometry: Geometry) -> dict[int, tuple[int, ...]]:
     if spec.rounds:
         found[fields.PARAM_ROWS.value] = (batch * rows,)
         found[fields.PARAM_COLUMNS.value] = (columns,)
-    measured = {fields.SQUARES.value: batch * geometry.programs}
+    measured = {fields.SQUARES.value: batch * geometry.tiles.programs}
     if spec.scales:
         measured[fields.PARAM_SQUARES.value] = geometry.measured(spec)
     for field, partials in measured.items():

@@ -61,6 +61,17 @@ def random_signs(
 
 
 @triton.jit
+def slice_signs(
+    seed: tl.tensor, index: tl.tensor, counter: tl.tensor, stream: tl.constexpr, first: tl.tensor, COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """Return the signs of up to 64 columns from each of ``first`` on, (slices, COLUMNS): of two words a slice."""
+    before = random_words(seed, index, counter, stream, first >> 6)
+    after = random_words(seed, index, counter, stream, (first >> 6) + 1)
+    column = first[:, None] + tl.arange(0, COLUMNS)[None, :]
+    return sign_of(tl.where((column >> 6) == (first >> 6)[:, None], before[:, None], after[:, None]), column)
+
+
+@triton.jit
 def rounding_bits(row_words: tl.tensor, column_words: tl.tensor) -> tl.tensor:
     """Return h(a + b) >> 16 of words a and b, int32 from -32768 to 32767, as ``RoundingBits.numbers`` does."""
     words = row_words + column_words

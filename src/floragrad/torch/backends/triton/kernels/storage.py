@@ -89,8 +89,8 @@ def store_rows(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
-    """Store a tile, rounded stochastically: in 8 or 4 bits q = ⌊x / scale + u⌋, whose mean is x / scale.
+) -> tl.tensor:
+    """Store a tile, rounded stochastically, and return what is kept: q = ⌊x / scale + u⌋, of mean x / scale.
 
     Args:
         values: float32, zeros beyond the rows' columns.
@@ -108,10 +108,13 @@ def store_rows(
     column = first + tl.arange(0, COLUMNS)
     in_tile = in_rows[:, None] & (column < width)[None, :]
     where = data + row[:, None] * width + column[None, :]
+    kept = values
     if DTYPE == FLOAT32:
         tl.store(where, values, mask=in_tile)
     elif DTYPE == BFLOAT16:
-        tl.store(where, cut_to_bfloat16(values, bits & 0xFFFF), mask=in_tile)
+        rounded = cut_to_bfloat16(values, bits & 0xFFFF)
+        tl.store(where, rounded, mask=in_tile)
+        kept = rounded.to(tl.float32)
     else:
         LARGEST: tl.constexpr = 127.0 if DTYPE == INT8 else 7.0
         BLOCK: tl.constexpr = min(COLUMNS, QUANTIZATION_BLOCK)
@@ -126,6 +129,7 @@ def store_rows(
         grid = tl.div_rn(values, divisor) + (bits.to(tl.float32) + 32768.5) * 0.0000152587890625
         grid = tl.where(grid > -LARGEST, grid, -LARGEST)  # and so is what is not a number
         integers = tl.floor(tl.where(grid < LARGEST, grid, LARGEST)).to(tl.int8)
+        kept = integers.to(tl.float32) * spread(scales, ROWS, COLUMNS, BLOCK)
         if DTYPE == INT8:
             tl.store(where, integers, mask=in_tile)
         else:
@@ -134,6 +138,7 @@ def store_rows(
             row_bytes = (width + 1) // 2
             in_bytes = in_rows[:, None] & (byte < row_bytes)[None, :]
             tl.store(data + row[:, None] * row_bytes + byte[None, :], (low & 15) | (high << 4), mask=in_bytes)
+    return kept
 
 
 @triton.jit
