@@ -49,6 +49,7 @@ def _upper_product(a: Any, b: Any) -> Any:
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step tensors by the Triton kernels, in the interpreter; a tensor that they cannot take fails its test."""
     make_fast()
+    step.absence.cache_clear()
     monkeypatch.setattr(step, "DEVICES", {"cpu"})
     monkeypatch.setattr(backends, "BACKENDS", (step,))
 

@@ -4,6 +4,7 @@ That they compile for GPUs, and what they take there, is in ``test_triton_compil
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from floragrad import Flora
+from floragrad.torch import backends
+from floragrad.torch.backends.triton import step as step_module
 from floragrad.torch.backends.triton.step import refuse_capture, steps
 from floragrad.torch.context import ParamUpdate, StepContext
 from floragrad.torch.options import plan_of, resolve_group
@@ -326,3 +329,36 @@ def test_a_captured_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_capture(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="counted on the host"):
         refuse_capture(torch.device("cuda"))
+
+
+# --- What they take -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backends of a GPU, for the CPU."""
+    monkeypatch.setattr(step_module, "DEVICES", {"cpu"})
+    monkeypatch.setattr(backends, "BACKENDS", (step_module, backends.eager))
+    step_module.absence.cache_clear()
+    yield
+    step_module.absence.cache_clear()
+
+
+def test_the_report_says_why_a_tensor_is_left_to_eager_code(beside_eager: None) -> None:
+    makes: dict[str, Callable[[], Tensor]] = {
+        "triton": lambda: torch.zeros(64, 64).half(),
+        "eager (float64)": lambda: torch.zeros(64, 64).double(),
+        "eager (not contiguous)": lambda: torch.zeros(64, 32).t(),
+    }
+    params = [torch.nn.Parameter(make()) for make in makes.values()]
+    assert [row.path for row in Flora(params, lr=1e-3, rank=8).report().rows] == list(makes)
+    wide, (gaussian, *_) = torch.nn.Parameter(torch.zeros(4, 1100).half()), params
+    assert Flora([wide], lr=1e-3, ratio=550).report().rows[0].path == "eager (ratio above 512)"
+    (row,) = Flora([gaussian], lr=1e-3, rank=8, projection="gaussian").report().rows
+    assert row.path == "eager (Gaussian projection)"
+
+
+def test_the_switch_turns_them_off(beside_eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLORAGRAD_KERNELS", "eager")
+    row = Flora([torch.nn.Parameter(torch.zeros(64, 64).half())], lr=1e-3, rank=8).report().rows[0]
+    assert row.path == "eager (FLORAGRAD_KERNELS=eager)"

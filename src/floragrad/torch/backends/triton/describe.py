@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from floragrad.torch.backends.triton.kernels import fields
@@ -60,16 +62,16 @@ class Located(NamedTuple):
         return [*self.addresses, ctx.group["seed"], ctx.index, ctx.step, ctx.resample_index, first_row, first_column]
 
 
-def rows_of(tensors: Sequence[Located], offsets: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the rows of a batch's table.
+def rows_of(tensors: Sequence[Located], offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """Return the rows of a batch's table, (tensors, fields).
 
     Args:
         tensors: The batch.
         offsets: Of each of ``REGIONS``: where the first tensor's begins, and how far it is to the next one's.
     """
-    return [
-        tensor.row() + [first + number * stride for first, stride in offsets] for number, tensor in enumerate(tensors)
-    ]
+    own = np.array([tensor.row() for tensor in tensors], dtype=np.int64)
+    first, stride = np.array(offsets, dtype=np.int64).T
+    return np.hstack([own, first + stride * np.arange(len(tensors))[:, None]])
 
 
 def spec_of(tensor: Located) -> Spec:
@@ -115,7 +117,7 @@ def numbers_of(ctx: StepContext) -> Numbers:
     )
 
 
-def on_device(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+def on_device(rows: Sequence[npt.NDArray[np.int64]], device: torch.device) -> torch.Tensor:
     """Copy a table to a device, without waiting for it."""
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    table = torch.from_numpy(np.concatenate(rows))
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)

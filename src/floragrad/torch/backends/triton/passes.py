@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +29,7 @@ class _Planned:
         self.workspace = Workspace(regions(self.spec, self.geometry), len(tensors))
 
     @property
-    def rows(self) -> list[list[int]]:
+    def rows(self) -> npt.NDArray[np.int64]:
         """Of the table."""
         return rows_of(self.tensors, self.workspace.offsets(REGIONS))
 
@@ -40,7 +42,7 @@ def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
         batches.setdefault(tensor.key, []).append(tensor)
     for device, batches in devices.items():
         planned = [_Planned(tensors) for tensors in batches.values()]
-        table = on_device([row for batch in planned for row in batch.rows], device)
+        table = on_device([batch.rows for batch in planned], device)
         parts = torch.split(table, [len(batch.tensors) for batch in planned])
         for batch, part in zip(planned, parts, strict=True):
             yield _Passes(batch, part, device).run()

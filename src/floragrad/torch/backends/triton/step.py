@@ -30,18 +30,19 @@ def name() -> str:
 
 
 @cache
-def _is_installed() -> bool:
-    return find_spec("triton") is not None
+def absence() -> str:
+    """Return why there are no kernels, found once for all; empty where there are."""
+    if not kernels_allowed():
+        return f"{SWITCH}=eager"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     """Return why the kernels cannot step a parameter; empty where they can."""
     if tensor.device.type not in DEVICES:
         return f"on {tensor.device.type}"
-    if not kernels_allowed():
-        return f"{SWITCH}=eager"
-    if not _is_installed():
-        return "triton is not installed"
+    if absence():
+        return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
     width = plan.width if plan.momentum == "sketch" else part.view.columns
@@ -90,8 +91,7 @@ def can_fold(grad: Tensor, buffers: Mapping[str, Tensor], part: Part, width: int
     """
     return (
         grad.device.type in DEVICES
-        and kernels_allowed()
-        and _is_installed()
+        and not absence()
         and not _part_reason(part, width)
         and not _tensor_reason(grad)
         and grad.numel() > 0
