@@ -103,7 +103,9 @@ def usage(case: str, launch: Launch, name: str) -> Usage:
     else:
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = sum(int(each) for each in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text))
+        # Bytes of memory. Scalars beyond the scalar registers go to lanes of vector registers, to no memory.
+        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        spills += int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
     return Usage(case, launch.kernel.__name__, name, launch.warps, registers, spills, kernel.metadata.shared)
 
 
