@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.distributed.world import World
-from tests.torch.conftest import eager as eager
 
 Worlds = Callable[[int], World]
 

@@ -383,7 +383,6 @@ def in_a_group_of_its_own(rank: int) -> Tensor:
     return flat(model)
 
 
-@pytest.mark.usefixtures("eager")  # as in the groups of processes
 def test_a_group_of_one_rank_trains_alone(worlds: Worlds) -> None:
     for rank, found in enumerate(worlds(2).run(in_a_group_of_its_own)):
         model = net()

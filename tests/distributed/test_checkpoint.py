@@ -14,8 +14,6 @@ from tests.distributed import cases
 from tests.distributed.cases import SHAPES, STEPS, Tensors, full, options_of, run_steps, whole_state
 from tests.distributed.conftest import Worlds
 
-pytestmark = pytest.mark.usefixtures("eager")  # as in the groups of processes
-
 HALF = 12
 TOLERANCE = 1e-5
 OPTIONS = {
