@@ -44,27 +44,33 @@ int main(int count, char** given) {
             room<float>(rows * width),   room<float>(rows),           room<float>(columns)};
     for (int64_t i = 0; i < rows * columns; ++i) each.grad[i] = (std::rand() % 2001 - 1000) * 1e-6f;
   }
-  double statistics = 1e9, update = 1e9;
+  double least[3] = {1e9, 1e9, 1e9};
   for (int round = 1; round <= 12; ++round) {
-    double taken[2] = {0, 0};
+    double taken[3] = {0, 0, 0};
     for (Tensor& each : tensors) {
       Step step{};
-      step.batch = 1, step.rows = rows, step.columns = columns, step.width = width;
+      step.batch = 1, step.rows = step.all_rows = step.all_row_words = step.matrix_row_words = rows;
+      step.columns = columns, step.width = width, step.all_elements = rows * columns;
       step.state_dtype = dtype, step.momentum = width ? floragrad::SKETCH : floragrad::NONE;
       step.factored = step.residual = step.stochastic = step.threads = 1, step.step = round;
       step.beta1 = 0.9, step.beta2 = 0.5, step.eps = 1e-30, step.keep = 1, step.size = 1e-4, step.clip_threshold = 1;
       step.grad = each.grad, step.param = each.param, step.data = each.momentum, step.scale = each.scale;
       step.row_var = each.row_var, step.col_var = each.col_var;
-      step.scratch = room<char>(floragrad_most_step_bytes(&step, 1));
+      step.kept = room<float>(floragrad_kept_bytes(&step) / sizeof(float));
+      step.scratch = room<char>(floragrad_scratch_bytes(&step));
       const double start = now();
-      floragrad_statistics(&step);
-      const double between = now();
-      floragrad_update(&step);
-      taken[0] += between - start, taken[1] += now() - between;
+      floragrad_statistics(&step, 1);
+      floragrad_normalise(&step, 1);
+      const double measured = now();
+      floragrad_direction(&step, 1);
+      const double directed = now();
+      floragrad_apply(&step, 1);
+      taken[0] += measured - start, taken[1] += directed - measured, taken[2] += now() - directed;
+      std::free(step.kept);
       std::free(step.scratch);
     }
-    statistics = std::min(statistics, taken[0]), update = std::min(update, taken[1]);
+    for (int pass = 0; pass < 3; ++pass) least[pass] = std::min(least[pass], taken[pass]);
   }
   const double each = 1e9 / static_cast<double>(rows * columns) / static_cast<double>(tensors.size());
-  std::printf("statistics %.3f, update %.3f\n", statistics * each, update * each);
+  std::printf("statistics %.3f, direction %.3f, apply %.3f\n", least[0] * each, least[1] * each, least[2] * each);
 }
