@@ -14,10 +14,8 @@ from floragrad.jax.leaf import Leaf, initial_weight
 from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
-from floragrad.torch import context, slots
+from floragrad.torch import adaptive, context, slots
 from floragrad.torch import projection as torch_projection
-from floragrad.torch.backends import eager as eager_backend
-from floragrad.torch.backends.cpu import step as cpu
 from floragrad.torch.options import resolve_group
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors, to_torch, torch_axes, trajectory
 from tests.torch.cases import CASES, Case
@@ -151,6 +149,5 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
         return to_torch(numbers(0))
 
     monkeypatch.setattr(context.StepContext, "projection", drawn)
-    for backend in (cpu, eager_backend):
-        monkeypatch.setattr(backend, "adaptive_noise", noise)
+    monkeypatch.setattr(adaptive, "adaptive_noise", noise)
     monkeypatch.setattr(slots, "random_signs", signs)

@@ -1,5 +1,6 @@
 """Adaptive projections: the weights of the buckets follow the momentum by power iterations."""
 
+from collections.abc import Callable
 from typing import Final
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from floragrad._streams import ADAPTIVE_NOISE, Stream
 from floragrad.torch import update as pure
 from floragrad.torch.context import StepContext
+from floragrad.torch.part import Sums
 from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets, power_iteration
 
 POWER_ITERATIONS: Final = 2
@@ -64,3 +66,25 @@ def adaptive_noise(ctx: StepContext, words: Tensor | None = None) -> Tensor:
     if words is None:
         words = ctx.stream(Stream.ADAPTIVE_NOISE, ctx.resample_index).draw(n, ctx.device)
     return noise_from(words, n, ctx.plan.width)
+
+
+def learn_weights(
+    ctx: StepContext, weight: Tensor, grow: Callable[[Tensor], Tensor], words: Tensor | None = None
+) -> Sums:
+    """Learn the weights of a projection on β₁ decode(M) + (1 − β₁) U, from the old ones plus a little noise.
+
+    Args:
+        ctx: The step.
+        weight: The old weights, (batch, 1, n); the new ones are written into them.
+        grow: Makes of weights what they grow to in one power iteration, summed over the local rows.
+        words: Of the noise, as drawn already; None draws them.
+
+    Yields:
+        The growth, which has to be that of all rows when the generator goes on.
+    """
+    learnt = perturbed(weight, adaptive_noise(ctx, words), ctx.plan.width)
+    for _ in range(POWER_ITERATIONS):
+        growth = grow(learnt)
+        yield [ctx.share(growth, ("rows",))]
+        learnt = normalise_buckets(growth, ctx.plan.width, learnt)
+    weight.copy_(learnt)

@@ -10,7 +10,7 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import MatrixView, StateDtype, TensorPlan
 from floragrad.torch.options import relative_lr
-from floragrad.torch.part import Part
+from floragrad.torch.part import EVERYWHERE, Axis, Part, ShardSum
 from floragrad.torch.projection import Projection, draw_projection
 from floragrad.torch.random import Philox, Request, sign_count
 from floragrad.torch.storage import RoundingBits, StoredRows
@@ -131,6 +131,10 @@ class StepContext:
     def parameter_width(self) -> int:
         """Elements of a row of the parameter that have random words of their own."""
         return self.plan.view.columns if self.plan.view else 1
+
+    def share(self, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
+        """Return the local part's share of a sum over all parts of the tensor."""
+        return ShardSum(value, over, self.part, self.index)
 
     def stream(self, stream: Stream, counter: int | None = None) -> Philox:
         """Return one of the tensor's streams, of this step unless another counter is given."""

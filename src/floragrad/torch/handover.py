@@ -1,6 +1,6 @@
 """Tensors held against their plan before a step or a fold, by the kernels or by PyTorch's code, touches them."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -61,6 +61,27 @@ def fault_of(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     if tensor.shape != shape or tensor.dtype is not dtype:
         return f"has shape {tuple(tensor.shape)} and dtype {_name(tensor.dtype)}, not {shape} and {_name(dtype)}"
     return "" if has_memory(tensor) else f"of shape {shape} has no memory: its storage was freed or shortened"
+
+
+def unreadable_reason(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
+    """Return why a kernel cannot work on a tensor at its address; empty where it can.
+
+    Args:
+        tensor: A parameter or a gradient.
+        dtypes: Those that the kernel takes.
+    """
+    if not is_plain(tensor):
+        return type(tensor).__name__
+    if tensor.dtype not in dtypes:
+        return _name(tensor.dtype)
+    if tensor.is_neg():
+        return "negative bit"
+    return "" if tensor.is_contiguous() else "not contiguous"
+
+
+def mark_changed(params: Iterable[Tensor]) -> None:
+    """Let autograd see that kernels have written parameters; tensors of inference mode have no version."""
+    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
 
 def check_shape(name: str, found: torch.Size, planned: tuple[int, ...]) -> None:

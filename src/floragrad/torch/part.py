@@ -74,6 +74,13 @@ class Part:
         is_regular = not cut or (len(cut) == 1 and prod(self.shape[: cut[0]]) == 1)
         return (first, self.shape[-1] if self.shape else 1) if is_regular else None
 
+    @property
+    def irregularity(self) -> str:
+        """Why kernels, which work on whole rows at regular distances, cannot take the part; empty where they can."""
+        if "columns" in self.split:
+            return "split along its columns"
+        return "split unevenly" if self.row_words is None else ""
+
     def rounding_request(self, source: Philox, width: int) -> Request:
         """Return the request for the words of :meth:`rounding`.
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from floragrad.policy import MatrixView, TensorPlan
 from floragrad.torch import update as pure
-from floragrad.torch.adaptive import POWER_ITERATIONS, adaptive_noise, perturbed, power_iteration_step
+from floragrad.torch.adaptive import learn_weights, power_iteration_step
 from floragrad.torch.context import ParamUpdate, random_requests
-from floragrad.torch.part import EVERYWHERE, Axis, Part, ShardSum, Sums
-from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets
-from floragrad.torch.random import draw_words, signs
+from floragrad.torch.part import Part, ShardSum, Sums
+from floragrad.torch.projection import BucketProjection, Projection
+from floragrad.torch.random import Request, draw_words, signs
 from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
 
 WORDS_AT_ONCE: Final = 2**22
@@ -48,28 +48,28 @@ def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
     Each yields sums that have to be over all parts of the tensor when it goes on.
     """
-    for device, chunk in _chunks(updates):
-        named = [random_requests(update) for update in chunk]
-        drawn = iter(draw_words([request for each in named for request in each.values()], device))
-        words = [dict(zip(each, drawn, strict=False)) for each in named]
-        for update, its_words in zip(chunk, words, strict=True):
+    for chunk in _chunks(updates):
+        requests = [request for _, named in chunk for request in named.values()]
+        drawn = iter(draw_words(requests, chunk[0][0].ctx.device))
+        words = [dict(zip(named, drawn, strict=False)) for _, named in chunk]
+        for (update, _), its_words in zip(chunk, words, strict=True):
             yield _EagerStep(update, its_words).run()
 
 
-def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[tuple[torch.device, list[ParamUpdate]]]:
-    """Yield the updates whose words are drawn together: one on the CPU, many on an accelerator."""
-    chunk: list[ParamUpdate] = []
+def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[list[tuple[ParamUpdate, dict[str, Request]]]]:
+    """Yield the updates whose words are drawn together, with their requests: one on the CPU, many on an accelerator."""
+    chunk: list[tuple[ParamUpdate, dict[str, Request]]] = []
     total = 0
     for update in updates:
-        count = sum(each.words for each in random_requests(update).values())
-        device = update.ctx.device
-        if chunk and (device.type == "cpu" or device != chunk[0].ctx.device or total + count > WORDS_AT_ONCE):
-            yield chunk[0].ctx.device, chunk
+        requests, device = random_requests(update), update.ctx.device
+        count = sum(each.words for each in requests.values())
+        if chunk and (device.type == "cpu" or device != chunk[0][0].ctx.device or total + count > WORDS_AT_ONCE):
+            yield chunk
             chunk, total = [], 0
-        chunk.append(update)
+        chunk.append((update, requests))
         total += count
     if chunk:
-        yield chunk[0].ctx.device, chunk
+        yield chunk
 
 
 class _EagerStep:
@@ -103,7 +103,7 @@ class _EagerStep:
                 yield from self._learn_weights(previous)
             self._estimator = pure.Estimator(projection, previous, ctx.group["beta1"], ctx.group["residual"])
         square = yield from self._direction()
-        yield [self._share(square, EVERYWHERE)]
+        yield [ctx.share(square)]
         alpha = ctx.step_lr
         if norm is not None:
             alpha = pure.relative(norm, ctx.numel, ctx.group["eps"][1]) * alpha
@@ -112,7 +112,7 @@ class _EagerStep:
     def _statistics(self, norm: Tensor | None) -> Sums:
         """Update the second moment; set the factors of the gradient."""
         ctx, state, eps1, beta2 = self._ctx, self._state, self._ctx.group["eps"][0], self._ctx.beta2
-        sums = [] if norm is None else [self._share(norm, EVERYWHERE)]
+        sums = [] if norm is None else [ctx.share(norm)]
         if not ctx.plan.factored:
             yield sums
             variance = state["variance"].view(ctx.view)
@@ -134,8 +134,8 @@ class _EagerStep:
         # The rows' sum to come, known before the rows are: so that one sum over parts is enough.
         row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / ctx.part.column_parts)
         row_total.add_(row_sums.sum(-2, keepdim=True), alpha=(1 - beta2) / all_columns)
-        shares = [self._share(col_sums, ("rows",)), self._share(row_total, ("rows", "columns"))]
-        yield [*sums, *shares, self._share(row_sums, ("columns",))]
+        shares = [ctx.share(col_sums, ("rows",)), ctx.share(row_total, ("rows", "columns"))]
+        yield [*sums, *shares, ctx.share(row_sums, ("columns",))]
         pure.average_(row_var, row_sums, all_columns, beta2, eps1)
         pure.average_(pure.saturate_(col_var), col_sums, all_rows, beta2, eps1)
         row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
@@ -158,21 +158,19 @@ class _EagerStep:
         return signs(self._words[name], self._ctx.plan.view.columns) if name in self._words else None
 
     def _learn_weights(self, previous: Projection) -> Sums:
-        """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
         ctx, width = self._ctx, self._ctx.plan.width
-        weight = ctx.adaptive_weight(self._state)
-        learnt = perturbed(weight, adaptive_noise(ctx, self._words["noise"]), width)
-        for _ in range(POWER_ITERATIONS):
-            learner, growth = BucketProjection.normalised(learnt, width), torch.zeros_like(weight)
+
+        def grow(learnt: Tensor) -> Tensor:
+            learner, growth = BucketProjection.normalised(learnt, width), torch.zeros_like(learnt)
             for where in self._blocks():
                 momentum = load(self._stored.read(where), self._stored.dtype, width)
                 bases = _of_batch(previous, where), _of_batch(learner, where)
                 growth[where[0]] += power_iteration_step(
                     self._grads[where], self._scales_of(where), momentum, *bases, ctx.group["beta1"]
                 )
-            yield [self._share(growth, ("rows",))]
-            learnt = normalise_buckets(growth, width, learnt)
-        weight.copy_(learnt)
+            return growth
+
+        return learn_weights(ctx, ctx.adaptive_weight(self._state), grow, self._words["noise"])
 
     def _direction(self) -> Generator[list[ShardSum], None, Tensor]:
         """Return this part's share of ‖D‖²."""
@@ -181,7 +179,7 @@ class _EagerStep:
             return self._direction_square()
         sketches, square = self._encode(estimator)
         if ctx.splits_sketch:
-            yield [self._share(sketches, ("columns",))]
+            yield [ctx.share(sketches, ("columns",))]
         added = self._correct(sketches, estimator, moves=self._holds_corrections)
         self._corrections = sketches
         if estimator.knows_square:
@@ -290,9 +288,6 @@ class _EagerStep:
             )
             pure.add_correction_(direction, self._corrections[where], here)
         return direction, scales.rows
-
-    def _share(self, value: Tensor, over: tuple[Axis, ...]) -> ShardSum:
-        return ShardSum(value, over, self._ctx.part, self._ctx.index)
 
     @property
     def _keeps_columns(self) -> bool:

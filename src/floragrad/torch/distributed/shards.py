@@ -21,7 +21,6 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from floragrad.policy import QUANTIZATION_BLOCK, SCALAR_STATE, Buffer, MatrixView, TensorPlan, leading_shape
 from floragrad.torch.part import Axis, Part
 
-_OF_ROWS = ("exp_avg", "exp_avg_scale", "row_var")
 _OF_COLUMNS = ("col_var", "projection_weight")
 
 

@@ -12,9 +12,9 @@ from floragrad.torch.part import Part
 
 def can_fold(grad: Tensor, buffers: dict[str, Tensor], part: Part) -> bool:
     """Whether the kernels can fold this gradient into these buffers, of a sketch that is no Gaussian one."""
-    if grad.numel() == 0 or "columns" in part.split or part.row_words is None:
+    if grad.numel() == 0 or part.irregularity or library() is None:
         return False
-    return library() is not None and not tensor_reason(grad) and all(map(lies_plainly, buffers.values()))
+    return not tensor_reason(grad) and all(map(lies_plainly, buffers.values()))
 
 
 def fold_native(

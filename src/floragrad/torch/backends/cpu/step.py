@@ -1,7 +1,7 @@
 """The passes of a step by the C++ kernels."""
 
 from collections.abc import Iterator, Sequence
-from math import prod, sqrt
+from math import sqrt
 from typing import Final
 
 import torch
@@ -10,13 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import Momentum, TensorPlan
 from floragrad.torch import update as pure
-from floragrad.torch.adaptive import POWER_ITERATIONS, adaptive_noise, perturbed
+from floragrad.torch.adaptive import learn_weights
 from floragrad.torch.backends.cpu.layout import tensor_reason
 from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
-from floragrad.torch.context import ParamUpdate
-from floragrad.torch.handover import is_plain
-from floragrad.torch.part import EVERYWHERE, Axis, Part, ShardSum, Sums
-from floragrad.torch.projection import normalise_buckets
+from floragrad.torch.context import ParamUpdate, StepContext
+from floragrad.torch.handover import is_plain, mark_changed
+from floragrad.torch.part import Part, ShardSum, Sums
 from floragrad.torch.scheduling import step_size
 
 BATCH_ELEMENTS: Final = 2**16
@@ -47,9 +46,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
         return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
-    if "columns" in part.split:
-        return "split along its columns"
-    return "split unevenly" if part.row_words is None else tensor_reason(tensor)
+    return part.irregularity or tensor_reason(tensor)
 
 
 def takes(update: ParamUpdate) -> bool:
@@ -90,26 +87,33 @@ def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
 def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
     """Run the passes of some tensors in one scratch; there are several only where none learns its weights."""
     given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
-    kept = torch.empty(sum(map(kernels.kept_bytes, given)), dtype=torch.uint8, device="cpu")
+    sizes = list(map(kernels.kept_bytes, given))
+    kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     scratch = torch.empty(max(map(kernels.scratch_bytes, given)), dtype=torch.uint8, device="cpu")
     if any(isinstance(update.param, FakeTensor) for update in updates):
         return  # what there would be to hold has been held
-    address, shares = kept.data_ptr(), []
-    for each, update in zip(given, updates, strict=True):
-        each.kept, each.scratch = address, scratch.data_ptr()
+    first, shares = 0, []
+    for each, update, size in zip(given, updates, sizes, strict=True):
+        each.kept, each.scratch = kept.data_ptr() + first, scratch.data_ptr()
         if update.ctx.part.split:
-            first = address - kept.data_ptr()
-            shares.append(_shares(update, kept[first : first + kernels.kept_bytes(each)]))
-        address += kernels.kept_bytes(each)
+            shares.append(_shares(update.ctx, kept[first : first + size]))
+        first += size
     norms = [pure.square_norm(each.param) if each.ctx.group["scale_parameter"] else None for each in updates]
     kernels.statistics(given, len(given))
-    norm_shares = [_share(each, norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
+    norm_shares = [each.ctx.share(norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
     yield norm_shares + [share for statistics, _ in shares for share in statistics]
     kernels.normalise(given, len(given))
     if updates[0].ctx.learns_weights:
         previous = updates[0].state["projection_weight"].clone()  # which the kernels read until the step is over
         given[0].previous = previous.data_ptr()
-        yield from _learn_weights(updates[0], given[0], kernels)
+
+        def grow(learnt: Tensor) -> Tensor:
+            growth = torch.empty_like(learnt)
+            kernels.grow(given[0], learnt.data_ptr(), growth.data_ptr())
+            return growth
+
+        ctx = updates[0].ctx
+        yield from learn_weights(ctx, ctx.adaptive_weight(updates[0].state), grow)
     kernels.direction(given, len(given))
     yield [square for _, square in shares]
     for each, update, norm in zip(given, updates, norms, strict=True):
@@ -117,21 +121,17 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
         alpha = step_size(ctx.group, ctx.step, 0.0 if norm is None else sqrt(float(norm) / ctx.numel))
         each.keep, each.size = 1 - alpha * ctx.group["weight_decay"], alpha * ctx.sign
     kernels.apply(given, len(given))
-    # Let autograd see that parameters have changed; tensors of inference mode have no version.
-    torch.autograd.graph.increment_version([each.param for each in updates if not each.param.is_inference()])
+    mark_changed(update.param for update in updates)
 
 
-def _share(update: ParamUpdate, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
-    return ShardSum(value, over, update.ctx.part, update.ctx.index)
-
-
-def _shares(update: ParamUpdate, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
+def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
     """Return a shard's shares of the statistics and of ‖D‖², in the memory that it keeps between its passes."""
-    batch, _, columns = update.ctx.view
-    sizes = [batch * columns, batch, 1] if update.ctx.plan.factored else [0, 0, 1]
+    if not ctx.plan.factored:
+        return [], ctx.share(kept[:4].view(torch.float32))
+    batch, _, columns = ctx.view
+    sizes = [batch * columns, batch, 1]
     column_sums, row_totals, square = torch.split(kept[: 4 * sum(sizes)].view(torch.float32), sizes)
-    statistics = [_share(update, column_sums, ("rows",)), _share(update, row_totals, ("rows", "columns"))]
-    return statistics if update.ctx.plan.factored else [], _share(update, square)
+    return [ctx.share(column_sums, ("rows",)), ctx.share(row_totals, ("rows", "columns"))], ctx.share(square)
 
 
 def _described(update: ParamUpdate, kernels: Library) -> Step:
@@ -157,7 +157,7 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
         residual=group["residual"] or plan.momentum != "sketch",
         is_resample_step=ctx.is_resample_step or ctx.learns_weights,
         all_rows=plan.view.rows if plan.view else 1,
-        all_elements=prod(plan.shape),
+        all_elements=ctx.numel,
         all_row_words=part.row_count,
         first_row_word=first,
         matrix_row_words=stride,
@@ -179,15 +179,3 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
 def _addresses(update: ParamUpdate) -> dict[str, int]:
     found = {field: update.state[key].data_ptr() for field, key in _KEYS.items() if key in update.state}
     return {"param": update.param.data_ptr(), "grad": update.grad.data_ptr(), **found}
-
-
-def _learn_weights(update: ParamUpdate, given: Step, kernels: Library) -> Sums:
-    """Power iterations on β₁ decode(M) + (1 − β₁) U, from the old weights plus a little noise."""
-    ctx, weight = update.ctx, update.ctx.adaptive_weight(update.state)
-    learnt = perturbed(weight, adaptive_noise(ctx), ctx.plan.width)
-    for _ in range(POWER_ITERATIONS):
-        growth = torch.empty_like(learnt)
-        kernels.grow(given, learnt.data_ptr(), growth.data_ptr())
-        yield [ShardSum(growth, ("rows",), ctx.part, ctx.index)]
-        learnt = normalise_buckets(growth, ctx.plan.width, learnt)
-    weight.copy_(learnt)

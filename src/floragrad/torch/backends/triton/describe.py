@@ -5,7 +5,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from floragrad.torch.backends.triton.kernels import fields
 from floragrad.torch.backends.triton.spec import Numbers, Spec
@@ -115,9 +114,3 @@ def numbers_of(ctx: StepContext) -> Numbers:
         decay=group["weight_decay"],
         clip_threshold=group["clip_threshold"],
     )
-
-
-def on_device(rows: Sequence[npt.NDArray[np.int64]], device: torch.device) -> torch.Tensor:
-    """Copy a table to a device, without waiting for it."""
-    table = torch.from_numpy(np.concatenate(rows))
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from floragrad.torch.adaptive import POWER_ITERATIONS
 from floragrad.torch.backends.triton import launches
-from floragrad.torch.backends.triton.describe import REGIONS, Located, numbers_of, on_device, rows_of, spec_of
+from floragrad.torch.backends.triton.describe import REGIONS, Located, numbers_of, rows_of, spec_of
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.kernels import fields
 from floragrad.torch.backends.triton.launch import Launch, current_device
 from floragrad.torch.backends.triton.launches import Batch
 from floragrad.torch.backends.triton.workspace import Workspace, regions
 from floragrad.torch.context import ParamUpdate
+from floragrad.torch.handover import mark_changed
 from floragrad.torch.part import EVERYWHERE, Axis, ShardSum, Sums
+from floragrad.torch.random import on_device
 
 
 class _Planned:
@@ -42,7 +44,7 @@ def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
         batches.setdefault(tensor.key, []).append(tensor)
     for device, batches in devices.items():
         planned = [_Planned(tensors) for tensors in batches.values()]
-        table = on_device([batch.rows for batch in planned], device)
+        table = on_device(torch.from_numpy(np.concatenate([batch.rows for batch in planned])), device)
         parts = torch.split(table, [len(batch.tensors) for batch in planned])
         for batch, part in zip(planned, parts, strict=True):
             yield _Passes(batch, part, device).run()
@@ -73,8 +75,7 @@ class _Passes:
         self._launch(launches.directions(batch))
         yield self._sums(batch, fields.SQUARES, fields.NORM, EVERYWHERE)
         self._launch(launches.application(batch))
-        # Let autograd see that parameters have changed; tensors of inference mode have no version.
-        torch.autograd.graph.increment_version([each.param for each in updates if not each.param.is_inference()])
+        mark_changed(each.param for each in updates)
 
     def _statistics(self, batch: Batch) -> list[ShardSum]:
         """Return the shares of ‖W‖², of the columns' sums and of the rows' total, tensor by tensor."""
@@ -101,7 +102,7 @@ class _Passes:
         """Return a region as the shares of one tensor after the other."""
         contexts = [tensor.update.ctx for tensor in self._planned.tensors]
         values = zip(self._region(batch, name), contexts, strict=True)
-        return [ShardSum(value, over, ctx.part, ctx.index) for value, ctx in values]
+        return [ctx.share(value, over) for value, ctx in values]
 
     def _region(self, batch: Batch, name: tl.constexpr) -> Tensor:
         return self._planned.workspace.region(batch.workspace, name.value)

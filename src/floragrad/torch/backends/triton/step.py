@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.handover import is_plain
+from floragrad.torch.handover import is_plain, unreadable_reason
 from floragrad.torch.part import Part, Sums
 
 DEVICES: Final = {"cuda", "xpu"}
@@ -51,22 +51,15 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
 
 def _part_reason(part: Part, width: int) -> str:
     """Return why the kernels cannot take a tensor's local part with a sketch of ``width`` columns."""
-    if "columns" in part.split:
-        return "split along its columns"
-    if part.row_words is None:
-        return "split unevenly"
-    return f"ratio above {MOST_SLICES}" if ceil(part.view.columns / width) > MOST_SLICES else ""
+    ratio_reason = f"ratio above {MOST_SLICES}" if ceil(part.view.columns / width) > MOST_SLICES else ""
+    return part.irregularity or ratio_reason
 
 
 def _tensor_reason(tensor: Tensor) -> str:
     """Return why the kernels cannot read a tensor at its address; empty where they can."""
-    if not is_plain(tensor) or isinstance(tensor, FakeTensor):
-        return type(tensor).__name__
-    if tensor.dtype not in DTYPES:
-        return str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_neg():
-        return "negative bit"
-    return "" if tensor.is_contiguous() else "not contiguous"
+    if isinstance(tensor, FakeTensor):
+        return "FakeTensor"
+    return unreadable_reason(tensor, DTYPES)
 
 
 def takes(update: ParamUpdate) -> bool:

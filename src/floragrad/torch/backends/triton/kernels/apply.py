@@ -5,7 +5,6 @@ import triton.language as tl
 
 from floragrad.torch.backends.triton.kernels import draws, fields
 from floragrad.torch.backends.triton.kernels.fields import address, ordered_sum, region, words_in
-from floragrad.torch.backends.triton.kernels.scales import row_root
 from floragrad.torch.backends.triton.kernels.storage import (
     FLOAT32,
     cut_to_bfloat16,
@@ -20,7 +19,7 @@ from floragrad.torch.backends.triton.kernels.tile import (
     column_vectors,
     columns_of,
     direction_of,
-    payload,
+    operands,
     scaled_gradient,
 )
 
@@ -114,19 +113,10 @@ def apply(
         squares, partials, param_squares, param_partials, lr, least, clip_threshold, numel, READS_LR, SCALES
     )
     keep, size = 1.0 - alpha * decay, size * sign
-    grad = address(table, tensor, fields.GRAD, GRAD, ALIGNED)
+    grad, data, scale, row_var, variance, root = operands(
+        table, workspace, tensor, matrix, pieces, all_rows, floor, GRAD, STATE, MOMENTUM != NONE, FACTORED, ALIGNED
+    )
     param = address(table, tensor, fields.PARAM, PARAM, ALIGNED)
-    data, scale = grad, grad
-    if MOMENTUM != NONE:
-        data = payload(table, tensor, STATE, ALIGNED)
-        scale = address(table, tensor, fields.SCALE, tl.float32, ALIGNED)
-    row_var, variance, root = grad, grad, 1.0
-    if FACTORED:
-        row_var = address(table, tensor, fields.ROW_VAR, tl.float32, ALIGNED)
-        totals = region(workspace, table, tensor, fields.ROW_TOTALS) + matrix * pieces
-        root = row_root(totals, pieces, all_rows, floor)
-    else:
-        variance = address(table, tensor, fields.VARIANCE, tl.float32, ALIGNED)
     bucket = block * BUCKETS + tl.arange(0, BUCKETS)
     column, in_columns = columns_of(bucket, width, columns, SLICES)
     factor, weight, old = column_vectors(

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from floragrad.torch.backends.triton.kernels import fields
-from floragrad.torch.backends.triton.kernels.fields import address, region
-from floragrad.torch.backends.triton.kernels.scales import row_root
+from floragrad.torch.backends.triton.kernels.fields import region
 from floragrad.torch.backends.triton.kernels.storage import load_rows
 from floragrad.torch.backends.triton.kernels.tile import (
     NONE,
@@ -14,7 +13,7 @@ from floragrad.torch.backends.triton.kernels.tile import (
     column_vectors,
     columns_of,
     direction_of,
-    payload,
+    operands,
     scaled_gradient,
 )
 
@@ -52,18 +51,9 @@ def direction(
     program, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     matrix, tensor = tl.program_id(1), tl.program_id(2)
     SIGNED: tl.constexpr = MOMENTUM == SKETCH and FACTORED and not LEARNT and not RESAMPLES
-    grad = address(table, tensor, fields.GRAD, GRAD, ALIGNED)
-    data, scale = grad, grad
-    if MOMENTUM != NONE:
-        data = payload(table, tensor, STATE, ALIGNED)
-        scale = address(table, tensor, fields.SCALE, tl.float32, ALIGNED)
-    row_var, variance, root = grad, grad, 1.0
-    if FACTORED:
-        row_var = address(table, tensor, fields.ROW_VAR, tl.float32, ALIGNED)
-        totals = region(workspace, table, tensor, fields.ROW_TOTALS) + matrix * pieces
-        root = row_root(totals, pieces, all_rows, floor)
-    else:
-        variance = address(table, tensor, fields.VARIANCE, tl.float32, ALIGNED)
+    grad, data, scale, row_var, variance, root = operands(
+        table, workspace, tensor, matrix, pieces, all_rows, floor, GRAD, STATE, MOMENTUM != NONE, FACTORED, ALIGNED
+    )
     bucket = block * BUCKETS + tl.arange(0, BUCKETS)
     column, in_columns = columns_of(bucket, width, columns, SLICES)
     factor, weight, old = column_vectors(

@@ -8,9 +8,8 @@ import triton.language as tl
 from floragrad._streams import ADAPTIVE_NOISE
 from floragrad.torch.backends.triton.kernels import draws, fields
 from floragrad.torch.backends.triton.kernels.fields import address, field, region
-from floragrad.torch.backends.triton.kernels.scales import row_root
 from floragrad.torch.backends.triton.kernels.storage import load_rows
-from floragrad.torch.backends.triton.kernels.tile import columns_of, payload, scaled_gradient
+from floragrad.torch.backends.triton.kernels.tile import columns_of, operands, scaled_gradient
 
 _NOISE: Final = tl.constexpr(ADAPTIVE_NOISE)
 
@@ -81,21 +80,15 @@ def grow(
     blocks = tl.cdiv(width, BUCKETS)
     program, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     matrix, tensor = tl.program_id(1), tl.program_id(2)
-    grad = address(table, tensor, fields.GRAD, GRAD, ALIGNED)
-    data = payload(table, tensor, STATE, ALIGNED)
-    scale = address(table, tensor, fields.SCALE, tl.float32, ALIGNED)
+    grad, data, scale, row_var, variance, root = operands(
+        table, workspace, tensor, matrix, pieces, all_rows, floor, GRAD, STATE, True, FACTORED, ALIGNED
+    )
     bucket = block * BUCKETS + tl.arange(0, BUCKETS)
     column, in_columns = columns_of(bucket, width, columns, SLICES)
-    row_var, variance, root = grad, grad, 1.0
     factor = tl.full([SLICES, BUCKETS], 1.0, tl.float32)
     if FACTORED:
-        row_var = address(table, tensor, fields.ROW_VAR, tl.float32, ALIGNED)
-        totals = region(workspace, table, tensor, fields.ROW_TOTALS) + matrix * pieces
-        root = row_root(totals, pieces, all_rows, floor)
         factors = region(workspace, table, tensor, fields.FACTORS) + matrix * columns
         factor = tl.load(factors + column, mask=in_columns, other=0.0)
-    else:
-        variance = address(table, tensor, fields.VARIANCE, tl.float32, ALIGNED)
     learners = region(workspace, table, tensor, fields.LEARNER) + matrix * columns
     learner = tl.load(learners + column, mask=in_columns, other=0.0)
     olds = region(workspace, table, tensor, fields.OLD_WEIGHT) + matrix * columns

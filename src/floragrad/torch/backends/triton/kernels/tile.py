@@ -11,7 +11,7 @@ import triton.language as tl
 
 from floragrad.torch.backends.triton.kernels import fields
 from floragrad.torch.backends.triton.kernels.fields import address, region
-from floragrad.torch.backends.triton.kernels.scales import row_factors
+from floragrad.torch.backends.triton.kernels.scales import row_factors, row_root
 from floragrad.torch.backends.triton.kernels.storage import BFLOAT16, INT4, INT8
 
 NONE: Final = tl.constexpr(0)
@@ -28,6 +28,40 @@ def payload(table: tl.tensor, tensor: tl.tensor, STATE: tl.constexpr, ALIGNED: t
         return address(table, tensor, fields.DATA, tl.bfloat16, ALIGNED)
     else:
         return address(table, tensor, fields.DATA, tl.float32, ALIGNED)
+
+
+@triton.jit
+def operands(
+    table: tl.tensor,
+    workspace: tl.tensor,
+    tensor: tl.tensor,
+    matrix: tl.tensor,
+    pieces: tl.tensor,
+    all_rows: tl.tensor,
+    floor: tl.tensor,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    KEEPS: tl.constexpr,
+    FACTORED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return pointers to gradient, momentum, its scales, the rows' averages and the whole variance; and the rows' root.
+
+    What a tensor does not have is the gradient. ``KEEPS``: whether there is a momentum.
+    """
+    grad = address(table, tensor, fields.GRAD, GRAD, ALIGNED)
+    data, scale = grad, grad
+    if KEEPS:
+        data = payload(table, tensor, STATE, ALIGNED)
+        scale = address(table, tensor, fields.SCALE, tl.float32, ALIGNED)
+    row_var, variance, root = grad, grad, 1.0
+    if FACTORED:
+        row_var = address(table, tensor, fields.ROW_VAR, tl.float32, ALIGNED)
+        totals = region(workspace, table, tensor, fields.ROW_TOTALS) + matrix * pieces
+        root = row_root(totals, pieces, all_rows, floor)
+    else:
+        variance = address(table, tensor, fields.VARIANCE, tl.float32, ALIGNED)
+    return grad, data, scale, row_var, variance, root
 
 
 @triton.jit
