@@ -53,7 +53,7 @@ def run(row: str, folder: Path) -> dict[str, Any]:
     results = path / "table.json"
     if not results.is_file():
         arguments = ["compare", "--resume", str(path)] if path.is_dir() else [*command(row), "--out", str(path)]
-        subprocess.run([sys.executable, "-m", "floragrad.cli", *arguments], check=True)
+        subprocess.run([sys.executable, "-m", "floragrad", *arguments], check=True)
     return dict(json.loads(results.read_text(encoding="utf-8")))
 
 

@@ -25,9 +25,9 @@ def run(folder: Path, backend: str, seed: int) -> RunFolder:
     path = folder / f"{backend}-{seed}"
     if not path.is_dir():
         arguments = [*JOB, "--backend", backend, "--seed", str(seed), "--out", str(path)]
-        subprocess.run([sys.executable, "-m", "floragrad.cli", *arguments], check=True)
+        subprocess.run([sys.executable, "-m", "floragrad", *arguments], check=True)
     elif RunFolder.open(path).summary() is None:
-        subprocess.run([sys.executable, "-m", "floragrad.cli", "train", "--resume", str(path)], check=True)
+        subprocess.run([sys.executable, "-m", "floragrad", "train", "--resume", str(path)], check=True)
     return RunFolder.open(path)
 
 

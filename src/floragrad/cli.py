@@ -84,7 +84,3 @@ def _fail(message: str, exit_code: int) -> int:
 def _say(message: str, exit_code: int) -> int:
     print("floragrad:", " ".join(message.split()), file=sys.stderr)
     return exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

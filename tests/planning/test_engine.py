@@ -121,9 +121,9 @@ def test_progress_reaches_the_end() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"batch": 0}, "batch=0: must be an integer >= 1"),
-        ({"dtype": "float16"}, "dtype='float16': must be one of float32, bfloat16"),
-        ({"optimizers": ("sgd",)}, "optimizers='sgd': must be one of adamw"),
+        ({"batch": 0}, "batch is 0: give a whole number of at least 1"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown: choose one of float32, bfloat16"),
+        ({"optimizers": ("sgd",)}, "optimizers 'sgd' is unknown: choose one of adamw"),
         ({"optimizers": ()}, "optimizers is empty"),
         ({"ddp": 2, "fsdp": 2}, "ddp=2 and fsdp=2: give one of them"),
     ],

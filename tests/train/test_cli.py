@@ -68,11 +68,11 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["train", "--resume", "texts"], "--resume texts holds no run: give a folder that floragrad train has made"),
         (
             ["train", "--resume", "texts", "--steps", "3", "--lr", "1"],
-            "--resume continues with the options that were given then, not --lr, --steps: give it alone",
+            "--resume continues with the options that were given then, not --steps, --lr: give it alone",
         ),
         (
             ["compare", "--optimizers", "flora,sgd"],
-            "--optimizers 'sgd' is unknown: choose from flora, adamw, adafactor",
+            "--optimizers 'sgd' is unknown: choose one of flora, adamw, adafactor",
         ),
         (["compare", "--optimizers", "adamw,adamw"], "--optimizers adamw,adamw names one twice: give each once"),
         (["compare", "--optimizers", ","], "--optimizers ',' cannot be read: give a list with commas"),
@@ -82,7 +82,7 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["compare", "--lrs", "1e-3,0"], "--lr is 0.0: give a number above 0"),
         (["compare", "--rank", "192"], "--rank 192 compresses nothing: "),
         (["compare", "--optimizers", "adamw", "--rank", "4"], "--rank belongs to flora, which is not compared"),
-        (["compare", "--accumulators", "sum"], "--accumulators 'sum' is unknown: choose from flora, exact, none"),
+        (["compare", "--accumulators", "sum"], "--accumulators 'sum' is unknown: choose one of flora, exact, none"),
         (
             ["compare", "--accumulate", "2", "--accumulators", "exact,none", "--accumulator-dtype", "int8"],
             "--accumulator-dtype belongs to sketched gradients, which are not compared: leave it out",
@@ -279,7 +279,7 @@ def test_processes_that_do_not_know_one_another_are_refused(
     monkeypatch.setenv("RANK", "0")
     assert refused(capsys, "train", "--text", "texts") == (
         "this is one of 2 processes (WORLD_SIZE), and LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not "
-        "set: start them with torchrun --nproc-per-node 2 -m floragrad.cli train"
+        "set: start them with torchrun --nproc-per-node 2 -m floragrad train"
     )
 
 

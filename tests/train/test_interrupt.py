@@ -30,7 +30,7 @@ OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()
 
 def start(*arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "floragrad.cli", *map(str, arguments)],
+        [sys.executable, "-m", "floragrad", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -233,8 +233,7 @@ def test_one_process_speaks_for_all(two: Session) -> None:
     (said,) = two.said("half").splitlines()
     folder = two.folder / "half"
     assert said == (
-        "floragrad: stopped and saved; continue with: torchrun --nproc-per-node 2 -m floragrad.cli train "
-        f"--resume {folder}"
+        f"floragrad: stopped and saved; continue with: torchrun --nproc-per-node 2 -m floragrad train --resume {folder}"
     )
 
 
@@ -319,14 +318,14 @@ def test_a_checkpoint_is_whole_or_not_there(one: dict[str, RunFolder], two: Sess
 def test_who_is_left_says_so(two: Session) -> None:
     assert (
         "floragrad: process 1 of 2 stops, for another one died or did not answer for --timeout 600 seconds: see what "
-        "that one said; continue with: torchrun --nproc-per-node 2 -m floragrad.cli train --resume "
+        "that one said; continue with: torchrun --nproc-per-node 2 -m floragrad train --resume "
         f"{two.folder / 'killed'}\n"
     ) in two.said("killed")
 
 
 def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
     """The command of the README, and a signal to torchrun."""
-    process = start(2, "-m", "floragrad.cli", *job(tmp_path / "run", texts, "--fsdp", steps=400))
+    process = start(2, "-m", "floragrad", *job(tmp_path / "run", texts, "--fsdp", steps=400))
     wait_for_step(process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)

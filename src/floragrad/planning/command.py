@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from floragrad.planning import display, options
+from floragrad.planning import display
 from floragrad.planning.presets import MODELS
-from floragrad.planning.result import OPTIMIZERS, MemoryPlan, OptimizerName, PlanSettings
-from floragrad.planning.sizes import Size
+from floragrad.planning.result import DEVICE, MemoryPlan, OptimizerName, PlanSettings
+from floragrad.planning.sizes import Size, parse_size
 from floragrad.planning.verdict import verdict_json
 from floragrad.train import environment
 from floragrad.train.commands import app
 from floragrad.train.errors import UserError
+from floragrad.train.options import check_values, command, option, options_of, take
 
 if TYPE_CHECKING:
     from floragrad.planning.limits import Limits
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "plan"]
 
-ALL = ",".join(OPTIMIZERS)
+OUTPUT = "Output"
 NOTHING_FITS = 1
 """The exit code where no optimizer fits the device of ``--fits``."""
 HELP = (
@@ -42,39 +43,55 @@ EXAMPLES = (
 )
 
 
-@app.command(help=HELP, epilog=EXAMPLES)
-def plan(
-    model: options.Model,
-    batch: options.Batch = 1,
-    sequence_length: options.SequenceLength = None,
-    dtype: options.WeightsDtype = "float32",
-    accumulate: options.Accumulate = 1,
-    checkpointing: options.Checkpointing = False,
-    optimizers: options.Optimizers = ALL,
-    rank: options.Rank = None,
-    ratio: options.Ratio = None,
-    state_dtype: options.MomentumDtype = "int8",
-    ddp: options.Ddp = 1,
-    fsdp: options.Fsdp = 1,
-    fits: options.Fits = None,
-    largest: options.Largest = False,
-    as_json: options.Json = False,
-    picture: options.Picture = None,
-    measure: options.Measure = False,
-) -> None:
-    """Plan a training step."""
-    settings = _settings(
-        batch=batch,
-        dtype=dtype,
-        optimizers=tuple(part.strip() for part in optimizers.split(",") if part.strip()),
-        ratio=ratio,
-        state_dtype=state_dtype,
-        accumulate=accumulate,
-        checkpointing=checkpointing,
-        ddp=ddp,
-        fsdp=fsdp,
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for beside the settings of the step."""
+
+    model: str = option(
+        f"A preset ({', '.join(MODELS)}), the name of a model on the Hugging Face hub, a folder with a config.json, or "
+        "a configuration file. No weights are read.",
+        "",
+        metavar="MODEL",
+        argument=True,
     )
-    if largest and fits is None:
+    fits: Size | None = option(
+        "Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare. The exit code is 1 where "
+        "no optimizer does.",
+        DEVICE,
+        default=None,
+        metavar="SIZE",
+        parse=parse_size,
+    )
+    largest: bool = option(
+        "Of what fits: the largest batch, sequence and rank that still do. Takes some plans more.",
+        DEVICE,
+        default=False,
+    )
+    as_json: bool = option(
+        "Print one JSON object, bytes as integers, and no table.", OUTPUT, default=False, flag="--json"
+    )
+    picture: Path | None = option(
+        "Draw live bytes over one step, a panel for each optimizer: a .png, .jpg, .pdf or .svg.",
+        OUTPUT,
+        default=None,
+        metavar="FILE",
+    )
+    measure: bool = option(
+        "Also do the step for real on this machine, at a size that fits, and show predicted beside measured.",
+        OUTPUT,
+        default=False,
+    )
+
+
+PLAN_OPTIONS = options_of(PlanSettings, Request)
+
+
+@command(app, PLAN_OPTIONS, help=HELP, epilog=EXAMPLES)
+def plan(given: dict[str, Any]) -> None:
+    """Plan a training step."""
+    request, settings = take(Request, given), _settings(given)
+    model, fits, picture = request.model, request.fits, request.picture
+    if request.largest and fits is None:
         raise UserError("--largest looks for what fits a device, and none is given: add one, like --fits 24GB")
     if picture is not None:
         _check_picture(picture)
@@ -85,15 +102,19 @@ def plan(
     from floragrad.planning.models import find_model
 
     subject = find_model(model)
-    sketched = any(name.startswith("flora") for name in settings.optimizers) and ratio is None
-    settings = replace(settings, sequence=subject.sequence(sequence_length), rank=subject.rank(rank, sketched))
+    sketched = any(name.startswith("flora") for name in settings.optimizers) and settings.ratio is None
+    settings = replace(
+        settings, sequence=subject.sequence(given.get("sequence")), rank=subject.rank(given.get("rank"), sketched)
+    )
     profiles: dict[Any, Any] = {}
     with display.progress(Console(stderr=True)) as report:
         planned = plan_subject(subject, settings, report, profiles)
-        limits = limits_of(planned, subject, fits.nbytes, profiles, report) if largest and fits is not None else {}
-        measurement = measured_steps(subject, settings, report) if measure else None
+        limits = (
+            limits_of(planned, subject, fits.nbytes, profiles, report) if request.largest and fits is not None else {}
+        )
+        measurement = measured_steps(subject, settings, report) if request.measure else None
     heading = display.title(planned, subject.reads_text)
-    if as_json:
+    if request.as_json:
         print(json.dumps(_as_json(planned, fits, limits, measurement), indent=2))
     else:
         screen = display.screen()
@@ -154,9 +175,10 @@ def _draw(planned: MemoryPlan, heading: str, device: Size | None, path: Path) ->
     save(plan_figure(planned, heading, device), path)
 
 
-def _settings(**given: Any) -> PlanSettings:
-    """The settings as far as no model is needed for them; a wrong one is named as the option that it is."""
+def _settings(given: dict[str, Any]) -> PlanSettings:
+    """Return the settings as far as no model is needed for them; a wrong one is named as the option that it is."""
+    check_values(PLAN_OPTIONS, given)
     try:
-        return PlanSettings(**given)
+        return take(PlanSettings, given)
     except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
+        raise UserError(f"--{error}") from error

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from floragrad.policy import StateDtype
+from floragrad.train.options import option, options_of
+
+STEP, COMPARED, DEVICE = "Training step", "Optimizers", "Devices"
 
 OptimizerName = Literal[
     "adamw", "adamw-8bit", "adafactor", "lora", "galore", "flora", "flora+accumulator", "flora+release"
@@ -34,22 +37,9 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of the whole that is done, 0 to 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """The training step that is planned.
-
-    Attributes:
-        batch: Sequences (images) in a micro-batch, on each device.
-        sequence: Tokens of a sequence; an image model has its own.
-        dtype: Of the weights, and so of gradients and activations: ``"float32"`` or ``"bfloat16"``.
-        optimizers: The rows to compare; see :data:`OPTIMIZERS`.
-        rank: r of Flora, GaLore and LoRA.
-        ratio: ρ of Flora instead of ``rank``, the same for every tensor.
-        state_dtype: Storage of Flora's momentum.
-        accumulate: Micro-batches of one update.
-        checkpointing: Whether activations are recomputed block by block.
-        ddp: Devices that hold the whole model each (DistributedDataParallel).
-        fsdp: Devices that share the model (FSDP2, one unit for each block).
+    """The training step that is planned: what the options of ``floragrad plan`` say, with their names and defaults.
 
     Raises:
         ValueError: Naming the setting, its value and what is allowed.
@@ -59,29 +49,53 @@ class PlanSettings:
         16
     """
 
-    batch: int = 1
-    sequence: int = 1024
-    dtype: Dtype = "float32"
-    optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
-    rank: int = 128
-    ratio: int | None = None
-    state_dtype: StateDtype = "int8"
-    accumulate: int = 1
-    checkpointing: bool = False
-    ddp: int = 1
-    fsdp: int = 1
+    batch: int = option("Sequences or images of a micro-batch, on each device.", STEP, default=1, minimum=1)
+    sequence: int = option(
+        "Tokens of a sequence.",
+        STEP,
+        default=1024,
+        shown="1024, or what the model reads where that is less",
+        minimum=1,
+        flag="--sequence-length",
+    )
+    dtype: Dtype = option("Of the weights and the computation.", STEP, default="float32", choices=get_args(Dtype))
+    accumulate: int = option("Micro-batches whose gradients make a step.", STEP, default=1, minimum=1)
+    checkpointing: bool = option("Recompute activations block by block.", STEP, default=False)
+    optimizers: tuple[OptimizerName, ...] = option(
+        f"Rows to compare: {', '.join(OPTIMIZERS)}.",
+        COMPARED,
+        default=OPTIMIZERS,
+        shown="all",
+        metavar="NAME,NAME,…",
+        choices=OPTIMIZERS,
+        example="adamw,flora",
+    )
+    rank: int = option(
+        "Of Flora, GaLore and LoRA.",
+        COMPARED,
+        default=128,
+        shown="128, or a quarter of the hidden size where that is less",
+        minimum=1,
+    )
+    ratio: int | None = option(
+        "Flora: columns that share one element of the momentum, the same for every tensor, instead of --rank.",
+        COMPARED,
+        default=None,
+        minimum=1,
+    )
+    state_dtype: StateDtype = option(
+        "Flora: how the momentum is stored.", COMPARED, default="int8", choices=get_args(StateDtype)
+    )
+    ddp: int = option("Devices that hold the whole model each.", DEVICE, default=1, minimum=1)
+    fsdp: int = option("Devices that share the model (FSDP2).", DEVICE, default=1, minimum=1)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "sequence", "rank", "accumulate", "ddp", "fsdp"):
-            _check_count(name, getattr(self, name))
-        if self.ratio is not None:
-            _check_count("ratio", self.ratio)
-        _check_choice("dtype", self.dtype, get_args(Dtype))
-        _check_choice("state_dtype", self.state_dtype, get_args(StateDtype))
+        for name, each in options_of(PlanSettings).items():
+            fault = each.fault(name, getattr(self, name)) if getattr(self, name) is not None else None
+            if fault is not None:
+                raise ValueError(fault)
         if not self.optimizers:
             raise ValueError(f"optimizers is empty: choose from {', '.join(OPTIMIZERS)}")
-        for optimizer in self.optimizers:
-            _check_choice("optimizers", optimizer, OPTIMIZERS)
         if self.ddp > 1 and self.fsdp > 1:
             raise ValueError(f"ddp={self.ddp} and fsdp={self.fsdp}: give one of them; what of the other is left out")
 
@@ -171,13 +185,3 @@ class MemoryPlan:
             "optimizers": {name: row.to_json() for name, row in self.optimizers.items()},
             "unavailable": dict(self.unavailable),
         }
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be an integer >= 1")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

@@ -5,25 +5,25 @@ What trains is imported inside the commands, so that ``--help`` and errors in op
 
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from floragrad._version import __version__
-from floragrad.train import environment, options
-from floragrad.train.config import RunConfig, option_name
+from floragrad.train import environment
+from floragrad.train.config import OPTIONS, OUTPUT, RunConfig
 from floragrad.train.errors import UserError
-from floragrad.train.presets import LEARNING_RATES, PRESETS
+from floragrad.train.grid import Grid, comparison_options
+from floragrad.train.options import command, option, option_name, options_of, take
+from floragrad.train.presets import PRESETS
 from floragrad.train.processes import Processes, is_spokesman, join, started
 
 if TYPE_CHECKING:
     from floragrad.train.folder import RunFolder
-
-T = TypeVar("T")
 
 TRAIN_HELP = (
     "Train a causal language model, with Flora unless you say otherwise.\n\n"
@@ -38,7 +38,7 @@ TRAIN_EXAMPLES = (
     "**floragrad train --model 60m --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1** "
     "streams a dataset.\n\n"
     "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run.\n\n"
-    "**torchrun --nproc-per-node 2 -m floragrad.cli train** divides every batch over two processes."
+    "**torchrun --nproc-per-node 2 -m floragrad train** divides every batch over two processes."
 )
 COMPARE_HELP = (
     "Do the same training run with several optimizers, one after another.\n\n"
@@ -78,54 +78,37 @@ def _floragrad(
         print(context.get_help())
 
 
-@app.command(help=TRAIN_HELP, epilog=TRAIN_EXAMPLES)
-def train(
-    model: options.Model = None,
-    text: options.TextFiles = None,
-    dataset: options.DatasetName = None,
-    dataset_config: options.DatasetConfig = None,
-    dataset_split: options.DatasetSplit = None,
-    text_column: options.TextColumn = None,
-    max_megabytes: options.MaxMegabytes = None,
-    vocab_size: options.VocabSize = None,
-    sequence_length: options.SequenceLength = None,
-    backend: options.Backend = None,
-    dtype: options.Dtype = None,
-    optimizer: options.OptimizerName = None,
-    lr: options.LearningRate = None,
-    embedding_lr: options.EmbeddingLearningRate = None,
-    weight_decay: options.WeightDecay = None,
-    rank: options.Rank = None,
-    kappa: options.Kappa = None,
-    projection: options.Projection = None,
-    state_dtype: options.StateDtype = None,
-    accumulate: options.Accumulate = None,
-    accumulator: options.Accumulator = None,
-    accumulator_ratio: options.AccumulatorRatio = None,
-    accumulator_dtype: options.AccumulatorDtype = None,
-    accumulator_projection: options.AccumulatorProjection = None,
-    release: options.Release = None,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    warmup_steps: options.WarmupSteps = None,
-    max_grad_norm: options.MaxGradNorm = None,
-    seed: options.Seed = None,
-    eval_every: options.EvalEvery = None,
-    eval_blocks: options.EvalBlocks = None,
-    out: options.Out = None,
-    resume: options.Resume = None,
-    save_every: options.SaveEvery = None,
-    keep_checkpoint: options.KeepCheckpoint = None,
-    threads: options.Threads = None,
-    fsdp: options.Fsdp = None,
-    timeout: options.Timeout = None,
-) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Where a run or a comparison is kept."""
+
+    out: Path | None = option(
+        "A new folder for everything that is written.",
+        OUTPUT,
+        default=None,
+        shown="runs/<model>-<optimizer>-<time>; runs/compare-<model>-<time>",
+        metavar="FOLDER",
+    )
+    resume: Path | None = option(
+        "Continue what stopped in this folder, with its own options: give no others.",
+        OUTPUT,
+        default=None,
+        metavar="FOLDER",
+    )
+
+
+TRAIN_OPTIONS = {**OPTIONS, **options_of(Place)}
+COMPARE_OPTIONS = comparison_options(TRAIN_OPTIONS)
+
+
+@command(app, TRAIN_OPTIONS, help=TRAIN_HELP, epilog=TRAIN_EXAMPLES)
+def train(given: dict[str, Any]) -> None:
     """Train, or continue what stopped."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    _check_started(fsdp, timeout)
-    if resume is not None:
-        _only(given, "resume", "fsdp", "timeout")
-        _continue_training(resume, fsdp, timeout)
+    place, launch = take(Place, given), {name: given.get(name) for name in ("fsdp", "timeout")}
+    _check_started(**launch)
+    if place.resume is not None:
+        _only(given, "resume", *launch)
+        _continue_training(place.resume, **launch)
         return
     config = RunConfig.resolve(**_fields(given))
     environment.prepare(config.backend, hub=config.uses_hub, several=config.backend == "torch")
@@ -134,77 +117,32 @@ def train(
     processes = join(config)
     with processes.together():
         folder = processes.share(
-            lambda: begin(config, out or _new_name(f"{Path(config.model).name}-{config.optimizer}"))
+            lambda: begin(config, place.out or _new_name(f"{Path(config.model).name}-{config.optimizer}"))
         )
     _train(folder, processes)
 
 
-@app.command(help=COMPARE_HELP, epilog=COMPARE_EXAMPLES)
-def compare(
-    model: options.Model = None,
-    text: options.TextFiles = None,
-    dataset: options.DatasetName = None,
-    dataset_config: options.DatasetConfig = None,
-    dataset_split: options.DatasetSplit = None,
-    text_column: options.TextColumn = None,
-    max_megabytes: options.MaxMegabytes = None,
-    vocab_size: options.VocabSize = None,
-    sequence_length: options.SequenceLength = None,
-    dtype: options.Dtype = None,
-    optimizers: options.Optimizers = None,
-    lrs: options.LearningRateGrid = None,
-    embedding_lrs: options.EmbeddingLearningRateGrid = None,
-    weight_decay: options.WeightDecay = None,
-    rank: options.Rank = None,
-    kappa: options.Kappa = None,
-    projection: options.Projection = None,
-    state_dtype: options.StateDtype = None,
-    accumulate: options.Accumulate = None,
-    accumulators: options.Accumulators = None,
-    accumulator_ratio: options.AccumulatorRatio = None,
-    accumulator_dtype: options.AccumulatorDtype = None,
-    accumulator_projection: options.AccumulatorProjection = None,
-    release: options.Release = None,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    warmup_steps: options.WarmupSteps = None,
-    max_grad_norm: options.MaxGradNorm = None,
-    seeds: options.Seeds = None,
-    eval_every: options.EvalEvery = None,
-    eval_blocks: options.EvalBlocks = None,
-    out: options.CompareOut = None,
-    resume: options.Resume = None,
-    save_every: options.SaveEvery = None,
-    keep_checkpoint: options.KeepCheckpoint = None,
-    threads: options.Threads = None,
-) -> None:
+@command(app, COMPARE_OPTIONS, help=COMPARE_HELP, epilog=COMPARE_EXAMPLES)
+def compare(given: dict[str, Any]) -> None:
     """Compare, or continue what stopped."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    if resume is not None:
+    place, fields = take(Place, given), _fields(given)
+    if place.resume is not None:
         _only(given, "resume")
-    grid = ("optimizers", "accumulators", "seeds", "lrs", "embedding_lrs")
-    fields = _fields({name: value for name, value in given.items() if name not in grid})
-    hub = resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
+    hub = place.resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
     environment.prepare("torch", hub=hub)
     from floragrad.train import compare as comparison
 
-    if resume is not None:
-        comparison.compare(resume, Console())
-    else:
-        plan = comparison.Plan(
-            optimizers=_list(
-                ",".join(LEARNING_RATES) if optimizers is None else optimizers, "optimizers", str, "flora,adamw"
-            ),
-            accumulators=None if accumulators is None else _list(accumulators, "accumulators", str, "exact,flora"),
-            seeds=_list("0" if seeds is None else seeds, "seeds", int, "0,1,2"),
-            lrs=_rates(lrs, "lrs"),
-            embedding_lrs=_rates(embedding_lrs, "embedding_lrs"),
-            options={"keep_checkpoint": False, "threads": environment.default_threads(), **fields},
-            command=shlex.join(["floragrad", *sys.argv[1:]]),
-        )
-        out = out or _new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")
-        comparison.begin(plan, out)
-        comparison.compare(out, Console())
+    if place.resume is not None:
+        comparison.compare(place.resume, Console())
+        return
+    plan = comparison.Plan(
+        **{name: given[name] for name in options_of(Grid) if name in given},
+        options={"keep_checkpoint": False, "threads": environment.default_threads(), **fields},
+        command=shlex.join(["floragrad", *sys.argv[1:]]),
+    )
+    out = place.out or _new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")
+    comparison.begin(plan, out)
+    comparison.compare(out, Console())
 
 
 def _continue_training(path: Path, fsdp: bool | None, timeout: int | None) -> None:
@@ -241,13 +179,13 @@ def _check_started(fsdp: bool | None, timeout: int | None) -> None:
         if given and started() == 1:
             raise UserError(
                 f"{name} {purpose} several processes, and this is one: start them with torchrun --nproc-per-node 2 "
-                f"-m floragrad.cli train {name}, or leave it out"
+                f"-m floragrad train {name}, or leave it out"
             )
 
 
 def _only(given: dict[str, Any], *allowed: str) -> None:
     """Refuse options beside ``--resume``."""
-    others = [f"--{name.replace('_', '-')}" for name in given if name not in allowed]
+    others = [option_name(name) for name in given if name not in allowed]
     if others:
         raise UserError(
             f"--resume continues with the options that were given then, not {', '.join(others)}: give it alone"
@@ -255,29 +193,11 @@ def _only(given: dict[str, Any], *allowed: str) -> None:
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
-    """The options as fields of a configuration."""
-    fields = {name: value for name, value in given.items() if name not in ("out", "resume")}
-    if "text" in fields:
-        fields["text"] = tuple(fields["text"])
+    """Return the options that are fields of a configuration; a model's folder by its whole path."""
+    fields = {name: value for name, value in given.items() if name in OPTIONS}
     if "model" in fields and fields["model"] not in PRESETS and Path(fields["model"]).is_dir():
         fields["model"] = str(Path(fields["model"]).resolve())
     return fields
-
-
-def _list(text: str, name: str, kind: Callable[[str], T], example: str) -> tuple[T, ...]:
-    """The values of an option that takes several, with commas between them."""
-    wrong = UserError(f"{option_name(name)} {text!r} cannot be read: give a list with commas, like {example}")
-    try:
-        values = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise wrong from error
-    if not values:
-        raise wrong
-    return values
-
-
-def _rates(text: str | None, name: str) -> tuple[float, ...] | None:
-    return None if text is None else _list(text, name, float, "1e-3,2e-3")
 
 
 def _new_name(name: str) -> Path:

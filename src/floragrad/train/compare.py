@@ -13,38 +13,29 @@ from rich.console import Console
 
 from floragrad.train import manifest
 from floragrad.train.comparison_table import Best, as_json, as_markdown
-from floragrad.train.config import CHOICES, FLORA_OPTIONS, SKETCH_OPTIONS, RunConfig, default_accumulator, option_name
+from floragrad.train.config import RunConfig, default_accumulator, needing
 from floragrad.train.disk import write_text
 from floragrad.train.display import comparison
 from floragrad.train.errors import StoppedError, UserError
 from floragrad.train.figures import Contestant, comparison_figure, save
 from floragrad.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
+from floragrad.train.grid import Grid
 from floragrad.train.interrupt import StopRequest, blocked
-from floragrad.train.presets import LEARNING_RATES
+from floragrad.train.options import check_values, option_name, options_of
 from floragrad.train.run import check_model, write_corpus
 
 TABLE, RESULTS, FIGURE = "table.md", "table.json", "comparison.png"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
+@dataclass(frozen=True, kw_only=True)
+class Plan(Grid):
+    """A comparison.
 
     Attributes:
-        optimizers: Their names.
-        accumulators: How gradients are gathered, each with each optimizer; None: each optimizer's default.
-        seeds: The first one runs the grid, the others each contestant's best setting.
-        lrs: The learning rates of the grid; None: each optimizer's default.
-        embedding_lrs: Those of the vocabulary-like tensors; None: the default multiple of each ``lr``.
-        options: The other fields of :class:`RunConfig` that were given.
+        options: Fields of :class:`RunConfig` that all runs share.
         command: The command that made this comparison.
     """
 
-    optimizers: tuple[str, ...]
-    accumulators: tuple[str, ...] | None
-    seeds: tuple[int, ...]
-    lrs: tuple[float, ...] | None
-    embedding_lrs: tuple[float, ...] | None
     options: dict[str, Any]
     command: str
 
@@ -60,10 +51,10 @@ class Plan:
         Raises:
             UserError: One of them is not allowed.
         """
-        foreign: tuple[str, ...] = () if contestant["optimizer"] == "flora" else FLORA_OPTIONS
+        foreign = [] if contestant["optimizer"] == "flora" else needing("optimizer")
         if default_accumulator({**self.options, **contestant}) != "flora":
-            foreign += SKETCH_OPTIONS
-        options = {name: value for name, value in self.options.items() if name not in foreign}
+            foreign = foreign + needing("accumulator")
+        options = {name: value for name, value in self.options.items() if name not in {each.name for each in foreign}}
         return [
             replace(
                 RunConfig.resolve(**options, **contestant, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
@@ -118,25 +109,20 @@ def check_plan(plan: Plan) -> None:
     Raises:
         UserError: An optimizer is unknown or named twice, or an option belongs to none of them.
     """
-    for optimizer in plan.optimizers:
-        if optimizer not in LEARNING_RATES:
-            raise UserError(f"--optimizers {optimizer!r} is unknown: choose from {', '.join(LEARNING_RATES)}")
-    for accumulator in plan.accumulators or ():
-        if accumulator not in CHOICES["accumulator"]:
-            raise UserError(
-                f"--accumulators {accumulator!r} is unknown: choose from {', '.join(CHOICES['accumulator'])}"
-            )
+    check_values(options_of(Grid), vars(plan))
     several = (("optimizers", plan.optimizers), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
     for name, values in several:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
-    for name in FLORA_OPTIONS:
-        if name in plan.options and "flora" not in plan.optimizers:
-            raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
+    for each in needing("optimizer"):
+        if each.name in plan.options and "flora" not in plan.optimizers:
+            raise UserError(f"{option_name(each.name)} belongs to flora, which is not compared: leave it out")
     ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
-    for name in SKETCH_OPTIONS:
-        if name in plan.options and "flora" not in ways:
-            raise UserError(f"{option_name(name)} belongs to sketched gradients, which are not compared: leave it out")
+    for each in needing("accumulator"):
+        if each.name in plan.options and "flora" not in ways:
+            raise UserError(
+                f"{option_name(each.name)} belongs to sketched gradients, which are not compared: leave it out"
+            )
 
 
 def compare(folder: Path, console: Console) -> None:

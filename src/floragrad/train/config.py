@@ -1,120 +1,363 @@
-"""What a run is: every choice, resolved and checked before anything is read or written."""
+"""Configuration of a run: every choice, resolved and checked before anything is read or written."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import isfinite
 from pathlib import Path
-from typing import Any, Final, get_args, get_origin, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
+from floragrad.policy import StateDtype
 from floragrad.train.environment import default_threads
 from floragrad.train.errors import UserError
+from floragrad.train.options import Option, check_values, kinds, option, option_name, options_of
 from floragrad.train.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
 
-FLORA_OPTIONS: Final = ("rank", "kappa", "projection", "state_dtype", "release")
-SKETCH_OPTIONS: Final = ("accumulator_ratio", "accumulator_dtype", "accumulator_projection", "release")
-"""What belongs to ``--accumulator flora``."""
-CHOICES: Final = {
-    "optimizer": tuple(LEARNING_RATES),
-    "projection": ("sign", "adaptive", "gaussian"),
-    "state_dtype": ("float32", "bfloat16", "int8", "int4"),
-    "backend": ("torch", "jax"),
-    "dtype": ("float32", "bfloat16"),
-    "accumulator": ("flora", "exact", "none"),
-    "accumulator_dtype": ("float32", "bfloat16", "int8", "int4"),
-    "accumulator_projection": ("sign", "gaussian"),
-}
-SMALLEST: Final = {
-    "steps": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "accumulator_ratio": 1,
-    "sequence_length": 2,
-    "vocab_size": 257,  # the 256 bytes and the end of a text
-    "warmup_steps": 0,
-    "rank": 1,
-    "kappa": 1,
-    "eval_every": 1,
-    "eval_blocks": 1,
-    "save_every": 1,
-    "threads": 1,
-    "timeout": 1,
-    "seed": 0,
-}
-LARGEST_INTEGER: Final = 2**31 - 1
-"""What a C int holds; torch, numpy and the Trainer take no more everywhere."""
-LARGEST: Final = {
-    "seed": 2**32 - 1,
-    "threads": 4096,
-    "timeout": 10**7,
-    "lr": 1e37,  # its default multiple for the embedding is a float32 too
-    "embedding_lr": 1e38,
-    "weight_decay": 1e38,
-    "max_grad_norm": 1e38,
-    "max_megabytes": 1e12,
-}
+MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
+TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
+_RATES = ", ".join(f"{name} {rates.lr:g}" for name, rates in LEARNING_RATES.items())
+_RATIOS = ", ".join(f"{name} {rates.embedding_lr / rates.lr:g}" for name, rates in LEARNING_RATES.items())
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
-POSITIVE: Final = ("lr", "embedding_lr", "max_megabytes")
-NOT_NEGATIVE: Final = ("weight_decay", "max_grad_norm")
 STANDARD_LIBRARY_MEGABYTES: Final = 4.0
 DATASET_MEGABYTES: Final = 200.0
 
 
-def option_name(field: str) -> str:
-    """The command-line option that sets ``field``."""
-    return "--" + field.replace("_", "-")
+def learning_rates(model: str, optimizer: str) -> LearningRates:
+    """Return the default learning rates of an optimizer on a model."""
+    if model in PRESETS:
+        return LEARNING_RATES[optimizer]
+    return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
 
 
-@dataclass(frozen=True)
+def default_rank(hidden_size: int) -> int:
+    """Return a quarter of the hidden size, as the GaLore paper has it for its larger models."""
+    return max(1, hidden_size // 4)
+
+
+def default_accumulator(given: Mapping[str, Any]) -> str:
+    """Return how gradients are gathered: as given, else in sketches with Flora and exactly with the others."""
+    if given.get("accumulate", 1) == 1:
+        return "none"
+    return str(given.get("accumulator", "flora" if _flora(given) else "exact"))
+
+
+def _flora(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("optimizer", "flora") == "flora")
+
+
+def _of_preset(name: str, otherwise: Any) -> Any:
+    """Return the function that derives a default: the preset's attribute, else the same for every other model."""
+
+    def derive(given: Mapping[str, Any]) -> Any:
+        preset = PRESETS.get(given.get("model", "tiny"))
+        return getattr(preset, name) if preset else otherwise
+
+    return derive
+
+
+def _with(needed: str, default: Any) -> Any:
+    """Return the function that derives a default where ``dataset``, ``flora`` or ``sketches`` are used, else None."""
+
+    def derive(given: Mapping[str, Any]) -> Any:
+        used = {
+            "dataset": "dataset" in given,
+            "optimizer": _flora(given),
+            "accumulator": default_accumulator(given) == "flora",
+        }
+        return (default(given) if callable(default) else default) if used[needed] else None
+
+    return derive
+
+
+def _rates(given: Mapping[str, Any]) -> LearningRates:
+    return learning_rates(given.get("model", "tiny"), given.get("optimizer", "flora"))
+
+
+def _embedding_lr(given: Mapping[str, Any]) -> float:
+    rates = _rates(given)
+    return float(given.get("lr", rates.lr) * (rates.embedding_lr / rates.lr))
+
+
+def _megabytes(given: Mapping[str, Any]) -> float | None:
+    if "dataset" in given:
+        return DATASET_MEGABYTES
+    return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
+
+
+def _rank(given: Mapping[str, Any]) -> int:
+    preset = PRESETS.get(given.get("model", "tiny"))
+    return default_rank(preset.hidden_size) if preset else 128
+
+
+_steps = _of_preset("steps", 1000)
+
+
+def _part_of_steps(part: int, least: int, most: int | None = None) -> Any:
+    """Return the function that derives a default: a part of the steps, between two bounds."""
+
+    def derive(given: Mapping[str, Any]) -> int:
+        steps = max(least, int(given.get("steps", _steps(given))) // part)
+        return steps if most is None else min(most, steps)
+
+    return derive
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run. Make it with :meth:`resolve`, which fills in the defaults and checks every value.
 
-    The fields are the options of ``floragrad train``; their help says what each one means. ``prepared`` is
-    set by ``floragrad compare`` only: the folder, relative to the run's, whose text and tokenizer it reads.
+    Every field but the last is an option of ``floragrad train``, and there is no other place where it is declared. A
+    new one has a constant default, so that the runs of older versions can be continued. ``prepared`` is set by
+    ``floragrad compare`` only: the folder, relative to the run's, whose text and tokenizer it reads.
     """
 
-    model: str
-    optimizer: str
-    text: tuple[str, ...]
-    dataset: str | None
-    dataset_config: str | None
-    dataset_split: str | None
-    text_column: str | None
-    max_megabytes: float | None
-    vocab_size: int | None
-    sequence_length: int
-    batch_size: int
-    accumulate: int
-    accumulator: str
-    accumulator_ratio: int | None
-    accumulator_dtype: str | None
-    accumulator_projection: str | None
-    release: bool | None
-    steps: int
-    lr: float
-    embedding_lr: float
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    rank: int | None
-    kappa: int | None
-    projection: str | None
-    state_dtype: str | None
-    backend: str
-    dtype: str
-    seed: int
-    eval_every: int
-    eval_blocks: int
-    save_every: int
-    keep_checkpoint: bool
-    threads: int
-    fsdp: bool = False
-    timeout: int = 600
+    model: str = option(
+        "A Llama by size, or any causal language model of Hugging Face by name or folder, with its weights where it "
+        "has some. 60m to 1b are the sizes of the GaLore paper.",
+        MODEL,
+        default="tiny",
+        metavar="|".join(PRESETS) + "|NAME|FOLDER",
+    )
+    optimizer: str = option(
+        "What trains: Flora, torch's AdamW, or Hugging Face's Adafactor with momentum.",
+        OPTIMIZER,
+        default="flora",
+        choices=tuple(LEARNING_RATES),
+    )
+    text: tuple[str, ...] = option(
+        "Text to train on, UTF-8; may be given several times. Of a folder, everything below it.",
+        MODEL,
+        default=(),
+        shown="the Python source of the standard library on this machine",
+        metavar="FILE|FOLDER|PATTERN",
+    )
+    dataset: str | None = option(
+        "A dataset of the Hugging Face hub, or a folder with its files, instead of --text.", MODEL, default=None
+    )
+    dataset_config: str | None = option("Configuration of the dataset.", MODEL, default=None, needs=("dataset",))
+    dataset_split: str | None = option(
+        "Split of the dataset.", MODEL, derive=_with("dataset", "train"), shown="train", needs=("dataset",)
+    )
+    text_column: str | None = option(
+        "Column of the dataset that holds the text.",
+        MODEL,
+        derive=_with("dataset", "text"),
+        shown="text",
+        needs=("dataset",),
+    )
+    max_megabytes: float | None = option(
+        "Read at most so much text.",
+        MODEL,
+        derive=_megabytes,
+        shown="4 for tiny on the standard library, 200 of a dataset, else everything",
+        above=0,
+        maximum=1e12,
+    )
+    vocab_size: int | None = option(
+        "Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
+        MODEL,
+        derive=_of_preset("vocab_size", None),
+        shown="2048 for tiny, 8192 for small, 32000 above",
+        minimum=257,  # the 256 bytes and the end of a text
+    )
+    sequence_length: int = option(
+        "Tokens of a block.",
+        MODEL,
+        derive=_of_preset("sequence_length", 256),
+        shown="128 for tiny, else 256",
+        minimum=2,
+    )
+    batch_size: int = option(
+        "Blocks at once, in all processes together.",
+        TRAINING,
+        derive=_of_preset("batch_size", 8),
+        shown="8 for tiny, 16 for small, 32 above, else 8",
+        minimum=1,
+    )
+    accumulate: int = option(
+        "Micro-batches of --batch-size blocks whose gradients make one step.", ACCUMULATION, default=1, minimum=1
+    )
+    accumulator: str = option(
+        "How the gradients of --accumulate micro-batches are gathered: as sketches, each freed at once; exactly, which "
+        "keeps them all; or not at all, so that one micro-batch makes a step.",
+        ACCUMULATION,
+        derive=default_accumulator,
+        shown="flora with --optimizer flora, else exact",
+        choices=tuple(_GATHERED),
+    )
+    accumulator_ratio: int | None = option(
+        "Sketched gradients: columns of a hidden matrix that share one element; 1 keeps them all.",
+        ACCUMULATION,
+        derive=_with("accumulator", 1),
+        shown="1",
+        minimum=1,
+        needs=("accumulator",),
+        keyword="ratio",
+    )
+    accumulator_dtype: str | None = option(
+        "Sketched gradients: how they are stored.",
+        ACCUMULATION,
+        derive=_with("accumulator", "int4"),
+        shown="int4",
+        choices=get_args(StateDtype),
+        needs=("accumulator",),
+        keyword="state_dtype",
+    )
+    accumulator_projection: str | None = option(
+        "Sketched gradients: random signs, or the paper's Gaussian.",
+        ACCUMULATION,
+        derive=_with("accumulator", "sign"),
+        shown="sign",
+        choices=("sign", "gaussian"),
+        needs=("accumulator",),
+        keyword="projection",
+    )
+    release: bool | None = option(
+        "Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in .grad "
+        "before the step.",
+        ACCUMULATION,
+        derive=_with("accumulator", lambda given: _flora(given) and given.get("backend") != "jax"),
+        shown="release",
+        negatable=True,
+        needs=("optimizer", "accumulator"),
+    )
+    steps: int = option(
+        "Optimizer steps.",
+        TRAINING,
+        derive=_steps,
+        shown=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
+        minimum=1,
+    )
+    lr: float = option(
+        "Peak learning rate of the hidden matrices and the vectors.",
+        OPTIMIZER,
+        derive=lambda given: _rates(given).lr,
+        shown=f"{_RATES}; 5e-5 for a model of Hugging Face",
+        above=0,
+        maximum=1e37,  # its default multiple for the embedding is a float32 too
+    )
+    embedding_lr: float = option(
+        "Peak learning rate of the embedding and the output head, which want a larger one.",
+        OPTIMIZER,
+        derive=_embedding_lr,
+        shown=f"--lr times so much: {_RATIOS}; 1 for a model of Hugging Face",
+        above=0,
+        maximum=1e38,
+    )
+    warmup_steps: int = option(
+        "Steps until the learning rate has risen to its peak; a cosine takes it to 0 from there.",
+        TRAINING,
+        derive=_part_of_steps(10, least=0),
+        shown="a tenth of --steps",
+        minimum=0,
+    )
+    weight_decay: float = option(
+        "Decoupled, on everything but vectors.", OPTIMIZER, default=0.0, minimum=0, maximum=1e38
+    )
+    max_grad_norm: float = option(
+        "Clip the gradient's global norm to this; 0: never.",
+        TRAINING,
+        default=1.0,
+        minimum=0,
+        maximum=1e38,
+    )
+    rank: int | None = option(
+        "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements.",
+        OPTIMIZER,
+        derive=_with("optimizer", _rank),
+        shown="a quarter of the hidden size; 128 for a model of Hugging Face",
+        minimum=1,
+        needs=("optimizer",),
+        keyword="rank",
+    )
+    kappa: int | None = option(
+        "Flora: steps until the projection is drawn anew.",
+        OPTIMIZER,
+        derive=_with("optimizer", lambda given: 100 if given.get("projection") == "adaptive" else 1000),
+        shown="1000; 100 for adaptive",
+        minimum=1,
+        needs=("optimizer",),
+        keyword="kappa",
+    )
+    projection: str | None = option(
+        "Flora: random signs, weights that are learnt, or the paper's Gaussian.",
+        OPTIMIZER,
+        derive=_with("optimizer", "sign"),
+        shown="sign",
+        choices=("sign", "adaptive", "gaussian"),
+        needs=("optimizer",),
+        keyword="projection",
+    )
+    state_dtype: str | None = option(
+        "Flora: how the sketch is stored.",
+        OPTIMIZER,
+        derive=_with("optimizer", "int8"),
+        shown="int8",
+        choices=get_args(StateDtype),
+        needs=("optimizer",),
+        keyword="state_dtype",
+    )
+    backend: str = option(
+        "The framework: PyTorch with transformers' Trainer, or JAX with flax, optax and orbax.",
+        MODEL,
+        default="torch",
+        choices=("torch", "jax"),
+    )
+    dtype: str = option(
+        "Of the weights and the computation.", MODEL, default="float32", choices=("float32", "bfloat16")
+    )
+    seed: int = option(
+        "Of the weights, the order of the text, and Flora.", TRAINING, default=0, minimum=0, maximum=2**32 - 1
+    )
+    eval_every: int = option(
+        "Steps between two looks at the validation loss; there is one at the start and one at the end.",
+        TRAINING,
+        derive=_part_of_steps(10, least=1, most=1000),
+        shown="a tenth of --steps, at most 1000",
+        minimum=1,
+    )
+    eval_blocks: int = option(
+        "Held-out blocks to validate with, at most; drawn from all held-out documents.",
+        TRAINING,
+        default=128,
+        minimum=1,
+    )
+    save_every: int = option(
+        "Steps between two checkpoints; only the newest is kept.",
+        OUTPUT,
+        derive=_part_of_steps(4, least=1, most=1000),
+        shown="a quarter of --steps, at most 1000",
+        minimum=1,
+    )
+    keep_checkpoint: bool = option(
+        "Keep the trained model when the run is finished.", OUTPUT, default=True, negatable=True
+    )
+    threads: int = option(
+        "Threads to compute with, in each process.",
+        OUTPUT,
+        derive=lambda _: default_threads(),
+        shown="OMP_NUM_THREADS, else the cores there are, at most 8",
+        minimum=1,
+        maximum=4096,
+    )
+    fsdp: bool = option(
+        "Each process keeps a part of every weight, gradient and state (FSDP2), instead of all of them.",
+        PROCESSES,
+        default=False,
+        negatable=True,
+    )
+    timeout: int = option(
+        "Give up when another process does not answer for so long.",
+        PROCESSES,
+        default=600,
+        minimum=1,
+        maximum=10**7,
+        metavar="SECONDS",
+    )
     prepared: str | None = None
 
     @classmethod
     def resolve(cls, **given: Any) -> "RunConfig":
-        """The configuration of what the user gave, with a default for everything else.
+        """Resolve what the user gave, with a default for everything else.
 
         Args:
             **given: Values by field name; None, or nothing, means the default.
@@ -122,12 +365,13 @@ class RunConfig:
         Raises:
             UserError: A value is out of range, or two options contradict each other.
         """
-        chosen = {name: value for name, value in given.items() if value is not None and value != ()}
-        _check_values(chosen)
-        _check_conflicts(chosen)
-        if chosen.get("fsdp"):
-            _check_sharding(chosen.get("backend", "torch"), chosen.get("optimizer", "flora"))
-        config = cls(**{**_defaults(chosen), **chosen})
+        given = {name: value for name, value in given.items() if value is not None and value != ()}
+        check_values(OPTIONS, given)
+        _check_conflicts(given)
+        if given.get("fsdp"):
+            _check_sharding(given.get("backend", "torch"), given.get("optimizer", "flora"))
+        derived = {name: each.derive(given) for name, each in OPTIONS.items() if each.derive is not None}
+        config = cls(**{**derived, **given})
         if config.warmup_steps >= config.steps:
             raise UserError(
                 f"--warmup-steps {config.warmup_steps} leaves none of the {config.steps} steps for the full "
@@ -136,17 +380,17 @@ class RunConfig:
         return config
 
     def launched(self, fsdp: bool | None, timeout: int | None) -> "RunConfig":
-        """The same run, its processes started in another way; None leaves things as they were.
+        """Return the same run, its processes started in another way; None leaves things as they were.
 
         Raises:
             UserError: It cannot be done in that way.
         """
-        chosen: dict[str, Any] = {"fsdp": fsdp, "timeout": timeout}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        _check_values(chosen)
+        given: dict[str, Any] = {"fsdp": fsdp, "timeout": timeout}
+        given = {name: value for name, value in given.items() if value is not None}
+        check_values(OPTIONS, given)
         if fsdp:
             _check_sharding(self.backend, self.optimizer)
-        return replace(self, **chosen)
+        return replace(self, **given)
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,8 +415,13 @@ class RunConfig:
         names = (self.dataset, None if self.model in PRESETS else self.model)
         return any(name is not None and not Path(name).is_dir() for name in names)
 
+    def keywords(self, needed: str) -> dict[str, Any]:
+        """Return the arguments of Flora (``"optimizer"``) or of its accumulator (``"accumulator"``), seed included."""
+        chosen = {each.keyword: getattr(self, each.name) for each in needing(needed) if each.keyword is not None}
+        return {**chosen, "seed": self.seed}
+
     def to_json(self) -> str:
-        """The configuration as a JSON object, one field a line."""
+        """Return the configuration as a JSON object, one field a line."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
@@ -189,114 +438,23 @@ class RunConfig:
         except (ValueError, TypeError, KeyError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
-        _check_values({name: value for name, value in asdict(config).items() if value is not None})
+        check_values(OPTIONS, vars(config))
         return config
 
 
-def learning_rates(model: str, optimizer: str) -> LearningRates:
-    """The default learning rates of an optimizer on a model."""
-    if model in PRESETS:
-        return LEARNING_RATES[optimizer]
-    return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
+OPTIONS: Final = options_of(RunConfig)
 
 
-def default_rank(hidden_size: int) -> int:
-    """A quarter of the hidden size, as the GaLore paper has it for its larger models."""
-    return max(1, hidden_size // 4)
-
-
-def _defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field's default, given what was chosen."""
-    model, optimizer = chosen.get("model", "tiny"), chosen.get("optimizer", "flora")
-    preset = PRESETS.get(model)
-    steps = chosen.get("steps", preset.steps if preset else 1000)
-    rates = learning_rates(model, optimizer)
-    flora = optimizer == "flora"
-    accumulator = default_accumulator(chosen)
-    sketched = accumulator == "flora"
-    return {
-        "model": model,
-        "optimizer": optimizer,
-        "text": (),
-        "dataset": None,
-        "dataset_config": None,
-        "dataset_split": "train" if "dataset" in chosen else None,
-        "text_column": "text" if "dataset" in chosen else None,
-        "max_megabytes": _default_megabytes(chosen, model),
-        "vocab_size": preset.vocab_size if preset else None,
-        "sequence_length": preset.sequence_length if preset else 256,
-        "batch_size": preset.batch_size if preset else 8,
-        "accumulate": 1,
-        "accumulator": accumulator,
-        "accumulator_ratio": 1 if sketched else None,
-        "accumulator_dtype": "int4" if sketched else None,
-        "accumulator_projection": "sign" if sketched else None,
-        "release": flora and chosen.get("backend") != "jax" if sketched else None,
-        "steps": steps,
-        "lr": rates.lr,
-        "embedding_lr": chosen.get("lr", rates.lr) * (rates.embedding_lr / rates.lr),
-        "warmup_steps": steps // 10,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "rank": default_rank(preset.hidden_size) if flora and preset else 128 if flora else None,
-        "kappa": (100 if chosen.get("projection") == "adaptive" else 1000) if flora else None,
-        "projection": "sign" if flora else None,
-        "state_dtype": "int8" if flora else None,
-        "backend": "torch",
-        "dtype": "float32",
-        "seed": 0,
-        "eval_every": min(1000, max(1, steps // 10)),
-        "eval_blocks": 128,
-        "save_every": min(1000, max(1, steps // 4)),
-        "keep_checkpoint": True,
-        "threads": default_threads(),
-    }
-
-
-def default_accumulator(chosen: Mapping[str, Any]) -> str:
-    """How gradients are gathered: as was said, else in sketches with Flora and exactly with the others."""
-    if chosen.get("accumulate", 1) == 1:
-        return "none"
-    default = "flora" if chosen.get("optimizer", "flora") == "flora" else "exact"
-    return str(chosen.get("accumulator", default))
-
-
-def _default_megabytes(chosen: Mapping[str, Any], model: str) -> float | None:
-    if "dataset" in chosen:
-        return DATASET_MEGABYTES
-    return STANDARD_LIBRARY_MEGABYTES if model == "tiny" and "text" not in chosen else None
-
-
-def _check_values(chosen: Mapping[str, Any]) -> None:
-    for name, allowed in CHOICES.items():
-        if name in chosen and chosen[name] not in allowed:
-            raise UserError(f"{option_name(name)} {chosen[name]!r} is unknown: choose one of {', '.join(allowed)}")
-    for name, smallest in SMALLEST.items():
-        largest = LARGEST.get(name, LARGEST_INTEGER)
-        if name in chosen and not smallest <= chosen[name] <= largest:
-            limit = f" and at most {largest}" if name in LARGEST or chosen[name] > largest else ""
-            raise UserError(f"{option_name(name)} is {chosen[name]}: give a whole number of at least {smallest}{limit}")
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        if name not in chosen:
-            continue
-        value = chosen[name]
-        if not isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
-            allowed_values = "above 0" if name in POSITIVE else "of 0 or more"
-            raise UserError(f"{option_name(name)} is {value}: give a number {allowed_values}")
-        if value > LARGEST[name]:
-            raise UserError(f"{option_name(name)} is {value}: give a number of at most {LARGEST[name]:g}")
+def needing(needed: str) -> list[Option]:
+    """Return the options that have no effect without another one."""
+    return [each for each in OPTIONS.values() if needed in each.needs]
 
 
 def _check_types(config: RunConfig) -> None:
     """Find a field that holds another type than it is declared with."""
     for name, declared in get_type_hints(RunConfig).items():
-        kinds = tuple(get_origin(kind) or kind for kind in get_args(declared) or (declared,))
-        if get_origin(declared) is tuple:
-            kinds = (tuple,)
-        if float in kinds:
-            kinds = (*kinds, int)
-        value = getattr(config, name)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        allowed, value = kinds(declared), getattr(config, name)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise TypeError(f"{name} is {value!r}")
 
 
@@ -311,37 +469,41 @@ def _check_sharding(backend: str, optimizer: str) -> None:
         )
 
 
-def _check_conflicts(chosen: Mapping[str, Any]) -> None:
-    if chosen.get("backend") == "jax":
-        if chosen.get("model", "tiny") not in PRESETS:
+def _check_conflicts(given: Mapping[str, Any]) -> None:
+    if given.get("backend") == "jax":
+        if given.get("model", "tiny") not in PRESETS:
             raise UserError(
-                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {chosen['model']} is "
+                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "
                 "none of them: choose one, or leave --backend out"
             )
-        if "release" in chosen:
+        if "release" in given:
             raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
-    if "text" in chosen and "dataset" in chosen:
+    if "text" in given and "dataset" in given:
         raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
-    for name in ("dataset_config", "dataset_split", "text_column"):
-        if name in chosen and "dataset" not in chosen:
-            raise UserError(f"{option_name(name)} belongs to --dataset, which is not given: add it, or leave it out")
-    if "vocab_size" in chosen and chosen.get("model", "tiny") not in PRESETS:
+    for each in needing("dataset"):
+        if each.name in given and "dataset" not in given:
+            raise UserError(
+                f"{option_name(each.name)} belongs to --dataset, which is not given: add it, or leave it out"
+            )
+    if "vocab_size" in given and given.get("model", "tiny") not in PRESETS:
         raise UserError(
-            f"--vocab-size does not apply to --model {chosen['model']}, which has a tokenizer of its own: leave it out"
+            f"--vocab-size does not apply to --model {given['model']}, which has a tokenizer of its own: leave it out"
         )
-    optimizer = chosen.get("optimizer", "flora")
-    for name in FLORA_OPTIONS:
-        if name in chosen and optimizer != "flora":
-            raise UserError(f"{option_name(name)} belongs to --optimizer flora, and this is {optimizer}: leave it out")
-    if chosen.get("accumulator", "none") != "none" and chosen.get("accumulate", 1) == 1:
+    optimizer = given.get("optimizer", "flora")
+    for each in needing("optimizer"):
+        if each.name in given and optimizer != "flora":
+            raise UserError(
+                f"{option_name(each.name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
+            )
+    if given.get("accumulator", "none") != "none" and given.get("accumulate", 1) == 1:
         raise UserError(
-            f"--accumulator {chosen['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
+            f"--accumulator {given['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
             "is 1: give --accumulate 2 or more, or leave it out"
         )
-    accumulator = default_accumulator(chosen)
-    for name in SKETCH_OPTIONS:
-        if name in chosen and accumulator != "flora":
+    accumulator = default_accumulator(given)
+    for each in needing("accumulator"):
+        if each.name in given and accumulator != "flora":
             raise UserError(
-                f"{option_name(name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
+                f"{option_name(each.name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
                 "give --accumulator flora and --accumulate 2 or more"
             )

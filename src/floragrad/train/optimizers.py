@@ -24,8 +24,7 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
     if config.optimizer == "adafactor":
         settings = {"beta1": 0.9, "scale_parameter": False, "relative_step": False}
         return Adafactor, {"params": groups, "lr": config.lr, **settings}
-    flora = {name: getattr(config, name) for name in ("rank", "kappa", "projection", "state_dtype", "seed")}
-    return Flora, {"params": groups, "lr": config.lr, **flora}
+    return Flora, {"params": groups, "lr": config.lr, **config.keywords("optimizer")}
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

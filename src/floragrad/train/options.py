@@ -1,460 +1,273 @@
-"""The options of the command line, each said once."""
+"""Options of the command line, each declared once: as a field of a dataclass, made by :func:`option`.
 
-from pathlib import Path
-from typing import Annotated
+The field's type, default and metadata are all there is to say. Typer's options, the checks of values, the defaults of a
+run and the tables of ``docs/options.md`` are generated from them.
+"""
 
-import typer
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from math import inf, isfinite
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from floragrad.train.config import CHOICES
-from floragrad.train.presets import LEARNING_RATES, PRESETS
+from floragrad.train.errors import UserError
 
-WHAT, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
-TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
+if TYPE_CHECKING:
+    import typer
+
+T = TypeVar("T")
+LARGEST_INTEGER: Final = 2**31 - 1
+"""Largest value of a C int, which torch, numpy and the Trainer take everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Declaration of one option.
+
+    Attributes:
+        name: The field's name, and the option's with dashes for underscores unless ``flag`` is given.
+        annotation: The field's type.
+        help: One sentence or two.
+        panel: Heading of ``--help`` under which the option stands.
+        default: Value where none is given; ``MISSING`` where ``derive`` or nothing says it.
+        derive: Function of all values that were given, by name, that returns the default.
+        shown: Default in words; empty for none. By default the value itself.
+        metavar: Placeholder of the value; by default the type's, or the choices.
+        choices: Allowed values.
+        minimum: Smallest allowed number.
+        above: Number that the value must exceed.
+        maximum: Largest allowed number; of whole numbers :data:`LARGEST_INTEGER` by default.
+        flag: Name on the command line.
+        negatable: Whether a switch has a ``--no-`` form too, which differs from leaving it out.
+        argument: Whether it is a positional argument.
+        parse: Reader of a value of another type; raises ValueError.
+        example: List with commas, where the option takes one.
+        needs: Options without which it has no effect.
+        keyword: Argument of what it needs (of ``Flora``, say) that takes the value.
+    """
+
+    name: str
+    annotation: Any
+    help: str
+    panel: str
+    default: Any = MISSING
+    derive: Callable[[Mapping[str, Any]], Any] | None = None
+    shown: str | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    minimum: int | float | None = None
+    above: float | None = None
+    maximum: int | float | None = None
+    flag: str | None = None
+    negatable: bool = False
+    argument: bool = False
+    parse: Callable[[str], Any] | None = None
+    example: str | None = None
+    needs: tuple[str, ...] = ()
+    keyword: str | None = None
+
+    @property
+    def kind(self) -> type:
+        """Type of the value, or of each of several."""
+        annotation = self.annotation
+        for outer in (Union, UnionType, tuple):
+            annotation = get_args(annotation)[0] if get_origin(annotation) is outer else annotation
+        return kinds(annotation)[0]
+
+    @property
+    def flags(self) -> str:
+        """Name on the command line, with its negative where there is one."""
+        name = self.flag or option_name(self.name)
+        return f"{name}/--no-{name[2:]}" if self.negatable else name
+
+    @property
+    def placeholder(self) -> str:
+        """Placeholder of the value in ``--help``; empty for a switch."""
+        if self.metavar is not None or self.kind is bool:
+            return self.metavar or ""
+        return "|".join(self.choices) or {int: "INTEGER", float: "NUMBER"}.get(self.kind, "NAME")
+
+    @property
+    def words(self) -> str:
+        """Default in words; empty where there is none."""
+        if self.shown is not None or self.default in (MISSING, None, ()):
+            return self.shown or ""
+        if isinstance(self.default, bool):
+            name = self.name.replace("_", "-")
+            return (name if self.default else f"no-{name}") if self.negatable else ""
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    def fault(self, name: str, value: Any) -> str | None:
+        """Return why a value is not allowed and what is, or None where it is.
+
+        Args:
+            name: How to call the option.
+            value: Its value; every part of a tuple is checked.
+        """
+        for part in value if isinstance(value, tuple) else (value,):
+            if self.choices and part not in self.choices:
+                return f"{name} {part!r} is unknown: choose one of {', '.join(self.choices)}"
+            allowed = self._allowed(part) if self.kind in (int, float) else None
+            if allowed is not None:
+                return f"{name} is {part}: give a {allowed}"
+        return None
+
+    def _allowed(self, value: Any) -> str | None:
+        """Return which numbers are allowed where this is none of them."""
+        least = -inf if self.minimum is None else self.minimum
+        if self.kind is int:
+            most = LARGEST_INTEGER if self.maximum is None else self.maximum
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if least == -inf or (whole and least <= value <= most):
+                return None
+            limit = f" and at most {most}" if self.maximum is not None or (whole and value > most) else ""
+            return f"whole number of at least {least}{limit}"
+        above = -inf if self.above is None else self.above
+        if least == above:
+            return None
+        if not isfinite(value) or value < least or value <= above:
+            return f"number of {least} or more" if self.above is None else f"number above {above:g}"
+        if self.maximum is not None and value > self.maximum:
+            return f"number of at most {self.maximum:g}"
+        return None
+
+    def read(self, value: Any) -> Any:
+        """Convert what typer has read to the field's type.
+
+        Raises:
+            UserError: It is a list that cannot be read.
+        """
+        if self.example is None:
+            return tuple(value) if isinstance(value, list) else value
+        wrong = UserError(f"{self.flags} {value!r} cannot be read: give a list with commas, like {self.example}")
+        try:
+            values = tuple(self.kind(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError as error:
+            raise wrong from error
+        if not values:
+            raise wrong
+        return values
+
+
+def option(help: str, panel: str, *, default: Any = MISSING, **more: Any) -> Any:
+    """Declare a field of a dataclass as an option. See the attributes of :class:`Option` for the arguments."""
+    return field(default=default, metadata={"option": {"help": help, "panel": panel, **more}})
+
+
+def options_of(*sources: Any) -> dict[str, Option]:
+    """Return the options that dataclasses declare, by name."""
+    return {
+        each.name: Option(name=each.name, annotation=types[each.name], default=each.default, **each.metadata["option"])
+        for source, types in ((source, get_type_hints(source)) for source in sources)
+        for each in dataclasses.fields(source)
+        if "option" in each.metadata
+    }
+
+
+def option_name(name: str) -> str:
+    """Return the command-line option that sets a field."""
+    return "--" + name.replace("_", "-")
+
+
+def kinds(annotation: Any) -> tuple[type, ...]:
+    """Return the types of the values that an annotation allows."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in kinds(part))
+    if origin is Literal:
+        return (str,)
+    return (float, int) if annotation is float else (origin or annotation,)
+
+
+def check_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+    """Refuse values that are not allowed; None is.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+    for name, each in options.items():
+        fault = each.fault(each.flags.partition("/")[0], values[name]) if values.get(name) is not None else None
+        if fault is not None:
+            raise UserError(fault)
+
+
+def take(source: Callable[..., T], given: Mapping[str, Any]) -> T:
+    """Construct a dataclass from those of the given values that are fields of it."""
+    return source(**{name: given[name] for name in options_of(source) if name in given})
+
+
+def command(
+    app: "typer.Typer", options: Mapping[str, Option], *, help: str, epilog: str
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
+    """Register a function as a command of typer's.
+
+    Args:
+        app: Where to.
+        options: The command's options. The function gets the values of those that were given, by name.
+        help: What the command does.
+        epilog: Examples.
+    """
+
+    def register(run: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+        def call(**values: Any) -> None:
+            run({name: options[name].read(value) for name, value in values.items() if value not in (None, [])})
+
+        parameters = [_parameter(each) for each in options.values()]
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        app.command(run.__name__, help=help, epilog=epilog)(call)
+        return run
+
+    return register
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """Return the parameter from which typer makes the option: None by default."""
+    import typer
+
+    parse = {int: _whole_number, float: _number}.get(option.kind, option.parse)
+
+    def parser(value: str) -> Any:
+        try:
+            return parse(value)  # type: ignore[misc]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    several = kinds(option.annotation)[0] is tuple
+    kind: Any = option.kind
+    if several:
+        kind = str if option.example is not None else list[str]
+    settings: dict[str, Any] = {
+        "help": option.help,
+        "show_default": option.words or False,
+        "metavar": option.placeholder or None,
+        "parser": parser if parse is not None and not several else None,
+    }
+    made: Any
+    if option.argument:
+        made = typer.Argument(**settings)
+    else:
+        made = typer.Option(option.flags, rich_help_panel=option.panel, **settings)
+        kind = kind | None
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if option.argument else None,
+        annotation=Annotated[kind, made],
+    )
 
 
 def _whole_number(value: str) -> int:
     try:
         return int(value)
     except ValueError as error:
-        raise typer.BadParameter(f"{value!r} is not a whole number") from error
+        raise ValueError(f"{value!r} is not a whole number") from error
 
 
 def _number(value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise typer.BadParameter(f"{value!r} is not a number") from error
-
-
-def _choices(name: str) -> str:
-    return "|".join(CHOICES[name])
-
-
-_RATES = ", ".join(f"{name} {rates.lr:g}" for name, rates in LEARNING_RATES.items())
-_RATIOS = ", ".join(f"{name} {rates.embedding_lr / rates.lr:g}" for name, rates in LEARNING_RATES.items())
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar="|".join(PRESETS) + "|NAME|FOLDER",
-        help="A Llama by size, or any causal language model of Hugging Face by name or folder, with its "
-        "weights where it has some. 60m to 1b are the sizes of the GaLore paper.",
-        show_default="tiny",
-    ),
-]
-TextFiles = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar="FILE|FOLDER|PATTERN",
-        help="Text to train on, UTF-8; may be given several times. Of a folder, everything below it.",
-        show_default="the Python source of the standard library on this machine",
-    ),
-]
-DatasetName = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar="NAME",
-        help="A dataset of the Hugging Face hub, or a folder with its files, instead of --text.",
-        show_default=False,
-    ),
-]
-DatasetConfig = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=WHAT, metavar="NAME", help="Which configuration of the dataset.", show_default=False),
-]
-DatasetSplit = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=WHAT, metavar="NAME", help="Which split of the dataset.", show_default="train"),
-]
-TextColumn = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar="NAME",
-        help="Which column of the dataset holds the text.",
-        show_default="text",
-    ),
-]
-MaxMegabytes = Annotated[
-    float | None,
-    typer.Option(
-        parser=_number,
-        metavar="NUMBER",
-        rich_help_panel=WHAT,
-        help="Read at most so much text.",
-        show_default="4 for tiny on the standard library, 200 of a dataset, else everything",
-    ),
-]
-VocabSize = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=WHAT,
-        help="Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
-        show_default="2048 for tiny, 8192 for small, 32000 above",
-    ),
-]
-SequenceLength = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=WHAT,
-        help="Tokens of a block.",
-        show_default="128 for tiny, else 256",
-    ),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar=_choices("backend"),
-        help="The framework: PyTorch with transformers' Trainer, or JAX with flax, optax and orbax.",
-        show_default="torch",
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=WHAT,
-        metavar=_choices("dtype"),
-        help="Of the weights and the computation.",
-        show_default="float32",
-    ),
-]
-
-OptimizerName = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=OPTIMIZER,
-        metavar=_choices("optimizer"),
-        help="What trains: Flora, torch's AdamW, or Hugging Face's Adafactor with momentum.",
-        show_default="flora",
-    ),
-]
-Optimizers = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=OPTIMIZER,
-        metavar="NAME,NAME,…",
-        help="What to compare, in this order.",
-        show_default=",".join(LEARNING_RATES),
-    ),
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--lr",
-        parser=_number,
-        metavar="NUMBER",
-        rich_help_panel=OPTIMIZER,
-        help="Peak learning rate of the hidden matrices and the vectors.",
-        show_default=f"{_RATES}; 5e-5 for a model of Hugging Face",
-    ),
-]
-EmbeddingLearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--embedding-lr",
-        parser=_number,
-        metavar="NUMBER",
-        rich_help_panel=OPTIMIZER,
-        help="Peak learning rate of the embedding and the output head, which want a larger one.",
-        show_default=f"--lr times so much: {_RATIOS}; 1 for a model of Hugging Face",
-    ),
-]
-LearningRateGrid = Annotated[
-    str | None,
-    typer.Option(
-        "--lrs",
-        rich_help_panel=OPTIMIZER,
-        metavar="LR,LR,…",
-        help="Learning rates to try with each optimizer, on the first seed.",
-        show_default="each optimizer's own default",
-    ),
-]
-EmbeddingLearningRateGrid = Annotated[
-    str | None,
-    typer.Option(
-        "--embedding-lrs",
-        rich_help_panel=OPTIMIZER,
-        metavar="LR,LR,…",
-        help="Learning rates of the embedding and the output head to try, each with each of --lrs.",
-        show_default="the same multiple of --lrs as in floragrad train",
-    ),
-]
-WeightDecay = Annotated[
-    float | None,
-    typer.Option(
-        parser=_number,
-        metavar="NUMBER",
-        rich_help_panel=OPTIMIZER,
-        help="Decoupled, on everything but vectors.",
-        show_default="0",
-    ),
-]
-Rank = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=OPTIMIZER,
-        help="Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) numbers.",
-        show_default="a quarter of the hidden size; 128 for a model of Hugging Face",
-    ),
-]
-Kappa = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=OPTIMIZER,
-        help="Flora: steps until the projection is drawn anew.",
-        show_default="1000; 100 for adaptive",
-    ),
-]
-Projection = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=OPTIMIZER,
-        metavar=_choices("projection"),
-        help="Flora: random signs, weights that are learnt, or the paper's Gaussian.",
-        show_default="sign",
-    ),
-]
-StateDtype = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=OPTIMIZER,
-        metavar=_choices("state_dtype"),
-        help="Flora: how the sketch is stored.",
-        show_default="int8",
-    ),
-]
-
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Optimizer steps.",
-        show_default=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Blocks at once, in all processes together.",
-        show_default="8 for tiny, 16 for small, 32 above, else 8",
-    ),
-]
-Accumulate = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=ACCUMULATION,
-        help="Micro-batches of --batch-size blocks whose gradients make one step.",
-        show_default="1",
-    ),
-]
-Accumulator = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=ACCUMULATION,
-        metavar=_choices("accumulator"),
-        help="How the gradients of --accumulate micro-batches are gathered: as sketches, each freed at once; "
-        "exactly, which keeps them all; or not at all, so that one micro-batch makes a step.",
-        show_default="flora with --optimizer flora, else exact",
-    ),
-]
-Accumulators = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=ACCUMULATION,
-        metavar="NAME,NAME,…",
-        help="Ways to gather gradients (see floragrad train --accumulator), each with each of --optimizers.",
-        show_default="each optimizer's own default",
-    ),
-]
-AccumulatorRatio = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=ACCUMULATION,
-        help="Sketched gradients: columns of a hidden matrix that share one number; 1 keeps them all.",
-        show_default="1",
-    ),
-]
-AccumulatorDtype = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=ACCUMULATION,
-        metavar=_choices("accumulator_dtype"),
-        help="Sketched gradients: how they are stored.",
-        show_default="int4",
-    ),
-]
-AccumulatorProjection = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=ACCUMULATION,
-        metavar=_choices("accumulator_projection"),
-        help="Sketched gradients: random signs, or the paper's Gaussian.",
-        show_default="sign",
-    ),
-]
-Release = Annotated[
-    bool | None,
-    typer.Option(
-        "--release/--no-release",
-        rich_help_panel=ACCUMULATION,
-        help="Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in "
-        ".grad before the step.",
-        show_default="release",
-    ),
-]
-WarmupSteps = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Steps until the learning rate has risen to its peak; a cosine takes it to 0 from there.",
-        show_default="a tenth of --steps",
-    ),
-]
-MaxGradNorm = Annotated[
-    float | None,
-    typer.Option(
-        parser=_number,
-        metavar="NUMBER",
-        rich_help_panel=TRAINING,
-        help="Clip the gradient's global norm to this; 0: never.",
-        show_default="1",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Of the weights, the order of the text, and Flora.",
-        show_default="0",
-    ),
-]
-Seeds = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=TRAINING,
-        metavar="SEED,SEED,…",
-        help="Seeds to run each optimizer's best setting with.",
-        show_default="0",
-    ),
-]
-EvalEvery = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Steps between two looks at the validation loss; there is one at the start and one at the end.",
-        show_default="a tenth of --steps, at most 1000",
-    ),
-]
-EvalBlocks = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=TRAINING,
-        help="Held-out blocks to validate with, at most; drawn from all held-out documents.",
-        show_default="128",
-    ),
-]
-
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        rich_help_panel=OUTPUT,
-        metavar="FOLDER",
-        help="A new folder for everything that the run writes.",
-        show_default="runs/<model>-<optimizer>-<time>",
-    ),
-]
-CompareOut = Annotated[
-    Path | None,
-    typer.Option(
-        rich_help_panel=OUTPUT,
-        metavar="FOLDER",
-        help="A new folder for everything that the comparison writes.",
-        show_default="runs/compare-<model>-<time>",
-    ),
-]
-Resume = Annotated[
-    Path | None,
-    typer.Option(
-        rich_help_panel=OUTPUT,
-        metavar="FOLDER",
-        help="Continue what stopped in this folder, with its own options: give no others.",
-        show_default=False,
-    ),
-]
-SaveEvery = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=OUTPUT,
-        help="Steps between two checkpoints; only the newest is kept.",
-        show_default="a quarter of --steps, at most 1000",
-    ),
-]
-KeepCheckpoint = Annotated[
-    bool | None,
-    typer.Option(
-        "--keep-checkpoint/--no-keep-checkpoint",
-        rich_help_panel=OUTPUT,
-        help="Keep the trained model when the run is finished.",
-        show_default="keep",
-    ),
-]
-Fsdp = Annotated[
-    bool | None,
-    typer.Option(
-        "--fsdp/--no-fsdp",
-        rich_help_panel=PROCESSES,
-        help="Each process keeps a part of every weight, gradient and state (FSDP2), instead of all of them.",
-        show_default="no-fsdp",
-    ),
-]
-Timeout = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="SECONDS",
-        rich_help_panel=PROCESSES,
-        help="Give up when another process does not answer for so long.",
-        show_default="600",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        parser=_whole_number,
-        metavar="INTEGER",
-        rich_help_panel=OUTPUT,
-        help="Threads to compute with, in each process.",
-        show_default="OMP_NUM_THREADS, else the cores there are, at most 8",
-    ),
-]
+        raise ValueError(f"{value!r} is not a number") from error

@@ -55,7 +55,7 @@ class Processes:
     @property
     def program(self) -> str:
         """What a user types to start as many."""
-        return "floragrad" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m floragrad.cli"
+        return "floragrad" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m floragrad"
 
     def share(self, make: Callable[[], T]) -> T:
         """Let the leader make something, however long it takes, and give it to all. What it raises, all raise."""
@@ -145,7 +145,7 @@ def join(config: RunConfig) -> Processes:
     if missing:
         raise UserError(
             f"this is one of {size} processes (WORLD_SIZE), and {', '.join(missing)} are not set: start them with "
-            f"torchrun --nproc-per-node {size} -m floragrad.cli train"
+            f"torchrun --nproc-per-node {size} -m floragrad train"
         )
     if config.batch_size % size:
         fitting = [number for number in range(1, config.batch_size + 1) if config.batch_size % number == 0]

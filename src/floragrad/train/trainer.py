@@ -244,14 +244,7 @@ def _seed(*words: int) -> int:
 
 def _accumulation(config: RunConfig) -> AccumulationOptions:
     """Of the sketches."""
-    options = {
-        "ratio": config.accumulator_ratio,
-        "state_dtype": config.accumulator_dtype,
-        "projection": config.accumulator_projection,
-        "seed": config.seed,
-        "release": config.release,
-    }
-    return cast(AccumulationOptions, options)
+    return cast(AccumulationOptions, {**config.keywords("accumulator"), "release": config.release})
 
 
 def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begins: bool) -> TrainingArguments:

@@ -1,6 +1,6 @@
 """The optimizers of ``--optimizer``, as optax has them, with a learning rate for each kind of parameter."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from floragrad._report import Report
 from floragrad.jax import compressed_multi_steps, flora, flora_report
 from floragrad.jax.precision import in_float32
-from floragrad.policy import Kind, Projection, StateDtype
+from floragrad.policy import Kind
 from floragrad.train.config import RunConfig
 from floragrad.train.jax.weights import Params, parameter_names
 
@@ -60,10 +60,7 @@ def windowed(config: RunConfig, inner: optax.GradientTransformation) -> optax.Gr
     return compressed_multi_steps(
         inner,
         config.micro_batches,
-        ratio=config.accumulator_ratio or 1,
-        state_dtype=cast(StateDtype, config.accumulator_dtype),
-        projection=cast(Projection, config.accumulator_projection),
-        seed=config.seed,
+        **config.keywords("accumulator"),
     )
 
 
