@@ -40,7 +40,7 @@ sanitize: $(READY)  ## the kernels under AddressSanitizer and UBSan, in a folder
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FLORAGRAD_TEST_KERNELS=$(SANITIZED)/floragrad/torch/backends/cpu \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/torch/test_native.py tests/torch/test_guard_bands.py \
-	tests/torch/test_handover.py tests/torch/test_accumulation_handover.py \
+	tests/torch/test_validation.py tests/torch/test_accumulation_validation.py \
 	-k "not (library_needs_nothing or second_openmp)"
 
 lint: $(READY)

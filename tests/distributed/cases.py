@@ -129,5 +129,5 @@ def fsdp_and_tensor_parallel(*split: int | None) -> Sharding:
 
 
 def options_of(**options: Any) -> dict[str, Any]:
-    """Options under which an epoch changes within the steps."""
+    """Options under which projections are resampled within the steps."""
     return {"lr": 1e-2, "ratio": 4, "kappa": 10, "state_dtype": "float32", **options}

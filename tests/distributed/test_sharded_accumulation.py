@@ -101,12 +101,12 @@ def rounds_as_whole(rank: int, state_dtype: str) -> None:
         tokens = micro_batches(rank, size) if shard else micro_batches(0, 1)
         for batch in tokens[0][:-1]:
             accumulator.backward(model(input_ids=batch, labels=batch).loss)
-        sketches.append({slot.name: (slot, slot.sketch) for slot in accumulator._slots})
+        sketches.append({entry.name: (entry, entry.sketch) for entry in accumulator._entries})
     parts, wholes = sketches
     equal = numbers = 0
-    for name, (slot, sketch) in parts.items():
+    for name, (entry, sketch) in parts.items():
         here, whole = sketch.buffers["data"], wholes[name][1].buffers["data"]
-        rows = slot.part.leading[-1]
+        rows = entry.part.leading[-1]
         numbers += here.numel()
         equal += int((here == whole[:, rows]).sum())
     assert numbers > 0

@@ -61,7 +61,7 @@ FSDP: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(("size", "options"), [(2, FSDP[0]), *((4, each) for each in FSDP)], ids=str)
 def test_fsdp_equals_whole_tensors(worlds: Worlds, size: int, options: dict[str, Any]) -> None:
-    """25 steps over two changes of epoch; even, uneven and empty shards."""
+    """25 steps over two resamplings; even, uneven and empty shards."""
     worlds(size).run(fsdp_equals_whole, options_of(**options))
 
 

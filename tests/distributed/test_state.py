@@ -41,7 +41,7 @@ def counts_collectives(_: int, name: str, options: dict[str, Any]) -> list[int]:
         ("fsdp", {"scale_parameter": True}, [2, 2, 2, 2]),
         ("hsdp", {}, [2, 2, 2, 2]),
         ("tensor parallel", {}, [2, 2, 2, 2]),
-        # Two more, one for each power iteration, at the first step and where an epoch begins.
+        # Two more, one for each power iteration, at the first step and on a resampling step.
         ("fsdp", {"projection": "adaptive"}, [4, 2, 4, 2]),
         ("fsdp and tensor parallel", {}, [4, 4, 4, 4]),
         ("columns", {}, [3, 3, 3, 3]),

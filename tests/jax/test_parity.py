@@ -14,7 +14,7 @@ from floragrad.jax.leaf import Leaf, initial_weight
 from floragrad.jax.options import resolve
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
-from floragrad.torch import adaptive, context, slots
+from floragrad.torch import adaptive, context, param_info
 from floragrad.torch import projection as torch_projection
 from floragrad.torch.options import resolve_group
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors, to_torch, torch_axes, trajectory
@@ -150,4 +150,4 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(context.StepContext, "projection", drawn)
     monkeypatch.setattr(adaptive, "adaptive_noise", noise)
-    monkeypatch.setattr(slots, "random_signs", signs)
+    monkeypatch.setattr(param_info, "random_signs", signs)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 KAPPA = 10
-STEPS = 25  # two epoch changes, at 10 and 20
+STEPS = 25  # two resamplings, at 10 and 20
 
 
 @dataclass(frozen=True)

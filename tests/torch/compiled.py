@@ -24,7 +24,7 @@ from floragrad.torch.backends.triton.fold import decode_triton, fold_triton
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.launch import Launch
 from floragrad.torch.backends.triton.launches import Batch
-from floragrad.torch.backends.triton.spec import Numbers, Spec
+from floragrad.torch.backends.triton.spec import Spec, StepScalars
 from floragrad.torch.part import Part
 
 TARGETS = {
@@ -42,7 +42,7 @@ POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
-COUNTED = ("seed", "index", "window", "counter")  # which the kernels of folds are not specialized for
+COUNTED = ("seed", "tensor_id", "window", "counter")  # which the kernels of folds are not specialized for
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def spec(rows: int, columns: int, width: int, **changes: Any) -> Spec:
         state_dtype="int8",
         momentum=momentum,
         factored=True,
-        learnt=False,
+        adaptive=False,
         learns=False,
         residual=True,
         resamples=False,
@@ -135,7 +135,7 @@ def spec(rows: int, columns: int, width: int, **changes: Any) -> Spec:
     return replace(plain, **changes)
 
 
-NUMBERS = Numbers(0.9, 0.99, 1e-30, 1e-3, 1e-3, 1.0, 0.1, 1.0)
+NUMBERS = StepScalars(0.9, 0.99, 1e-30, 1e-3, 1e-3, 1.0, 0.1, 1.0)
 
 
 def launches_of(given: Spec) -> list[Launch]:
@@ -159,7 +159,7 @@ def folds_of(case: str) -> list[Launch]:
     plan, made = plan_accumulator((14336, 4096), ratio=ratio, state_dtype=state_dtype, kind="matrix"), []
     buffers = {key: torch.empty(1, dtype=getattr(torch, each.dtype)) for key, each in plan.buffers.items()}
     grad, columns = torch.empty(1, dtype=torch.bfloat16), buffers["scale"] if ratio == 1 else None
-    part, streams = Part.whole(plan.shape, plan.view), {"seed": 1, "index": 1, "window": 1}
+    part, streams = Part.whole(plan.shape, plan.view), {"seed": 1, "tensor_id": 1, "window": 1}
     with mock.patch.object(Launch, "run", lambda launch: made.append(launch)):
         fold_triton(
             grad, buffers, plan, columns, part, is_first=False, weight=0.5, counter=1, measure_noise=True, **streams
@@ -182,7 +182,7 @@ CASES = {
     "llama-whole": spec(4096, 4096, 4096),
     "llama-resamples": spec(14336, 4096, 128, resamples=True),
     "llama-paper": spec(14336, 4096, 128, resamples=True, residual=False),
-    "llama-adaptive": spec(14336, 4096, 128, learnt=True, learns=True, resamples=True),
+    "llama-adaptive": spec(14336, 4096, 128, adaptive=True, learns=True, resamples=True),
     "llama-full-second-moment": spec(14336, 4096, 128, factored=False),
     "llama-shard": spec(1792, 4096, 128, all_rows=14336, is_split=True),
     "norm": spec(1, 4096, 4096, factored=False, momentum="whole", state_dtype="float32", all_rows=1),

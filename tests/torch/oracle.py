@@ -11,8 +11,8 @@ from floragrad.policy import TensorPlan
 from floragrad.torch.adaptive import adaptive_noise
 from floragrad.torch.context import StepContext
 from floragrad.torch.options import plan_of, resolve_group
+from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part
-from floragrad.torch.slots import initial_state
 from tests.torch.cases import Case
 
 INDEX = 0  # the only parameter of its optimizer
@@ -34,7 +34,7 @@ def trajectory(case: Case, gradients: list[torch.Tensor], **changes: Any) -> lis
 class Draws(Protocol):
     """What a framework draws for one tensor, as float64 NumPy."""
 
-    def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+    def projection(self, plan: TensorPlan, resample_index: int) -> np.ndarray:
         """P, (k, n)."""
         ...
 
@@ -42,7 +42,7 @@ class Draws(Protocol):
         """Of the adaptive projection, (batch, n)."""
         ...
 
-    def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
+    def noise(self, plan: TensorPlan, resample_index: int) -> np.ndarray:
         """What is added to the weights before they are learnt, (n,)."""
         ...
 
@@ -51,16 +51,16 @@ class TorchDraws:
     def __init__(self, group: dict[str, Any]) -> None:
         self.group = group
 
-    def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        return double(self._context(plan, 0).projection(epoch).matrix())
+    def projection(self, plan: TensorPlan, resample_index: int) -> np.ndarray:
+        return double(self._context(plan, 0).projection(resample_index).matrix())
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:
         assert plan.view is not None
         state = initial_state(plan, self.group, INDEX, torch.device("cpu"))
         return double(state["projection_weight"]).reshape(-1, plan.view.columns)
 
-    def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
-        return double(adaptive_noise(self._context(plan, max(1, epoch * self.group["kappa"]))))
+    def noise(self, plan: TensorPlan, resample_index: int) -> np.ndarray:
+        return double(adaptive_noise(self._context(plan, max(1, resample_index * self.group["kappa"]))))
 
     def _context(self, plan: TensorPlan, step: int) -> StepContext:
         return StepContext(plan, self.group, INDEX, step, torch.device("cpu"), Part.whole(plan.shape, plan.view))
@@ -97,17 +97,17 @@ def reference_course(
         update = reference.second_moment(grad, state, options)
         if plan.momentum == "sketch":
             opens = state.step == 1 or state.step % group["kappa"] == 0
-            epoch = state.step // group["kappa"]
+            resample_index = state.step // group["kappa"]
             if weights is not None:
                 before = _stack(weights, plan.width) if now is None else now
                 if opens:
                     blended = reference.blend(update, state, options, before)
-                    start = weights + draws.noise(plan, epoch)
+                    start = weights + draws.noise(plan, resample_index)
                     learnt = map(reference.adaptive_weights, blended, start, [plan.width] * len(start))
                     weights = np.stack(list(learnt))
                     now = _stack(weights, plan.width)
             elif opens:
-                before, now = now, draws.projection(plan, epoch)
+                before, now = now, draws.projection(plan, resample_index)
                 before = now if before is None else before
             if not opens:
                 before = now

@@ -76,7 +76,7 @@ def test_one_step_keeps_nothing(name: str) -> None:
     bare = ending.optimizers(list(twin.parameters()))
     with GradientAccumulator(optimizers, 1) as accumulator:
         assert accumulator.report().state_bytes == 0
-        assert all(slot.sketch is None for slot in accumulator._slots)
+        assert all(entry.sketch is None for entry in accumulator._entries)
         for tokens in PLAIN.windows()[0]:
             accumulator.backward(model(tokens))
             assert accumulator.complete
@@ -244,8 +244,8 @@ def test_report_predicts_the_bytes() -> None:
         model = Net()
         with GradientAccumulator(flora(model.parameters()), STEPS, **options) as accumulator:
             report = accumulator.report()
-            for row, slot in zip(report.rows, accumulator._slots, strict=True):
-                actual = sum(buffer.nbytes for buffer in slot.sketch.buffers.values())
+            for row, entry in zip(report.rows, accumulator._entries, strict=True):
+                actual = sum(buffer.nbytes for buffer in entry.sketch.buffers.values())
                 assert row.state_bytes == actual, row
             assert report.exact_bytes == sum(4 * param.numel() for param in model.parameters())
             text = str(report)

@@ -184,12 +184,12 @@ def test_the_report_counts_the_second_copy() -> None:
     with made(ENDINGS[0], model, drop_nonfinite=True) as accumulator:
         for tokens in batches(2):
             accumulator.backward(model(tokens))
-        held = [value for slot in accumulator._slots for value in slot.sketch._held.values()]
-        kept = [value for slot in accumulator._slots for value in slot.sketch.buffers.values()]
+        held = [value for entry in accumulator._entries for value in entry.sketch._snapshot.values()]
+        kept = [value for entry in accumulator._entries for value in entry.sketch.buffers.values()]
         assert accumulator.report().state_bytes == sum(each.nbytes for each in held + kept)
         accumulator.zero_grad()
     with made(ENDINGS[0], net()) as without:
-        assert not any(slot.sketch._held for slot in without._slots)
+        assert not any(entry.sketch._snapshot for entry in without._entries)
 
 
 HABITS = {

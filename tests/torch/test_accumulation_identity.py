@@ -52,7 +52,7 @@ def test_numbers_that_two_tensors_have_are_told_apart() -> None:
     first, second = model(), model()
     optimizers = [flora(first.parameters()), flora(second.parameters()), torch.optim.SGD(model().parameters(), lr=0.1)]
     with GradientAccumulator(optimizers, steps=2) as accumulator:
-        assert [slot.index for slot in accumulator._slots] == list(range(9))
+        assert [entry.tensor_id for entry in accumulator._entries] == list(range(9))
 
 
 def test_groups_that_change_between_two_windows_are_followed() -> None:
@@ -68,7 +68,7 @@ def test_groups_that_change_between_two_windows_are_followed() -> None:
         assert torch.equal(gone, before[0])
         assert not torch.equal(new, before[1])
         assert [row.name for row in accumulator.report().rows] == ["parameter 0", "parameter 2", "parameter 1"]
-        assert sorted(slot.index for slot in accumulator._slots) == [0, 2, 3]
+        assert sorted(entry.tensor_id for entry in accumulator._entries) == [0, 2, 3]
         gone.grad = None
         gone.square().sum().backward()  # its hook is gone: it may be trained elsewhere
         assert gone.grad is not None

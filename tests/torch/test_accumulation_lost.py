@@ -59,8 +59,8 @@ def test_the_sketches_are_freed_with_it() -> None:
     model = net()
     optimizer = Flora(model.parameters(), lr=1e-3, rank=8)
     accumulator = GradientAccumulator(optimizer, 2)
-    sketches = [weakref.ref(slot.sketch) for slot in accumulator._slots]
-    slot = None  # noqa: F841
+    sketches = [weakref.ref(entry.sketch) for entry in accumulator._entries]
+    entry = None  # noqa: F841
     del accumulator
     assert all(sketch() is None for sketch in sketches)
 

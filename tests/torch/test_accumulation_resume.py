@@ -77,7 +77,7 @@ def accumulator(shape: tuple[int, ...] = (64, 64), steps: int = 4, **options: ob
 
 def interrupted() -> dict:
     first = accumulator()
-    param = next(iter(first._slots)).param
+    param = next(iter(first._entries)).param
     first.backward(param.sum())
     return first.state_dict()
 
@@ -111,14 +111,14 @@ def test_int4_windows_of_version_0_1_are_read_as_they_were_packed() -> None:
     del saved["int4_packing"]
     resumed = accumulator()
     resumed.load_state_dict(saved)
-    found = {slot.index: slot.sketch.buffers["data"] for slot in resumed._slots if slot.sketch}
+    found = {entry.tensor_id: entry.sketch.buffers["data"] for entry in resumed._entries if entry.sketch}
     assert expected.any()
     assert torch.equal(found[index], expected)
 
 
 def test_gaussian_windows_belong_to_a_kind_of_device() -> None:
     first, second = (accumulator(ratio=2, projection="gaussian") for _ in range(2))
-    first.backward(next(iter(first._slots)).param.sum())
+    first.backward(next(iter(first._entries)).param.sum())
     state = first.state_dict()
     second.load_state_dict(state)
     state["settings"]["device_type"] = "cuda"
@@ -136,7 +136,7 @@ def test_other_settings_between_windows_are_fine() -> None:
 def test_sizes_of_columns_stand_in_nobodys_way(options: dict) -> None:
     """They are saved between windows too, and left alone where nothing is rounded by them."""
     first, other = accumulator(), accumulator(**options)
-    param = next(iter(first._slots)).param
+    param = next(iter(first._entries)).param
     for _ in range(first.steps):
         first.backward(param.square().sum())
     first.step()

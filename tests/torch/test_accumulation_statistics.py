@@ -39,14 +39,14 @@ def draws(ratio: int = 1, state_dtype: str = "float32", projection: str = "sign"
     rounded = state_dtype != "float32"
     folds = list(zip(gradients(), WEIGHTS, strict=True)) if rounded else [(exact_sum(), 1.0)]
     plan = plan_accumulator((ROWS, COLUMNS), kind="matrix", ratio=ratio, state_dtype=state_dtype)
-    sketch = GradientSketch(plan, projection, seed=0, index=1, device=torch.device("cpu"))
+    sketch = GradientSketch(plan, projection, seed=0, tensor_id=1, device=torch.device("cpu"))
     found: dict[str, list[Tensor]] = {"decoded": [], "square": [], "noise": [], "stored": []}
     for window in range(DRAWS // 2 if rounded else DRAWS):
         sketch.folds = 0
         for grad, weight in folds:
             sketch.add(grad, weight, window, measure_noise=True)
         decoded = torch.empty(ROWS, COLUMNS)
-        sketch.decode_into(decoded, window, own=0.0, factor=1.0)
+        sketch.decode_into(decoded, window, grad_weight=0.0, factor=1.0)
         found["decoded"].append(decoded)
         found["square"].append(sketch.squared_norm())
         found["noise"].append(sketch.buffers.get("noise", torch.zeros(())).clone())
@@ -146,7 +146,7 @@ def uneven_window(sketch: GradientSketch, window: int) -> tuple[Tensor, Tensor]:
     for grad, weight in zip(grads, WEIGHTS, strict=True):
         sketch.add(grad, weight, window, measure_noise=True)
     decoded = torch.empty(32, 128)
-    sketch.decode_into(decoded, window, own=0.0, factor=1.0)
+    sketch.decode_into(decoded, window, grad_weight=0.0, factor=1.0)
     return decoded, torch.einsum("i,imn->mn", torch.tensor(WEIGHTS), grads)
 
 
@@ -187,7 +187,7 @@ def test_columns_of_one_size_leave_sum_and_norm_unbiased() -> None:
         sketch.folds = 0
         sketch.add(grad, 1.0, window, measure_noise=True)
         squares[window] = sketch.squared_norm()
-        sketch.decode_into(decoded[window], window, own=0.0, factor=1.0)
+        sketch.decode_into(decoded[window], window, grad_weight=0.0, factor=1.0)
         torch.testing.assert_close(sketch.buffers["noise"], (decoded[window] - grad).square().sum())
     own = (sizes / sizes.mean() + 0.01).sqrt()
     step = (grad / own).view(32, 2, 64).abs().amax(-1).repeat_interleave(64, 1).double() / 7 * own
@@ -207,7 +207,7 @@ def test_sizes_of_columns_are_an_average_over_windows() -> None:
     before = sketch.buffers["col_var"].clone()
     sketch.folds = 0
     sketch.add(torch.full((32, 128), torch.inf), 1.0, 2, measure_noise=True)
-    sketch.decode_into(torch.empty(32, 128), 2, own=0.0, factor=1.0)
+    sketch.decode_into(torch.empty(32, 128), 2, grad_weight=0.0, factor=1.0)
     assert torch.equal(sketch.buffers["col_var"], before), "a window that is not finite says nothing of sizes"
 
 
@@ -287,6 +287,6 @@ def test_noise_per_micro_batch_is_as_documented(state_dtype: str, share: float) 
     for grad in grads:
         sketch.add(grad, 1.0, 0, measure_noise=False)
     decoded = torch.empty(64, 1024)
-    sketch.decode_into(decoded, 0, own=0.0, factor=1.0)
+    sketch.decode_into(decoded, 0, grad_weight=0.0, factor=1.0)
     found = (decoded - grads.sum(0)).square().sum() / grads.sum(0).square().sum()
     assert found.item() == pytest.approx(len(grads) * share, rel=0.1)

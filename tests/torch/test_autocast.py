@@ -17,7 +17,7 @@ CHOSEN = [case for case in CASES if case.name in ("gaussian", "gaussian-experts"
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_steps(case: Case, code: str, one_by_one: bool) -> None:
-    """Bit for bit, over an epoch change."""
+    """Bit for bit, over a resampling."""
     made = []
     for context in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
         param = case.parameter()

@@ -31,7 +31,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_resume_is_exact(case: Case, dtype: torch.dtype, state_dtype: str) -> None:
-    """Interrupted after step 8, resumed in new objects, over two epoch changes."""
+    """Interrupted after step 8, resumed in new objects, over two resamplings."""
     options = case.all_options(state_dtype=state_dtype)
     gradients = case.gradients(dtype=dtype)
     whole = case.parameter(dtype)

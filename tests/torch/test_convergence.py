@@ -4,7 +4,7 @@ The loss is ‖W - W*‖², its gradient W - W* plus a noise N, twice as large a
 sign alternates. Without momentum W follows the noise to and fro, a learning rate each time, and that is the
 loss it ends with. Momentum in a sketched subspace cancels the noise there, so the loss ends lower, if what is
 decoded has the right sign and stands in the right basis. What is carried into a wrong basis is a random
-direction that lasts for ten steps, as long as an epoch here, and the loss ends higher.
+direction that lasts for ten steps, as long as kappa here, and the loss ends higher.
 
 The bound of each row is the largest loss of the four storages, measured, and 5% above: everything is seeded,
 so nothing but rounding can move it, and the three faults below move most rows by more. They are made here on
@@ -44,7 +44,7 @@ def reach(options: dict[str, Any]) -> float:
 
 
 def loss(case: Case, state_dtype: StateDtype) -> float:
-    """The mean squared distance over the last epoch of ten steps, in units of that at the start."""
+    """The mean squared distance over the last ten steps, between two resamplings, in units of that at the start."""
     options = case.all_options(**learning_rate(case), state_dtype=state_dtype)
     generator = torch.Generator().manual_seed(3)
     target, start, noise = (torch.randn(case.shape, generator=generator) for _ in range(3))
@@ -90,8 +90,8 @@ def skip_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
 def go_on_in_the_old_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = StepContext.projection
 
-    def stale(self: StepContext, epoch: int, *_: Any) -> Any:
-        return drawn(self, epoch if self.is_resample_step else max(0, epoch - 1))
+    def stale(self: StepContext, resample_index: int, *_: Any) -> Any:
+        return drawn(self, resample_index if self.is_resample_step else max(0, resample_index - 1))
 
     monkeypatch.setattr(StepContext, "projection", stale)
 

@@ -177,10 +177,10 @@ def stepped_as(kind: Any, values: torch.Tensor, **options: Any) -> Flora:
 def dense(optimizer: Flora) -> torch.Tensor:
     """The momentum of every element in float64, decoded with the pseudoinverse."""
     momentum = state_of(optimizer)["exp_avg"].double()
-    slot = optimizer._slots[optimizer.param_groups[0]["params"][0]]
-    if slot.plan.momentum == "sketch":
+    info = optimizer._infos[optimizer.param_groups[0]["params"][0]]
+    if info.plan.momentum == "sketch":
         momentum = momentum.view(*momentum.shape[:-1], -1) @ torch.linalg.pinv(matrix(optimizer, steps=3)).mT
-    return momentum.reshape(slot.plan.shape)
+    return momentum.reshape(info.plan.shape)
 
 
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
@@ -193,11 +193,11 @@ def test_a_momentum_is_read_in_the_view_that_it_was_written_in(written: Any, wan
     values = torch.randn(KERNEL, generator=torch.Generator().manual_seed(9))
     old, new = stepped_as(written, values, **options), stepped_as(wanted, values, **options)
     new.load_state_dict(new.convert_state(old.state_dict()))
-    slot = new._slots[new.param_groups[0]["params"][0]]
+    info = new._infos[new.param_groups[0]["params"][0]]
     expected = dense(old)
-    if slot.plan.momentum == "sketch":
+    if info.plan.momentum == "sketch":
         projection = matrix(new, steps=3)
-        expected = expected.view(slot.plan.view) @ projection.mT
+        expected = expected.view(info.plan.view) @ projection.mT
     found = state_of(new)["exp_avg"].double()
     torch.testing.assert_close(found, expected.reshape(found.shape), rtol=1e-5, atol=1e-6)
     if options:
@@ -211,7 +211,7 @@ def test_a_momentum_is_read_in_the_view_that_it_was_written_in(written: Any, wan
         whole = rows.unsqueeze(-1) / rows.mean(-1, keepdim=True).unsqueeze(-1) * columns.unsqueeze(-2)
         state = state_of(new)
         means = [state["variance"]] if wanted == "vector" else [state["row_var"], state["col_var"]]
-        of_view = whole.reshape(KERNEL) if wanted == "vector" else whole.reshape(slot.plan.view)
+        of_view = whole.reshape(KERNEL) if wanted == "vector" else whole.reshape(info.plan.view)
         for mean, dim in zip(means, [None] if wanted == "vector" else [-1, -2], strict=True):
             expected = of_view if dim is None else of_view.mean(dim)
             torch.testing.assert_close(mean.double(), expected.reshape(mean.shape), rtol=1e-5, atol=1e-9)

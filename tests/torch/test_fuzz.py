@@ -54,7 +54,7 @@ def drawn(seed: int) -> Draw:
         shape = shape[1:]
     projection = source.choice(["sign", "sign", "adaptive", "gaussian"])
     residual = projection == "adaptive" or (projection == "sign" and source.random() < 0.6)
-    # A Gaussian P spreads what storage rounds over a row; learnt weights depend on it when an epoch opens.
+    # A Gaussian P spreads what storage rounds over a row; learnt weights depend on it when projections are resampled.
     kept = ["float32", "float32", "bfloat16", "int8", "int4"]
     storage = "float32" if projection == "gaussian" else source.choice(kept)
     options: dict[str, Any] = {

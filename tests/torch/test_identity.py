@@ -133,11 +133,11 @@ def test_states_of_earlier_releases_load_by_position(options: dict[str, Any]) ->
     optimizer = flora(first.parameters(), **options)
     train(first, optimizer, range(6))
     saved = copy.deepcopy(optimizer.state_dict())
-    for state, slot in zip(saved["state"].values(), optimizer._slots.values(), strict=True):
+    for state, info in zip(saved["state"].values(), optimizer._infos.values(), strict=True):
         del state["tensor_id"]
         state["step"] = state["step"].float()
         if state.get("exp_avg", state["step"]).dtype == torch.uint8:
-            state["exp_avg"] = in_halves(state["exp_avg"], slot.plan.width)
+            state["exp_avg"] = in_halves(state["exp_avg"], info.plan.width)
     second = copied(first)
     resumed = flora(second.parameters(), **options)
     resumed.load_state_dict(saved)

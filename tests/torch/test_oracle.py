@@ -1,4 +1,4 @@
-"""Every path equals the float64 oracle, step by step, over 25 steps and two epoch changes."""
+"""Every path equals the float64 oracle, step by step, over 25 steps and two resamplings."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_equals_the_oracle_in_small_blocks(case: Case, monkeypatch: pytest.Monke
     """Blocks of a few rows, and of several matrices of a stack, meet the same oracle."""
     gradients = case.gradients()
     expected = reference_trajectory(case, gradients)
-    monkeypatch.setattr(storage, "WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr(storage, "SMALL_TENSOR_ELEMENTS", 0)
     for elements in (1, 200, 1500):
         monkeypatch.setattr(storage, "BLOCK_ELEMENTS", elements)
         assert_same_course(case, trajectory(case, gradients), expected)

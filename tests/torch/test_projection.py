@@ -47,8 +47,8 @@ UNIT = 2.0**-24
 CPU = torch.device("cpu")
 
 
-def random_signs(n: int, seed: int, index: int, epoch: int, stream: Stream) -> torch.Tensor:
-    return signs_of(Philox(seed, index, epoch, stream), n, CPU)
+def random_signs(n: int, seed: int, index: int, resample_index: int, stream: Stream) -> torch.Tensor:
+    return signs_of(Philox(seed, index, resample_index, stream), n, CPU)
 
 
 def hoeffding(draws: int, comparisons: int) -> float:
@@ -71,8 +71,11 @@ def rows_of(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def drawn_signs(n: int, k: int, draws: int, index: int = 0) -> list[BucketProjection]:
-    """One projection per epoch, as the optimizer draws them."""
-    return [BucketProjection.signs(n, k, random_signs(n, 0, index, epoch, Stream.MOMENTUM)) for epoch in range(draws)]
+    """One projection per resample index, as the optimizer draws them."""
+    return [
+        BucketProjection.signs(n, k, random_signs(n, 0, index, resample_index, Stream.MOMENTUM))
+        for resample_index in range(draws)
+    ]
 
 
 def drawn_gaussian(n: int, k: int, draws: int, piece: int) -> list[GaussianProjection]:
@@ -189,8 +192,8 @@ def test_norm_of_a_matrix_is_unbiased_under_drawn_signs() -> None:
 
 
 def signs_text(*arguments: int) -> str:
-    n, seed, index, epoch, stream = arguments
-    return "".join("+" if s > 0 else "-" for s in random_signs(n, seed, index, epoch, Stream(stream)).tolist())
+    n, seed, index, resample_index, stream = arguments
+    return "".join("+" if s > 0 else "-" for s in random_signs(n, seed, index, resample_index, Stream(stream)).tolist())
 
 
 def test_signs_are_those_of_the_first_release() -> None:
@@ -203,10 +206,10 @@ def test_signs_are_those_of_the_first_release() -> None:
 
 def test_signs_do_not_depend_on_order_length_or_global_state() -> None:
     """The first n signs are the same in any order of calls, at any length, whatever torch's own generator."""
-    wanted = [(index, epoch) for index in range(3) for epoch in range(3)]
-    forth = [random_signs(100, 0, index, epoch, Stream.MOMENTUM) for index, epoch in wanted]
+    wanted = [(index, resample_index) for index in range(3) for resample_index in range(3)]
+    forth = [random_signs(100, 0, index, resample_index, Stream.MOMENTUM) for index, resample_index in wanted]
     state = torch.manual_seed(5).get_state()
-    back = [random_signs(163, 0, index, epoch, Stream.MOMENTUM) for index, epoch in reversed(wanted)]
+    back = [random_signs(163, 0, index, resample_index, Stream.MOMENTUM) for index, resample_index in reversed(wanted)]
     assert torch.equal(torch.get_rng_state(), state), "drawing signs moved torch's generator"
     for one, other in zip(forth, reversed(back), strict=True):
         assert torch.equal(one, other[:100])
@@ -224,10 +227,10 @@ def test_signs_are_independent_across_tensors_epochs_streams_and_seeds() -> None
     n = 8192
     drawn = torch.stack(
         [
-            random_signs(n, seed, index, epoch, stream)
+            random_signs(n, seed, index, resample_index, stream)
             for seed in (0, 1, 2**40, 2**63 - 1)
             for index in (0, 1, 2, 1000)
-            for epoch in (0, 1, 2)
+            for resample_index in (0, 1, 2)
             for stream in Stream
         ]
     )
@@ -243,7 +246,7 @@ def test_signs_are_independent_along_the_row_and_over_epochs() -> None:
     """
     lags = range(1, 200)
     along = random_signs(2**15, 0, 0, 0, Stream.MOMENTUM)
-    over = torch.stack([random_signs(1, 0, 0, epoch, Stream.MOMENTUM)[0] for epoch in range(4096)])
+    over = torch.stack([random_signs(1, 0, 0, resample_index, Stream.MOMENTUM)[0] for resample_index in range(4096)])
     for signs in (along, over):
         bound = hoeffding(len(signs) - lags[-1], 2 * len(lags))
         assert abs(signs.mean().item()) <= bound

@@ -44,7 +44,7 @@ def draw_rounding_bits(source: Philox, leading: tuple[int, ...], columns: int) -
 def bits_for(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
     source = Philox(seed, 0, 0, Stream.STATE_ROUNDING)
     bits = draw_rounding_bits(source, (*values.shape[:-1], 1), values.shape[-1])
-    return bits.numbers().view(values.shape)
+    return bits.integers().view(values.shape)
 
 
 def round_trip(values: torch.Tensor, state_dtype: StateDtype, bits: torch.Tensor | None = None) -> torch.Tensor:
@@ -229,8 +229,8 @@ def test_a_part_has_the_random_bits_that_it_has_in_the_whole(top: int, height: i
     whole = draw_rounding_bits(Philox(3, 1, 4, Stream.STATE_ROUNDING), (2, 20, 1), 60)
     rows, columns = slice(top, top + height), slice(left, left + width)
     part = RoundingBits(whole.rows[:, rows], whole.columns[columns])
-    assert torch.equal(part.numbers(), whole.numbers()[:, rows, columns])
-    assert torch.equal(whole.of((slice(1, 2), rows)).numbers(), whole.numbers()[1:, rows])
+    assert torch.equal(part.integers(), whole.integers()[:, rows, columns])
+    assert torch.equal(whole.of((slice(1, 2), rows)).integers(), whole.integers()[1:, rows])
 
 
 def test_random_bits_are_fair_and_pairwise_independent() -> None:
@@ -242,7 +242,7 @@ def test_random_bits_are_fair_and_pairwise_independent() -> None:
     draws = 2**15
     words = torch.from_numpy(Philox(0, 0, 0, Stream.STATE_ROUNDING).words(draws * 5).astype("int64"))
     words = words.to(torch.int32).view(draws, 5)
-    bits = (RoundingBits(words[:, :2, None], words[:, None, 2:]).numbers() & 0xFFFF).long()
+    bits = (RoundingBits(words[:, :2, None], words[:, None, 2:]).integers() & 0xFFFF).long()
     assert bits.shape == (draws, 2, 3)
 
     def coins(numbers: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def test_a_step_needs_at_most_two_buffers(code: str, case: Case, state_dtype: st
     param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     optimizer = Flora([param], **case.all_options(state_dtype=state_dtype, kappa=2))
     buffer = 4 * param.numel()
-    for _ in range(3):  # the second step opens an epoch
+    for _ in range(3):  # the second step resamples
         param.grad = torch.randn(shape).to(dtype)
         with MemoryTracker() as memory:
             optimizer.step()

@@ -54,7 +54,7 @@ def test_the_counter_counts() -> None:
 
 
 def steady(shape: tuple[int, ...], **options: Any) -> Traffic:
-    """A step within an epoch, after the first."""
+    """A step between two resamplings, after the first."""
     param = torch.nn.Parameter(torch.randn(shape))
     optimizer = Flora([param], lr=1e-3, **options)
     for _ in range(2):

@@ -15,11 +15,11 @@ from torch import Tensor
 from floragrad import Flora
 from floragrad.torch import backends
 from floragrad.torch.backends.triton import step as step_module
-from floragrad.torch.backends.triton.step import refuse_capture, steps
+from floragrad.torch.backends.triton.step import check_not_capturing, steps
 from floragrad.torch.context import ParamUpdate, StepContext
 from floragrad.torch.options import plan_of, resolve_group
+from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part, Sums
-from floragrad.torch.slots import initial_state
 from tests.torch.cases import CASES, Case
 from tests.torch.conftest import use
 from tests.torch.interpreter import accesses, launched, use_triton
@@ -73,7 +73,7 @@ def both(case: Case, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tu
     return made
 
 
-# --- Numbers ----------------------------------------------------------------------------------------------
+# --- Numbers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", drawn(CASES), ids=str)
@@ -326,9 +326,9 @@ def test_another_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_captured_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    refuse_capture(torch.device("cpu"))
+    check_not_capturing(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="counted on the host"):
-        refuse_capture(torch.device("cuda"))
+        check_not_capturing(torch.device("cuda"))
 
 
 # --- What they take -----------------------------------------------------------------------------------------

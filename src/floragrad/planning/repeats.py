@@ -21,8 +21,8 @@ from floragrad.torch import optimizer as flora
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.backends.cpu import step as cpu
 from floragrad.torch.context import ParamUpdate
+from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part
-from floragrad.torch.slots import initial_state
 from floragrad.torch.step import step
 from floragrad.torch.storage import block_elements, row_blocks
 
@@ -43,14 +43,14 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     def count_steps(updates: Iterable[ParamUpdate]) -> None:
         for update in updates:  # the kernels' batches need no more memory than the largest tensor alone
-            count_step(update, is_native=cpu.takes(update))
+            count_step(update, is_native=cpu.supports(update))
 
     def count_step(whole: ParamUpdate, *, is_native: bool) -> None:
         param, grad, _, ctx = whole
 
         def work(plan: TensorPlan) -> Callable[[], None]:
             small = replace(ctx, plan=plan, part=Part.whole(plan.shape, plan.view))
-            fresh = initial_state(plan, ctx.group, ctx.index, ctx.device)
+            fresh = initial_state(plan, ctx.group, ctx.tensor_id, ctx.device)
             return partial(step, [ParamUpdate(_empty(plan, param), _empty(plan, grad), fresh, small)])
 
         tracker.touch(param)

@@ -140,9 +140,9 @@ def hold_state(tracker: MemoryTracker, optimizer: Optimizer) -> bool:
 
 def hold_sketches(tracker: MemoryTracker, accumulator: GradientAccumulator) -> None:
     """Count an accumulator's sketches as such."""
-    for slot in accumulator._slots:
-        for buffer in slot.sketch.buffers.values() if slot.sketch is not None else ():
-            tracker.hold(buffer, "accumulation", slot.name)
+    for entry in accumulator._entries:
+        for buffer in entry.sketch.buffers.values() if entry.sketch is not None else ():
+            tracker.hold(buffer, "accumulation", entry.name)
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -69,22 +69,22 @@ def adaptive_noise(ctx: StepContext, words: Tensor | None = None) -> Tensor:
 
 
 def learn_weights(
-    ctx: StepContext, weight: Tensor, grow: Callable[[Tensor], Tensor], words: Tensor | None = None
+    ctx: StepContext, weight: Tensor, power_products: Callable[[Tensor], Tensor], words: Tensor | None = None
 ) -> Sums:
     """Learn the weights of a projection on β₁ decode(M) + (1 − β₁) U, from the old ones plus a little noise.
 
     Args:
         ctx: The step.
         weight: The old weights, (batch, 1, n); the new ones are written into them.
-        grow: Makes of weights what they grow to in one power iteration, summed over the local rows.
+        power_products: Makes of weights what they power_products to in one power iteration, summed over the local rows.
         words: Of the noise, as drawn already; None draws them.
 
     Yields:
-        The growth, which has to be that of all rows when the generator goes on.
+        The product, which has to be that of all rows when the generator goes on.
     """
-    learnt = perturbed(weight, adaptive_noise(ctx, words), ctx.plan.width)
+    learner = perturbed(weight, adaptive_noise(ctx, words), ctx.plan.width)
     for _ in range(POWER_ITERATIONS):
-        growth = grow(learnt)
-        yield [ctx.share(growth, ("rows",))]
-        learnt = normalise_buckets(growth, ctx.plan.width, learnt)
-    weight.copy_(learnt)
+        product = power_products(learner)
+        yield [ctx.share(product, ("rows",))]
+        learner = normalise_buckets(product, ctx.plan.width, learner)
+    weight.copy_(learner)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.distributed.collectives import is_sharded
 from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
 from floragrad.torch.storage import repacked_int4
 
@@ -40,18 +40,18 @@ def check_loadable(
         _check_options(number, saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
             # A frozen parameter may have entries of wrappers alone.
-            if own_state(state_dict["state"].get(key, {})):
+            if flora_state(state_dict["state"].get(key, {})):
                 states[param] = state_dict["state"][key]
                 check_tensors(key, states[param], plans[param])
     return states
 
 
-def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def flora_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Flora's entries of a parameter's state, without those of wrappers."""
     return {key: value for key, value in state.items() if key in STATE_KEYS}
 
 
-def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
+def restore_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
     """Copies of Flora's tensors in the dtypes of their plan, on ``device`` (scalars on the CPU).
 
     A state without ``tensor_id`` was written by version 0.1, and its int4 payload is packed anew.
@@ -60,7 +60,7 @@ def exact_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan
     with torch.inference_mode(False), torch.no_grad():
         copied = {
             key: _as_tensor(value, dtypes[key]).to("cpu" if key in SCALAR_STATE else device, dtypes[key], copy=True)
-            for key, value in own_state(saved).items()
+            for key, value in flora_state(saved).items()
         }
         if "tensor_id" not in copied and plan.state_dtype == "int4" and "exp_avg_scale" in copied:
             copied["exp_avg"] = _repacked(copied["exp_avg"], plan.width)
@@ -121,7 +121,7 @@ def lacks_momentum(saved: Mapping[str, Any], plan: TensorPlan) -> bool:
 
 def _shapes(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # States of earlier releases have no number: it is the position.
-    return {"tensor_id": ()} | {name: tuple(getattr(value, "shape", ())) for name, value in own_state(saved).items()}
+    return {"tensor_id": ()} | {name: tuple(getattr(value, "shape", ())) for name, value in flora_state(saved).items()}
 
 
 def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:

@@ -26,7 +26,7 @@ class StepContext:
     Attributes:
         plan: The policy's plan for the tensor.
         group: The options of its parameter group.
-        index: The number that the tensor's random streams are drawn with.
+        tensor_id: The number that the tensor's random streams are drawn with.
         step: t, from 1.
         device: The parameter's.
         part: The local part of the tensor.
@@ -34,7 +34,7 @@ class StepContext:
 
     plan: TensorPlan
     group: Group
-    index: int
+    tensor_id: int
     step: int
     device: torch.device
     part: Part
@@ -134,11 +134,11 @@ class StepContext:
 
     def share(self, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
         """Return the local part's share of a sum over all parts of the tensor."""
-        return ShardSum(value, over, self.part, self.index)
+        return ShardSum(value, over, self.part, self.tensor_id)
 
     def stream(self, stream: Stream, counter: int | None = None) -> Philox:
         """Return one of the tensor's streams, of this step unless another counter is given."""
-        return Philox(self.group["seed"], self.index, self.step if counter is None else counter, stream)
+        return Philox(self.group["seed"], self.tensor_id, self.step if counter is None else counter, stream)
 
     def projection(self, resample_index: int, signs: Tensor | None = None) -> Projection:
         """Return the drawn projection (signs or Gaussian) of a resample index.

@@ -13,30 +13,30 @@ from floragrad.torch.checkpoint import (
     check_tensors,
     check_written_by_flora,
     device_types,
-    exact_state,
+    flora_state,
     lacks_momentum,
-    own_state,
+    restore_state,
 )
 from floragrad.torch.context import Group, State, StepContext
-from floragrad.torch.distributed.lockstep import is_sharded
-from floragrad.torch.options import changed_option, layout_of, plan_of
+from floragrad.torch.distributed.collectives import is_sharded
+from floragrad.torch.options import changed_option, layout_options, plan_for
+from floragrad.torch.param_info import ParamInfo, initial_state
 from floragrad.torch.part import Part
 from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.slots import Slot, initial_state
 from floragrad.torch.storage import load, save
 
 _ALL = (slice(None), slice(None))
 
 
 def converted_state(
-    state_dict: Mapping[str, Any], groups: Sequence[Group], slots: Mapping[Tensor, Slot]
+    state_dict: Mapping[str, Any], groups: Sequence[Group], infos: Mapping[Tensor, ParamInfo]
 ) -> dict[str, Any]:
     """The state dictionary in the layout of an optimizer; the given one is left as it is.
 
     Args:
         state_dict: Of another Flora over the same parameters.
         groups: Of the optimizer that is to load it.
-        slots: Its parameters.
+        infos: Its parameters.
 
     Raises:
         ValueError: It is not Flora's, has other numbers of groups or parameters, or tensors of other shapes.
@@ -54,11 +54,11 @@ def converted_state(
         check_written_by_flora(f"group {number} of the state", saved)
         option = changed_option(saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
-            state, plan = own_state(states.get(key, {})), plan_of(param.shape, saved)
+            state, plan = flora_state(states.get(key, {})), plan_for(param.shape, saved)
             if state and (option or lacks_momentum(state, plan)):
                 if not lacks_momentum(state, plan):
                     check_tensors(key, state, plan)
-                conversion = _Conversion(saved, group, slots[param], state, plan, position, param.device)
+                conversion = _Conversion(saved, group, infos[param], state, plan, position, param.device)
                 states[key] = states[key] | conversion.state()
                 states[key] = {name: each for name, each in states[key].items() if conversion.keeps(name)}
                 anew += conversion.losses
@@ -72,7 +72,7 @@ def converted_state(
 
 def _converted_group(saved: Group, group: Group) -> Group:
     """The saved options, with the layout of the group that they are for."""
-    layout = layout_of(group)
+    layout = layout_options(group)
     if bool(saved["beta1"]) == bool(group["beta1"]):
         del layout["beta1"]
     kept = {name: value for name, value in saved.items() if name != "device_type"}
@@ -91,23 +91,23 @@ class _Conversion:
         self,
         saved: Group,
         group: Group,
-        slot: Slot,
+        info: ParamInfo,
         state: Mapping[str, Any],
         plan: TensorPlan,
         position: int,
         device: torch.device,
     ) -> None:
         self.losses: list[str] = []
-        self._name, self._new_plan, self._old_plan = slot.name, slot.plan, plan
+        self._name, self._new_plan, self._old_plan = info.name, info.plan, plan
         device = torch.device("cpu") if device.type == "meta" else device
         whole = {key: each.full_tensor() if is_sharded(each) else each for key, each in state.items()}
-        self._old: State = exact_state(whole, device, self._old_plan)
+        self._old: State = restore_state(whole, device, self._old_plan)
         number, step = int(self._old.get("tensor_id", position)), int(self._old["step"])
-        self._new: State = initial_state(slot.plan, group, number, device)
+        self._new: State = initial_state(info.plan, group, number, device)
         self._new["step"].fill_(step)
         self._written, self._wanted = (
             StepContext(each, options, number, step, device, Part.whole(each.shape, each.view))
-            for each, options in ((plan, saved), (slot.plan, group))
+            for each, options in ((plan, saved), (info.plan, group))
         )
         self._elsewhere = saved.get("device_type", device.type) != device.type
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from floragrad.policy import Kind, matrix_view
-from floragrad.torch.options import nearest, option_names
+from floragrad.torch.options import did_you_mean, option_names
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -90,7 +90,7 @@ def _check_names(options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(
-                f"param_groups() got {name!r}, which is no option of Flora{nearest(name, (*own, *known))}; "
+                f"param_groups() got {name!r}, which is no option of Flora{did_you_mean(name, (*own, *known))}; "
                 f"an option of another optimizer goes into extra={{{name!r}: ...}}"
             )
 

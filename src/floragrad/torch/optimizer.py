@@ -10,17 +10,17 @@ from torch import Tensor
 from floragrad._checks import DEFAULT_RANK
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
-from floragrad.torch import scheduling, slots
-from floragrad.torch.checkpoint import check_loadable, exact_state, own_state, saved_groups_with_device
+from floragrad.torch import param_info, scheduling
+from floragrad.torch.checkpoint import check_loadable, flora_state, restore_state, saved_groups_with_device
 from floragrad.torch.context import ParamUpdate, State, StepContext
 from floragrad.torch.convert import converted_state
-from floragrad.torch.following import follow, is_settled, refuse_changed_option, refuse_changed_options
-from floragrad.torch.handover import check_shape
-from floragrad.torch.options import check_relative_lr, relative_lr, resolve_group, warn_of_compile, without_compile
-from floragrad.torch.report import little_compressed, report_of
-from floragrad.torch.slots import Slot, TensorIds, live_state, next_number, slots_of
+from floragrad.torch.dynamo import caller_stacklevel, disable_dynamo
+from floragrad.torch.group_sync import check_option_unchanged, check_options_unchanged, is_in_sync, sync_infos
+from floragrad.torch.options import check_relative_lr, drop_compile, relative_lr, resolve_group, warn_compile_deprecated
+from floragrad.torch.param_info import ParamInfo, TensorIdCache, ensure_state, group_infos, next_tensor_id
+from floragrad.torch.report import low_compression_warning, make_report
 from floragrad.torch.step import step
-from floragrad.torch.untraced import caller_level, untraced
+from floragrad.torch.validation import check_shape
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -94,7 +94,7 @@ class Flora(torch.optim.Optimizer):
     algorithm 2; Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4.
     """
 
-    _tells_lr = False
+    _warned_of_lr = False
     """Whether the user knows which learning rate is used where ``relative_step`` derives it."""
 
     def __init__(
@@ -146,19 +146,21 @@ class Flora(torch.optim.Optimizer):
             "maximize": maximize,
         }
         if compile is not None:
-            warn_of_compile(stacklevel=2)
+            warn_compile_deprecated(stacklevel=2)
         if relative_step:
             check_relative_lr(lr)
-        self._slots: dict[Tensor, Slot] = {}
-        self._ids = TensorIds()
+        self._infos: dict[Tensor, ParamInfo] = {}
+        self._ids = TensorIdCache()
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self.defaults.update(scheduling.scheduler_defaults(defaults, self.param_groups))
-        reasons = little_compressed(zip(self.report().rows, (slot.group for slot in self._slots.values()), strict=True))
+        reasons = low_compression_warning(
+            zip(self.report().rows, (info.group for info in self._infos.values()), strict=True)
+        )
         if reasons:
             warnings.warn(reasons, UserWarning, stacklevel=2)
 
-    @untraced
+    @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its state is allocated at once.
 
@@ -168,25 +170,25 @@ class Flora(torch.optim.Optimizer):
         Raises:
             ValueError: As in the constructor; the optimizer is left as it was.
         """
-        group = without_compile(param_group, stacklevel=2)
-        group["params"] = slots.without_repetition(group["params"])
+        group = drop_compile(param_group, stacklevel=2)
+        group["params"] = param_info.unique_params(group["params"])
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
         group.pop("momentum", None)  # a scheduler's to set
         try:
-            self._slots.update(slots_of(group, next_number(self._slots)))
+            self._infos.update(group_infos(group, next_tensor_id(self._infos)))
         except ValueError:
             self.param_groups.pop()
             raise
         for param in group["params"]:
             if param.requires_grad:
-                self._state_of(param)
+                self._ensure_state(param)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @untraced
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -205,14 +207,14 @@ class Flora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow()
+        self._sync_groups()
         for group in self.param_groups:
-            self._follow_schedulers(group)
-        given = [(param, self._checked(param)) for param in self._slots if param.grad is not None]
+            self._sync_schedulers(group)
+        given = [(param, self._validated(param)) for param in self._infos if param.grad is not None]
         self._update({param: self._begin_step(param, *checked) for param, checked in given})
         return loss
 
-    @untraced
+    @disable_dynamo
     @torch.no_grad()
     def step_parameter(self, param: Tensor) -> None:
         """Update one parameter from its ``.grad``, for updates layer by layer; :meth:`step` calls it for all.
@@ -227,19 +229,19 @@ class Flora(torch.optim.Optimizer):
             ValueError: It has no gradient, or is in no group.
             RuntimeError: As :meth:`step`.
         """
-        if param not in self._slots or all(group is not self._slots[param].group for group in self.param_groups):
-            self._follow()
-        if param not in self._slots:
+        if param not in self._infos or all(group is not self._infos[param].group for group in self.param_groups):
+            self._sync_groups()
+        if param not in self._infos:
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer: add it first"
             )
-        refuse_changed_option(self._slots[param])
-        self._follow_schedulers(self._slots[param].group)
+        check_option_unchanged(self._infos[param])
+        self._sync_schedulers(self._infos[param].group)
         if param.grad is None:
-            raise ValueError(f"{self._slots[param].name} has no gradient to be updated with")
-        self._update({param: self._begin_step(param, *self._checked(param))})
+            raise ValueError(f"{self._infos[param].name} has no gradient to be updated with")
+        self._update({param: self._begin_step(param, *self._validated(param))})
 
-    @untraced
+    @disable_dynamo
     def report(self) -> Report:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
 
@@ -251,23 +253,23 @@ class Flora(torch.optim.Optimizer):
             >>> report.rows[0].ratio, report.state_bytes < report.adamw_bytes / 20
             (8, True)
         """
-        self._follow()
-        return report_of(self._slots, self.state)
+        self._sync_groups()
+        return make_report(self._infos, self.state)
 
     def tensor_ids(self) -> dict[Tensor, int]:
         """The number of each parameter, which its random streams are drawn with, and which is saved with its state."""
-        self._follow()
-        states = {param: self.state.get(param, {}) for param in self._slots}
-        return {param: int(states[param].get("tensor_id", slot.index)) for param, slot in self._slots.items()}
+        self._sync_groups()
+        states = {param: self.state.get(param, {}) for param in self._infos}
+        return {param: int(states[param].get("tensor_id", info.tensor_id)) for param, info in self._infos.items()}
 
-    @untraced
+    @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
-        self._follow()
+        self._sync_groups()
         saved = super().state_dict()
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
 
-    @untraced
+    @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, every tensor in the dtype of its plan.
 
@@ -280,7 +282,7 @@ class Flora(torch.optim.Optimizer):
             RuntimeError: A parameter was resized after the optimizer was made.
         """
         # Registered last, so that it sees what the caller's own hooks have made of the state.
-        last = self.register_load_state_dict_pre_hook(lambda _, given: self._accept(given))
+        last = self.register_load_state_dict_pre_hook(lambda _, given: self._check_incoming(given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -314,82 +316,84 @@ class Flora(torch.optim.Optimizer):
             >>> new = Flora(model.parameters(), lr=1e-3, rank=128, state_dtype="int8")
             >>> new.load_state_dict(new.convert_state(old.state_dict()))
         """
-        self._follow()
+        self._sync_groups()
         with torch.no_grad():
-            return converted_state(state_dict, self.param_groups, self._slots)
+            return converted_state(state_dict, self.param_groups, self._infos)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._follow()
+        self._sync_groups()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots, self._ids = {}, TensorIds()
+        self._infos, self._ids = {}, TensorIdCache()
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
             options.setdefault("maximize", False)  # of versions that had none
         for group in self.param_groups:
             if group["relative_step"] and group["lr"] is None:  # of versions that kept schedulers out
                 group["lr"] = relative_lr(group, 1)
-            self._slots.update(slots_of(group, len(self._slots)))
+            self._infos.update(group_infos(group, len(self._infos)))
         incoming = self.__dict__.setdefault("_incoming", None) or {}
         for param, saved in incoming.items():
             # In place of what the base class cast to the parameter's dtype; entries of wrappers stay as it left them.
             self.state[param].update(
-                slots.placed_state(param, self._slots[param], exact_state(saved, param.device, self._slots[param].plan))
+                param_info.distribute_state(
+                    param, self._infos[param], restore_state(saved, param.device, self._infos[param].plan)
+                )
             )
-        self._slots = slots.numbered_slots(self._slots, self.state)
-        for param in self._slots:
+        self._infos = param_info.with_saved_ids(self._infos, self.state)
+        for param in self._infos:
             if param.requires_grad or param in incoming:
-                self._state_of(param)
+                self._ensure_state(param)
 
-    def _accept(self, state_dict: dict[str, Any]) -> None:
+    def _check_incoming(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that would be misread; remember it, for the base class casts its tensors."""
-        self._follow()
-        for param, slot in self._slots.items():
-            check_shape(slot.name, param.shape, slot.plan.shape)
-        plans = {param: slot.plan for param, slot in self._slots.items()}
+        self._sync_groups()
+        for param, info in self._infos.items():
+            check_shape(info.name, param.shape, info.plan.shape)
+        plans = {param: info.plan for param, info in self._infos.items()}
         self._incoming = check_loadable(state_dict, self.param_groups, plans)
 
-    def _state_of(self, param: Tensor) -> State:
-        return live_state(param, self._slots[param], self.state[param])
+    def _ensure_state(self, param: Tensor) -> State:
+        return ensure_state(param, self._infos[param], self.state[param])
 
-    def _follow(self) -> None:
+    def _sync_groups(self) -> None:
         """Take over what was changed in the groups: parameters known, new, gone, or put in the places of others."""
-        if is_settled(self._slots, self.param_groups):
-            refuse_changed_options(self._slots)
+        if is_in_sync(self._infos, self.param_groups):
+            check_options_unchanged(self._infos)
             return
-        self._slots = follow(self.state, self._slots, self.param_groups, self.defaults)
+        self._infos = sync_infos(self.state, self._infos, self.param_groups, self.defaults)
         self._ids.forget()
 
-    def _checked(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
+    def _validated(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
         """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
-        return slots.checked_update(param, self._slots[param], self._state_of(param))
+        return param_info.validate_update(param, self._infos[param], self._ensure_state(param))
 
     def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> ParamUpdate:
         """Count a step of a parameter; what is here of it, and what the step goes by."""
-        slot = self._slots[param]
+        info = self._infos[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
-        ctx = StepContext(slot.plan, slot.group, self._ids.of(param, state), step, param.device, slot.part)
-        return ParamUpdate(here, grad, own_state(state), ctx)
+        ctx = StepContext(info.plan, info.group, self._ids.of(param, state), step, param.device, info.part)
+        return ParamUpdate(here, grad, flora_state(state), ctx)
 
     def _update(self, updates: Mapping[Tensor, ParamUpdate]) -> None:
         """Run a step that has begun."""
         step(list(updates.values()))
         for param, update in updates.items():
-            slots.write_back(param, update.param, update.ctx.plan)
+            param_info.write_back(param, update.param, update.ctx.plan)
 
-    def _follow_schedulers(self, group: Group) -> None:
+    def _sync_schedulers(self, group: Group) -> None:
         """Read what schedulers have written into a group."""
         scheduling.adopt_momentum(group)
-        if not self._tells_lr and scheduling.is_lr_ignored(group):
-            self._tells_lr = True
-            scheduling.warn_of_ignored_lr(group, caller_level())
+        if not self._warned_of_lr and scheduling.ignores_scheduler_lr(group):
+            self._warned_of_lr = True
+            scheduling.warn_ignored_lr(group, caller_stacklevel())
 
     def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
         """The step size of a group's first parameter; transformers' ``AdafactorSchedule`` asks for it by this name."""
-        self._tells_lr = True  # what it writes into the group is read from here
+        self._warned_of_lr = True  # what it writes into the group is read from here
         param = group["params"][0].detach()
         rms = float(param.float().square().mean().sqrt()) if group["scale_parameter"] else 1.0
         return scheduling.step_size(group, max(int(state["step"]), 1), rms)

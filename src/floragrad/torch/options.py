@@ -89,11 +89,11 @@ def option_names() -> tuple[str, ...]:
     return tuple(_CHECKS)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The known name that another is a misspelling of, as a question in brackets; empty where there is none.
 
     Example:
-        >>> nearest("embeding_lr", ("lr", "embedding_lr")), nearest("initial_lr", ("lr", "rank"))
+        >>> did_you_mean("embeding_lr", ("lr", "embedding_lr")), did_you_mean("initial_lr", ("lr", "rank"))
         (' (did you mean embedding_lr?)', '')
     """
     found = get_close_matches(name, known, n=1, cutoff=0.8)
@@ -109,7 +109,7 @@ def check_option(name: str, value: Any) -> None:
     check_value(name, value, _CHECKS[name])
 
 
-def without_compile(group: dict[str, Any], stacklevel: int) -> dict[str, Any]:
+def drop_compile(group: dict[str, Any], stacklevel: int) -> dict[str, Any]:
     """The group without ``compile``, which is accepted for one release, warned of and changes nothing.
 
     Args:
@@ -117,11 +117,11 @@ def without_compile(group: dict[str, Any], stacklevel: int) -> dict[str, Any]:
         stacklevel: Of the warning, as seen from the caller.
     """
     if group.get("compile") is not None:
-        warn_of_compile(stacklevel + 1)
+        warn_compile_deprecated(stacklevel + 1)
     return {name: value for name, value in group.items() if name != "compile"}
 
 
-def warn_of_compile(stacklevel: int) -> None:
+def warn_compile_deprecated(stacklevel: int) -> None:
     """Warn that ``compile`` changes nothing.
 
     Args:
@@ -166,7 +166,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     """
     for name in group.keys() - defaults.keys() - {"kind", "params", "param_names"}:
         # Schedulers and users keep entries of their own in groups; misspelt options are not among them.
-        meant = nearest(name, option_names())
+        meant = did_you_mean(name, option_names())
         if meant:
             raise ValueError(f"a group has {name}={group[name]!r}, which is no option of Flora{meant}")
     # Further defaults are for schedulers to find.
@@ -182,7 +182,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     resolved["state_dtype"] = state_dtype_name(resolved["state_dtype"])
     for name in _CHECKS:
         check_option(name, resolved[name])
-    _check_together(resolved)
+    _check_contradictions(resolved)
     if resolved["relative_step"]:
         first = relative_lr(resolved, 1)
         check_relative_lr(resolved["lr"] if resolved["lr"] != first else None)
@@ -198,8 +198,8 @@ def as_integers(options: Mapping[str, Any], *names: str) -> dict[str, int | None
     return {name: None if options[name] is None else int(options[name]) for name in names}
 
 
-def _check_together(group: dict[str, Any]) -> None:
-    """Refuse options that contradict each other, with the way out."""
+def _check_contradictions(group: dict[str, Any]) -> None:
+    """Refuse options that contradict each other, with the remedy."""
     check_contradictions(shared_contradictions(group))
     contradictions = (
         (
@@ -214,7 +214,7 @@ def _check_together(group: dict[str, Any]) -> None:
     check_contradictions(contradictions)
 
 
-def layout_of(group: Mapping[str, Any]) -> dict[str, Any]:
+def layout_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a group's state is laid out with."""
     return {name: group[name] for name in LAYOUT_OPTIONS}
 
@@ -231,6 +231,6 @@ def changed_option(written: Mapping[str, Any], group: Mapping[str, Any]) -> str:
     return ""
 
 
-def plan_of(shape: torch.Size, group: dict[str, Any]) -> TensorPlan:
+def plan_for(shape: torch.Size, group: dict[str, Any]) -> TensorPlan:
     """The policy's plan for a tensor of a resolved group."""
     return plan_tensor(shape, **{name: group[name] for name in _PLAN_OPTIONS})

@@ -128,7 +128,7 @@ class ShardSum(NamedTuple):
 Sums = Generator[list[ShardSum], None, None]
 """The passes over some tensors: shares of sums, which are to be added up when the generator goes on.
 
-Statistics (row and column sums of G², ‖W‖² where the step is in its units); growth twice, where adaptive projections
+Statistics (row and column sums of G², ‖W‖² where the step is in its units); product twice, where adaptive projections
 learn their weights; the sketches, where columns are split; ‖D‖². Every backend yields the same sums of a tensor in the
 same order, so that devices may differ in the backends that they use.
 """

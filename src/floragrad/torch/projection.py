@@ -146,9 +146,9 @@ class BucketProjection:
 
     def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
         """X Pᵀ."""
-        return self.add_up(torch.mul(rows, self.columns, out=workspace))
+        return self.sum_buckets(torch.mul(rows, self.columns, out=workspace))
 
-    def add_up(self, rows: Tensor) -> Tensor:
+    def sum_buckets(self, rows: Tensor) -> Tensor:
         """X Pᵀ of rows whose columns have been multiplied by their weights."""
         sketch: Tensor | None = None
         k = self.gram.shape[-1]
@@ -312,8 +312,8 @@ def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
 def normalise_buckets(weight: Tensor, k: int, fallback: Tensor) -> Tensor:
     """``weight`` (..., n) with norm 1 in each of k buckets; ``fallback`` in buckets that are zero."""
     n = weight.shape[-1]
-    slots = ceil(n / k)
-    padded = torch.nn.functional.pad(weight, (0, slots * k - n)).reshape(*weight.shape[:-1], slots, k)
+    infos = ceil(n / k)
+    padded = torch.nn.functional.pad(weight, (0, infos * k - n)).reshape(*weight.shape[:-1], infos, k)
     # Of numbers around 1, whose squares neither overflow nor vanish.
     largest = padded.abs().amax(-2, keepdim=True)
     around_one = padded / largest

@@ -37,19 +37,19 @@ class Philox:
 
     Attributes:
         seed: The optimizer's seed, 0 to 2**63 - 1.
-        index: The number that the tensor's random streams are drawn with.
+        tensor_id: The number that the tensor's random streams are drawn with.
         counter: The resample index for projections, the step for rounding.
         stream: Which of the tensor's streams.
     """
 
     seed: int
-    index: int
+    tensor_id: int
     counter: int
     stream: Stream
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """Return the first ``count`` words, drawn by NumPy."""
-        key = np.array([self.seed, self.index], dtype=np.uint64)
+        key = np.array([self.seed, self.tensor_id], dtype=np.uint64)
         counter = np.array([0, self.counter, int(self.stream), 0], dtype=np.uint64)
         # A generator of its own would take four times as long to make.
         with _GENERATING:
@@ -92,14 +92,14 @@ def philox_words(requests: Sequence[Request], device: torch.device) -> list[Tens
     blocks = [ceil(each.words / 4) for each in requests]
     firsts = list(accumulate(blocks, initial=0))[:-1]
     table = [
-        [source.seed, source.index, source.counter, int(source.stream), first, count]
+        [source.seed, source.tensor_id, source.counter, int(source.stream), first, count]
         for (source, _), first, count in zip(requests, firsts, blocks, strict=True)
     ]
     total = sum(blocks)
     given = on_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
-    seed, index, counter, stream, first = given[:, :5].repeat_interleave(given[:, 5], dim=0, output_size=total).T
+    seed, tensor_id, counter, stream, first = given[:, :5].repeat_interleave(given[:, 5], dim=0, output_size=total).T
     number = torch.arange(1, total + 1, dtype=torch.int64, device=device) - first  # NumPy counts up before each block
-    words = _philox(torch.stack([seed, index]), torch.stack([number, stream]), torch.stack([counter, 0 * counter]))
+    words = _philox(torch.stack([seed, tensor_id]), torch.stack([number, stream]), torch.stack([counter, 0 * counter]))
     return [
         words[first : first + count].flatten()[: each.words]
         for each, first, count in zip(requests, firsts, blocks, strict=True)

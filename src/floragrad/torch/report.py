@@ -10,10 +10,9 @@ from floragrad._report import FROZEN, Report, ReportRow
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends import path_of
 from floragrad.torch.context import Group, State
-from floragrad.torch.distributed import lockstep
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.distributed.collectives import is_sharded, to_local
+from floragrad.torch.param_info import ParamInfo, ensure_state
 from floragrad.torch.part import Part
-from floragrad.torch.slots import Slot, live_state
 
 
 def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state: bool) -> ReportRow:
@@ -43,29 +42,29 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state
         adamw_bytes=adamw_bytes(here, param.dtype),
         adafactor_bytes=adafactor_bytes(here, param.dtype),
         reason=plan.reason,
-        path=path_of(lockstep.here(param), plan, part),
+        path=path_of(to_local(param), plan, part),
     )
 
 
-def report_of(slots: Mapping[Tensor, Slot], states: MutableMapping[Tensor, State]) -> Report:
+def make_report(infos: Mapping[Tensor, ParamInfo], states: MutableMapping[Tensor, State]) -> Report:
     """Return the report of an optimizer; the state of trained parameters is allocated where it is missing.
 
     Args:
-        slots: Its parameters.
+        infos: Its parameters.
         states: Their states.
     """
-    for param, slot in slots.items():
+    for param, info in infos.items():
         if param.requires_grad:
-            live_state(param, slot, states[param])
+            ensure_state(param, info, states[param])
     return Report(
         tuple(
-            report_row(slot.name, param, slot.plan, slot.part, has_state="step" in states.get(param, {}))
-            for param, slot in slots.items()
+            report_row(info.name, param, info.plan, info.part, has_state="step" in states.get(param, {}))
+            for param, info in infos.items()
         )
     )
 
 
-def little_compressed(rows: Iterable[tuple[ReportRow, Group]]) -> str:
+def low_compression_warning(rows: Iterable[tuple[ReportRow, Group]]) -> str:
     """Why less than half of the momentum of hidden tensors is kept as sketches; empty where more is.
 
     Left out are frozen tensors, those that are declared as vocabulary, and groups that want no sketch.

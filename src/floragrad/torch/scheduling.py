@@ -44,7 +44,7 @@ def step_size(group: Group, step: int, rms: float) -> float:
     return lr * max(group["eps"][1], rms) if group["scale_parameter"] else lr
 
 
-def is_lr_ignored(group: Group) -> bool:
+def ignores_scheduler_lr(group: Group) -> bool:
     """Whether a scheduler has set a learning rate where ``relative_step`` derives it from the step.
 
     0 is not counted: ``AdafactorSchedule`` begins with it, and so does a warm-up.
@@ -52,7 +52,7 @@ def is_lr_ignored(group: Group) -> bool:
     return bool(group["relative_step"] and group["lr"] not in (0.0, relative_lr(group, 1)))
 
 
-def warn_of_ignored_lr(group: Group, stacklevel: int) -> None:
+def warn_ignored_lr(group: Group, stacklevel: int) -> None:
     """Warn that a scheduler's learning rate changes nothing.
 
     Args:

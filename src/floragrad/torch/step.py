@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from floragrad.torch.backends import steps_of
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.distributed.lockstep import sum_over_parts
+from floragrad.torch.distributed.collectives import all_reduce_shards
 
 
 def step(updates: Sequence[ParamUpdate]) -> None:
@@ -26,4 +26,4 @@ def step(updates: Sequence[ParamUpdate]) -> None:
     while active:
         waiting = [(passes, next(passes, None)) for passes in active]
         active = [passes for passes, shares in waiting if shares is not None]
-        sum_over_parts(share for _, shares in waiting for share in shares or ())
+        all_reduce_shards(share for _, shares in waiting for share in shares or ())

@@ -19,9 +19,9 @@ BLOCK_ELEMENTS: Final = 2**20
 """Elements of a block of rows on the CPU: 4 MiB of float32; less would be launches, more would leave the cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
 """The same elsewhere, where a launch costs more than a pass over memory."""
-PIECES: Final = 3
+MIN_BLOCKS: Final = 3
 """Blocks that a tensor is cut into at least, so that a workspace as large as a block stays small beside it."""
-WHOLE_ELEMENTS: Final = 2**14
+SMALL_TENSOR_ELEMENTS: Final = 2**14
 """A tensor of up to so many elements is one block: its temporaries cost less than its launches."""
 
 _MULTIPLIER: Final = 0x9E3779B1 - 2**32
@@ -32,9 +32,9 @@ Block = tuple[slice, slice]
 
 def block_elements(elements: int, device: torch.device) -> int:
     """Return how many of a tensor's elements are worked on at a time: all of a small one's."""
-    if elements <= WHOLE_ELEMENTS:
+    if elements <= SMALL_TENSOR_ELEMENTS:
         return elements
-    return min(max_block_elements(device), ceil(elements / PIECES))
+    return min(max_block_elements(device), ceil(elements / MIN_BLOCKS))
 
 
 def max_block_elements(device: torch.device) -> int:
@@ -76,7 +76,7 @@ class RoundingBits(NamedTuple):
         """Return the words of a block of rows."""
         return RoundingBits(self.rows[where], self.columns)
 
-    def numbers(self) -> Tensor:
+    def integers(self) -> Tensor:
         """Integers, uniform over -32768 ... 32767, any two of them independent: int32 of (batch, rows, columns).
 
         The upper half of h(a + b) with h(w) = (w xor w >> 16) · 0x9E3779B1, a bijection of 32 bits: so each
@@ -119,7 +119,7 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
     Args:
         values: (..., k), float32.
         state_dtype: ``"int8"`` or ``"int4"``.
-        bits: (..., k), integers of 16 bits, from :meth:`RoundingBits.numbers`.
+        bits: (..., k), integers of 16 bits, from :meth:`RoundingBits.integers`.
 
     Returns:
         The payload, int8 of (..., k) or uint8 of (..., ceil(k/2)), and the scales, float32 of
@@ -174,7 +174,7 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
 
     Args:
         values: float32, any shape.
-        bits: Integers of 16 bits, the same shape, from :meth:`RoundingBits.numbers`.
+        bits: Integers of 16 bits, the same shape, from :meth:`RoundingBits.integers`.
     """
     noise = bits.to(torch.int32) & 0xFFFF
     kept = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
@@ -225,5 +225,5 @@ def save(values: Tensor, dtype: StateDtype, bits: RoundingBits | None) -> tuple[
     if bits is None:
         return (values,)
     if dtype == "bfloat16":
-        return (round_to_bfloat16(values, bits.numbers()),)
-    return quantize(values, dtype, bits.numbers())
+        return (round_to_bfloat16(values, bits.integers()),)
+    return quantize(values, dtype, bits.integers())

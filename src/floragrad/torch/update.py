@@ -72,11 +72,11 @@ def factored_scales(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> Scale
 
 def normalise(grad: Tensor, scales: Scales) -> Tensor:
     """U, in float32."""
-    update = within_rows(grad, scales.columns)
+    update = scale_columns(grad, scales.columns)
     return update if scales.rows is None else update.mul_(scales.rows)
 
 
-def within_rows(grad: Tensor, scale: Tensor, workspace: Tensor | None = None) -> Tensor:
+def scale_columns(grad: Tensor, scale: Tensor, workspace: Tensor | None = None) -> Tensor:
     """V, in float32: U but for the rows' factors; written into ``workspace`` where it is given."""
     # bfloat16 and float16 gradients are promoted by the float32 scale, in the same pass.
     return torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scale, out=workspace)
@@ -127,30 +127,30 @@ class Estimator(NamedTuple):
             momentum: M.
             workspace: Memory of their shape, ``sketch``'s own too.
         """
-        carried = momentum
+        transferred = momentum
         if self.previous is not None:
-            carried = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
+            transferred = self.projection.transfer(momentum, self.previous, orthogonal=self.residual)
         if not self.residual:
-            following = torch.lerp(carried, sketch, 1 - self.beta1)
-            del carried
+            next_momentum = torch.lerp(transferred, sketch, 1 - self.beta1)
+            del transferred
             correction = momentum * self.beta1
-            if not self.knows_square:
-                return correction, following, torch.zeros_like(sketch[0, 0, 0])
+            if not self.has_closed_form_norm:
+                return correction, next_momentum, torch.zeros_like(sketch[0, 0, 0])
             assert isinstance(self.projection, BucketProjection)
             weighed = torch.mul(sketch, 2 * self.update_weight, out=workspace).addcmul_(
                 correction, self.projection.gram
             )
-            return correction, following, weighed.mul_(correction).sum()
+            return correction, next_momentum, weighed.mul_(correction).sum()
         assert isinstance(self.projection, BucketProjection)
         del momentum
-        change = carried - sketch
-        del carried  # what is made from here on may take its place
-        following = torch.add(sketch, change, alpha=self.beta1)
+        change = transferred - sketch
+        del transferred  # what is made from here on may take its place
+        next_momentum = torch.add(sketch, change, alpha=self.beta1)
         correction = change.mul_(self.beta1 / self.projection.gram)
-        return correction, following, torch.add(sketch, following, out=workspace).mul_(correction).sum()
+        return correction, next_momentum, torch.add(sketch, next_momentum, out=workspace).mul_(correction).sum()
 
     @property
-    def knows_square(self) -> bool:
+    def has_closed_form_norm(self) -> bool:
         """Whether ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ diagonal."""
         return self.decoder is self.projection and isinstance(self.projection, BucketProjection)
 
@@ -177,12 +177,12 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
     return norm.float().square()
 
 
-def relative(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
+def parameter_scale(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
     """Return max(RMS(W), ε₂) of ‖W‖²: the unit of α with ``scale_parameter``."""
     return (norm / numel).sqrt_().clamp_(min=least)
 
 
-def clipped(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
+def clipped_step_size(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
     """α / max(1, RMS(D) / threshold), of ‖D‖²; of one tensor, or of several at once."""
     # Rounding may make ‖D‖² of next to nothing negative.
     rms = square.clamp(min=0).div_(numel).sqrt_()

@@ -8,7 +8,7 @@ from transformers.optimization import Adafactor
 
 from floragrad import Flora, param_groups
 from floragrad.torch import report
-from floragrad.torch.distributed.lockstep import here
+from floragrad.torch.distributed.collectives import to_local
 from floragrad.train.config import RunConfig
 
 
@@ -35,7 +35,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's state in this process, measured from its tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in map(here, state_tensors(optimizer)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(to_local, state_tensors(optimizer)))
 
 
 def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -62,4 +62,4 @@ def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """What this process has of every parameter."""
-    return [here(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    return [to_local(parameter) for group in optimizer.param_groups for parameter in group["params"]]

@@ -12,9 +12,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from floragrad.policy import Projection, StateDtype
-from floragrad.torch.accumulation.agreement import share_window
+from floragrad.torch.accumulation.all_reduce import all_reduce_window
 from floragrad.torch.accumulation.checkpoint import check_window, load_window, window_state
-from floragrad.torch.accumulation.finish import Finish, Materialise, Release
+from floragrad.torch.accumulation.entries import ParamEntries, owners_of
+from floragrad.torch.accumulation.grad_checks import FoldedGradCheck
 from floragrad.torch.accumulation.micro_batches import MicroBatches
 from floragrad.torch.accumulation.report import AccumulatorReport, accumulator_row
 from floragrad.torch.accumulation.settings import (
@@ -26,10 +27,9 @@ from floragrad.torch.accumulation.settings import (
     check_release,
     ranks_of,
 )
-from floragrad.torch.accumulation.slots import Slots, owners_of
+from floragrad.torch.accumulation.steppers import MaterialiseStepper, ReleaseStepper, Stepper
 from floragrad.torch.accumulation.window import Window, exactly
-from floragrad.torch.accumulation.witness import Witness
-from floragrad.torch.untraced import untraced
+from floragrad.torch.dynamo import disable_dynamo
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -142,17 +142,17 @@ class GradientAccumulator(MicroBatches):
         folds_last = steps > 1 or self._scaler is not None or shared or drop_nonfinite
         needs_norm = folds_last if clip is None else clip
         sketched = steps > 1 or (release and needs_norm) or shared
-        self._slots = Slots(optimizers, self._settings, sketched, self, self._ranks.rank if self._ranks else 0)
+        self._entries = ParamEntries(optimizers, self._settings, sketched, self, self._ranks.rank if self._ranks else 0)
         self._window = self._fresh(0)
-        self._witness = Witness(self._slots, shared)
-        self._finish: Finish = (
-            Release(self._slots, optimizers, needs_norm, self._scaler, self.advice)
+        self._folded_grads = FoldedGradCheck(self._entries, shared)
+        self._stepper: Stepper = (
+            ReleaseStepper(self._entries, optimizers, needs_norm, self._scaler, self.remedies)
             if release
-            else Materialise(self._slots, optimizers, not shared, self._scaler)
+            else MaterialiseStepper(self._entries, optimizers, not shared, self._scaler)
         )
         self._closed = self._is_fed = False
         self._last_report: AccumulatorReport | None = None
-        self._remove_hooks = weakref.finalize(self, _remove_hooks, self._slots, self._finish)
+        self._remove_hooks = weakref.finalize(self, _remove_hooks, self._entries, self._stepper)
         self._remove_hooks.atexit = False
 
     @property
@@ -163,12 +163,12 @@ class GradientAccumulator(MicroBatches):
     @property
     def releases(self) -> bool:
         """Whether tensors are updated one at a time; else ``.grad`` holds the mean when a window is complete."""
-        return self._finish.is_release
+        return self._stepper.is_release
 
     @property
     def takes_late_passes(self) -> bool:
         """Whether more gradients can be added to the sum of a complete window, in ``.grad``."""
-        self._settle()
+        self._begin_window_if_freed()
         window = self._window
         cannot = self.releases or self._ranks is not None or window.unscaled or self._drops_nonfinite
         return window.ended and not cannot
@@ -178,7 +178,7 @@ class GradientAccumulator(MicroBatches):
         """Whether the sketches are summed over several processes."""
         return self._ranks is not None
 
-    @untraced
+    @disable_dynamo
     def flush(self) -> bool:
         """End the window early, at the end of an epoch; clip and step as ever if it returns True.
 
@@ -189,25 +189,25 @@ class GradientAccumulator(MicroBatches):
         Returns:
             Whether there is a window to step.
         """
-        self._check_quiet()
-        self._settle()
+        self._check_idle()
+        self._begin_window_if_freed()
         window = self._window
         if not window.ended and (window.seen or self._ranks is not None):
             if not window.seen:
-                self._slots.adopt()
+                self._entries.sync()
             self._check_no_gradients()
             self._end()
         return window.ended
 
-    @untraced
+    @disable_dynamo
     def flush_if_fed(self) -> None:
         """End the window if the last micro-batch has given a gradient here or on another process."""
-        fed = any(slot.folded for slot in self._slots)
-        if fed if self._ranks is None else self._ranks.any([fed], self._slots.device)[0]:
+        fed = any(entry.folded for entry in self._entries)
+        if fed if self._ranks is None else self._ranks.all_reduce_any([fed], self._entries.device)[0]:
             self.flush()
 
     @property
-    @untraced
+    @disable_dynamo
     def grad_norm(self) -> Tensor:
         """The global norm of the complete window's mean gradient, before clipping, of one element.
 
@@ -218,11 +218,11 @@ class GradientAccumulator(MicroBatches):
         """
         self._check_complete("grad_norm")
         if self._window.norm is None:
-            with exactly(self._slots.device):
-                self._window.norm = self._finish.norm(self._window)
+            with exactly(self._entries.device):
+                self._window.norm = self._stepper.norm(self._window)
         return self._window.norm
 
-    @untraced
+    @disable_dynamo
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the window's mean gradient so that its global norm is at most ``max_norm``.
 
@@ -233,11 +233,11 @@ class GradientAccumulator(MicroBatches):
             RuntimeError: As :attr:`grad_norm`.
         """
         norm = self.grad_norm
-        with exactly(self._slots.device):
-            self._finish.clip(self._window, max_norm)
+        with exactly(self._entries.device):
+            self._stepper.clip(self._window, max_norm)
         return norm
 
-    @untraced
+    @disable_dynamo
     def step(self) -> bool:
         """Update the parameters with the window's mean gradient, and begin a new window.
 
@@ -248,27 +248,27 @@ class GradientAccumulator(MicroBatches):
             RuntimeError: The window is not complete.
         """
         self._check_complete("step()")
-        self._slots.check_listed()
-        self._finish.check_habits()
+        self._entries.check_listed()
+        self._stepper.check_habits()
         if self.releases:
             self._check_no_gradients()
         if self._scaler is not None:
             _ = self.grad_norm  # the scaler must know whether all gradients are finite
-        with exactly(self._slots.device):
-            stepped = self._finish.step(self._window)
+        with exactly(self._entries.device):
+            stepped = self._stepper.step(self._window)
         self._next_window()
         return stepped
 
-    @untraced
+    @disable_dynamo
     def zero_grad(self) -> None:
         """Drop the window, with all that it holds; nothing happens between two windows."""
         window = self._window
-        for slot in self._slots:
-            slot.param.grad = None
+        for entry in self._entries:
+            entry.param.grad = None
         if window.seen or window.is_open or window.ended:
             self._next_window()
 
-    @untraced
+    @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The window's position and its sketches; between two windows only the position.
 
@@ -278,17 +278,17 @@ class GradientAccumulator(MicroBatches):
         Raises:
             RuntimeError: A micro-batch is open, or the window's end lies outside the sketches.
         """
-        self._check_quiet()
-        self._settle()
+        self._check_idle()
+        self._begin_window_if_freed()
         window = self._window
-        if window.ended and self._finish.keeps_last:
+        if window.ended and self._stepper.keeps_last:
             raise RuntimeError(
                 "the window is complete and part of it lies in .grad or in updated parameters: "
                 "save after step(), or before the last micro-batch"
             )
-        return window_state(window, self._slots, self._settings, self._ranks)
+        return window_state(window, self._entries, self._settings, self._ranks)
 
-    @untraced
+    @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a window where another process left it.
 
@@ -300,13 +300,13 @@ class GradientAccumulator(MicroBatches):
                 changed then.
             RuntimeError: A micro-batch is open.
         """
-        self._check_quiet()
-        self._slots.adopt()
-        check_window(state_dict, self._slots, self._settings, self._ranks)
+        self._check_idle()
+        self._entries.sync()
+        check_window(state_dict, self._entries, self._settings, self._ranks)
         self.zero_grad()
-        self._window = load_window(state_dict, self._slots, self._fresh(0))
+        self._window = load_window(state_dict, self._entries, self._fresh(0))
 
-    @untraced
+    @disable_dynamo
     def report(self) -> AccumulatorReport:
         """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
 
@@ -316,12 +316,12 @@ class GradientAccumulator(MicroBatches):
             return self._last_report
         return AccumulatorReport(
             tuple(
-                accumulator_row(slot.name, slot.plan, slot.sketch is not None, self._drops_nonfinite)
-                for slot in self._slots
+                accumulator_row(entry.name, entry.plan, entry.sketch is not None, self._drops_nonfinite)
+                for entry in self._entries
             )
         )
 
-    @untraced
+    @disable_dynamo
     def close(self) -> None:
         """Remove every hook and free the sketches: the model is as it was found."""
         if self._closed:
@@ -332,7 +332,7 @@ class GradientAccumulator(MicroBatches):
                 UserWarning,
                 stacklevel=2,
             )
-        self._let_go()
+        self._remove()
 
     @staticmethod
     def close_all(model: nn.Module) -> None:
@@ -352,46 +352,46 @@ class GradientAccumulator(MicroBatches):
         if error is None:
             self.close()
         else:
-            self._let_go()
+            self._remove()
 
-    def _settle(self) -> None:
+    def _begin_window_if_freed(self) -> None:
         """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
-        if self._window.ended and not self.releases and all(slot.param.grad is None for slot in self._slots):
+        if self._window.ended and not self.releases and all(entry.param.grad is None for entry in self._entries):
             self._next_window()
 
     def _next_window(self) -> None:
-        for slot in self._slots:
-            slot.updated = False
-            if slot.sketch is not None:
-                slot.sketch.folds = 0
-        self._window = self._fresh(self._window.number + 1)
+        for entry in self._entries:
+            entry.updated = False
+            if entry.sketch is not None:
+                entry.sketch.folds = 0
+        self._window = self._fresh(self._window.index + 1)
 
     def _fresh(self, number: int) -> Window:
         return Window(self.steps, number, ranks=1 if self._ranks is None else self._ranks.size)
 
     def _end(self) -> None:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
-        with exactly(self._slots.device):
+        with exactly(self._entries.device):
             if self._window.kept if self._ranks is None else self._share():
                 self._note_fed()
                 if self.expects_gradients:
                     self.check_fed()
-                self._finish.end(self._window)
+                self._stepper.end(self._window)
                 self._window.ended = True
             elif self._window.dropped:  # all there were
-                self._window = self._fresh(self._window.number)
+                self._window = self._fresh(self._window.index)
 
     def _share(self) -> bool:
         assert self._ranks is not None
-        return share_window(self._window, self._slots, self._settings, self._ranks)
+        return all_reduce_window(self._window, self._entries, self._settings, self._ranks)
 
-    def _let_go(self) -> None:
+    def _remove(self) -> None:
         if not self._closed:
             self._last_report = self.report()
         self._closed = True
         self._remove_hooks()
 
 
-def _remove_hooks(slots: Slots, finish: Finish) -> None:
-    slots.release()
-    finish.close()
+def _remove_hooks(entries: ParamEntries, stepper: Stepper) -> None:
+    entries.release()
+    stepper.close()

@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from floragrad.torch.accumulation.advice import Advice
-from floragrad.torch.accumulation.finish import Finish, second_gradient
+from floragrad.torch.accumulation.entries import ParamEntries
+from floragrad.torch.accumulation.grad_checks import FoldedGradCheck
+from floragrad.torch.accumulation.remedies import Remedies
 from floragrad.torch.accumulation.settings import Settings
-from floragrad.torch.accumulation.slots import Slots
-from floragrad.torch.accumulation.window import Slot, Window, exactly
-from floragrad.torch.accumulation.witness import Witness
-from floragrad.torch.untraced import untraced
+from floragrad.torch.accumulation.steppers import Stepper, second_gradient
+from floragrad.torch.accumulation.window import ParamEntry, Window, exactly
+from floragrad.torch.dynamo import disable_dynamo
 
 
 class MicroBatches:
     """What :class:`GradientAccumulator` does until a window is complete."""
 
-    advice = Advice()
+    remedies = Remedies()
 
     _settings: Settings
-    _slots: Slots
+    _entries: ParamEntries
     _window: Window
-    _witness: Witness
-    _finish: Finish
+    _folded_grads: FoldedGradCheck
+    _stepper: Stepper
     _scaler: GradScaler | None
     _closed: bool
     _drops_nonfinite: bool
@@ -40,7 +40,7 @@ class MicroBatches:
         """N, the micro-batches of a window."""
         return self._settings.steps
 
-    @untraced
+    @disable_dynamo
     def backward(self, loss: Tensor, weight: float | None = None) -> None:
         """Run the backward pass of one micro-batch; gradients are folded and freed on the way.
 
@@ -60,9 +60,9 @@ class MicroBatches:
         if self._window.is_open and not self._window.failed:
             if weight is not None:
                 raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
-            for slot in self._slots:
-                if slot.updated:
-                    raise second_gradient(slot)
+            for entry in self._entries:
+                if entry.updated:
+                    raise second_gradient(entry)
             self._run_backward(loss)
             return
         with self.micro_batch(weight=weight):
@@ -91,16 +91,16 @@ class MicroBatches:
             raise
         self.end_micro_batch()
 
-    @untraced
+    @disable_dynamo
     def begin_micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> None:
         """Expect gradients from now on; for loops that cannot use :meth:`micro_batch`."""
-        self._check_quiet()
-        self._settle()
+        self._check_idle()
+        self._begin_window_if_freed()
         window = self._window
         if window.ended:
             raise RuntimeError("the window is complete: step() before the next micro-batch, or zero_grad() to drop it")
         if window.seen == 0:
-            self._slots.adopt()
+            self._entries.sync()
         self._check_no_gradients()
         given = weight is not None
         if window.weighted not in (None, given):
@@ -111,19 +111,19 @@ class MicroBatches:
         window.last = window.seen + 1 >= self.steps if last is None else last
         if self.steps == 1 and not window.last:
             raise ValueError("last=False with steps=1: construct the accumulator with more steps")
-        self._witness.begin()
+        self._folded_grads.begin()
         self._finite.clear()
         window.weighted = given
         window.weight = 1 / self.steps if weight is None else float(weight)
 
-    @untraced
+    @disable_dynamo
     def end_micro_batch(self) -> None:
         """No more gradients of this micro-batch; the last one completes the window."""
         window = self._window
         if not window.is_open:
             raise RuntimeError("end_micro_batch() without begin_micro_batch()")
         if not window.is_dropped:
-            self._take_in()
+            self._fold_remaining()
         if window.last:
             self._end()
         window.weight, window.is_dropped = None, False
@@ -145,7 +145,7 @@ class MicroBatches:
             raise RuntimeError("drop_micro_batch() outside a micro-batch: call it inside `with micro_batch():`")
         if window.is_dropped:
             return
-        self._take_back()
+        self._undo_folds()
         self.dropped += 1
         window.dropped += 1
         window.is_dropped = True
@@ -156,7 +156,7 @@ class MicroBatches:
     @contextmanager
     def late_pass(self) -> Iterator[None]:
         """A backward pass whose gradients autograd adds to the sum in ``.grad``, where :attr:`takes_late_passes`."""
-        self._check_quiet()
+        self._check_idle()
         window = self._window
         window.is_late, window.norm = True, None
         try:
@@ -167,71 +167,71 @@ class MicroBatches:
         finally:
             window.is_late = False
 
-    def fold(self, slot: Slot) -> None:
+    def fold(self, entry: ParamEntry) -> None:
         """Take in a gradient that has been added to the ``.grad`` of one parameter; its hook calls this."""
-        window, grad = self._window, slot.local_grad()
+        window, grad = self._window, entry.local_grad()
         if grad is None or window.is_late:
             return
         if window.is_dropped:
-            slot.param.grad = None
+            entry.param.grad = None
             return
         if window.weight is None:
-            raise RuntimeError(f"a gradient of {slot.name} outside a micro-batch: {self.advice.backward}")
+            raise RuntimeError(f"a gradient of {entry.name} outside a micro-batch: {self.remedies.backward}")
         if grad.is_sparse:
             raise RuntimeError(
-                f"the gradient of {slot.name} is sparse: the accumulator takes dense gradients; "
+                f"the gradient of {entry.name} is sparse: the accumulator takes dense gradients; "
                 "give sparse=False to its embedding"
             )
         with exactly(grad.device):
             if self._drops_nonfinite:
                 self._finite.append(grad.isfinite().all())
-            if window.last and self._finish.keeps_last:
-                self._finish.last_gradient(slot, window)
+            if window.last and self._stepper.keeps_last:
+                self._stepper.last_gradient(entry, window)
                 return
-            assert slot.sketch is not None
-            if self._drops_nonfinite and not slot.folded:
-                slot.sketch.hold()
-            slot.sketch.add(grad, window.weight, window.number, measure_noise=not self._finish.keeps_last)
-            self._witness.free(slot)
+            assert entry.sketch is not None
+            if self._drops_nonfinite and not entry.folded:
+                entry.sketch.snapshot()
+            entry.sketch.add(grad, window.weight, window.index, measure_noise=not self._stepper.keeps_last)
+            self._folded_grads.free(entry)
 
-    def _take_in(self) -> None:
+    def _fold_remaining(self) -> None:
         """Fold what was put into ``.grad`` by hand, and drop the micro-batch if it must be."""
         window = self._window
         window.failed = True  # until it is known that it has not
-        if not (window.last and self._finish.keeps_last):
-            self._witness.check()
-        for slot in self._slots:
-            if slot.param.grad is not None:
-                self.fold(slot)
+        if not (window.last and self._stepper.keeps_last):
+            self._folded_grads.check()
+        for entry in self._entries:
+            if entry.param.grad is not None:
+                self.fold(entry)
         window.failed = False
-        if self._finite and not torch.stack([each.to(self._slots.device) for each in self._finite]).all():
+        if self._finite and not torch.stack([each.to(self._entries.device) for each in self._finite]).all():
             self.drop_micro_batch()
 
-    def _take_back(self) -> None:
+    def _undo_folds(self) -> None:
         """Free the gradients of the open micro-batch, and undo what was folded of it.
 
         Raises:
             RuntimeError: It is too late; nothing has been changed then.
         """
-        late = [slot for slot in self._slots if slot.updated or (slot.folded and not self._drops_nonfinite)]
+        late = [entry for entry in self._entries if entry.updated or (entry.folded and not self._drops_nonfinite)]
         if late:
             raise RuntimeError(
                 f"{len(late)} gradients of the micro-batch are folded or used already: drop_micro_batch() before the "
                 "backward pass, or construct the accumulator with drop_nonfinite=True (a second copy of the sketches); "
-                f"{self.advice.drop}"
+                f"{self.remedies.drop}"
             )
-        for slot in self._slots:
-            slot.param.grad = None
-            if slot.folded:
-                assert slot.sketch is not None
-                slot.sketch.restore()
-                slot.folded = False
+        for entry in self._entries:
+            entry.param.grad = None
+            if entry.folded:
+                assert entry.sketch is not None
+                entry.sketch.restore()
+                entry.folded = False
 
     def _run_backward(self, loss: Tensor) -> None:
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
-    def _settle(self) -> None:
+    def _begin_window_if_freed(self) -> None:
         """Begin a new window where the mean was left in ``.grad`` and has been used and freed."""
         raise NotImplementedError
 
@@ -243,43 +243,43 @@ class MicroBatches:
         """Refuse gradients that no micro-batch has taken in.
 
         Raises:
-            RuntimeError: With the way out.
+            RuntimeError: With the remedy.
         """
-        for slot in self._slots:
-            if slot.param.grad is not None:
+        for entry in self._entries:
+            if entry.param.grad is not None:
                 raise RuntimeError(
-                    f"{slot.name} has a gradient from before this window, which would be counted again: "
+                    f"{entry.name} has a gradient from before this window, which would be counted again: "
                     "optimizer.zero_grad() first (with set_to_none=True, its default)"
                     if self._window.seen == 0
-                    else f"{slot.name} has a gradient that no backward pass of this window has seen: put gradients "
+                    else f"{entry.name} has a gradient that no backward pass of this window has seen: put gradients "
                     "into .grad inside micro_batch(), before it ends, or free it (param.grad = None)"
                 )
 
-    def _check_quiet(self) -> None:
+    def _check_idle(self) -> None:
         """Refuse to go on inside a micro-batch, after one that broke off, and after close()."""
         if self._closed:
             raise RuntimeError("the accumulator is closed: construct a new one")
         if self._window.failed:
             raise RuntimeError(
                 "a backward pass or step() of this window broke off, and the window holds a part of its gradients: "
-                f"{self.advice.drop}"
+                f"{self.remedies.drop}"
             )
         if self._window.is_open:
             raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
 
     def _note_fed(self) -> None:
-        self._is_fed = self._is_fed or any(slot.has_gradient for slot in self._slots)
+        self._is_fed = self._is_fed or any(entry.has_gradient for entry in self._entries)
 
     def check_fed(self) -> None:
         """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
 
         Raises:
-            RuntimeError: Naming the parameters, and the way out.
+            RuntimeError: Naming the parameters, and the remedy.
         """
         if not self._window.ended:  # else there may be zeros in a .grad that tell whether somebody writes to it
             self._note_fed()
         if not self._is_fed:
-            listed = list(self._slots.listed())
+            listed = list(self._entries.listed())
             frozen = sum(not each.param.requires_grad for each in listed)
             names = ", ".join(each.name for each in listed[:3])
             raise RuntimeError(
@@ -289,7 +289,7 @@ class MicroBatches:
             )
 
     def _check_complete(self, what: str) -> None:
-        self._check_quiet()
+        self._check_idle()
         if not self._window.ended:
             raise RuntimeError(
                 f"{what} after {self._window.seen} of {self.steps} micro-batches: go on until `complete`, "

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Kind, Projection, StateDtype, plan_accumulator
-from floragrad.torch.distributed.collectives import Ranks
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.distributed.collectives import Ranks, is_sharded
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.options import as_integers, check_option, state_dtype_name
 
@@ -74,7 +73,7 @@ class Settings:
 class Listed:
     """One parameter of the optimizers: its number among all, its name, its kind, and whose it is."""
 
-    index: int
+    tensor_id: int
     name: str
     param: Tensor
     kind: Kind | None
@@ -115,10 +114,10 @@ def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
             is_named = len(names) == len(group["params"])
             kind = group.get("kind") if group.get("kind") in get_args(Kind) else None
             for place, param in enumerate(group["params"]):
-                index = known.get(param, position)
-                index = max(used) + 1 if index in used else index
-                used.add(index)
-                yield Listed(index, names[place] if is_named else f"parameter {position}", param, kind, optimizer)
+                tensor_id = known.get(param, position)
+                tensor_id = max(used) + 1 if tensor_id in used else tensor_id
+                used.add(tensor_id)
+                yield Listed(tensor_id, names[place] if is_named else f"parameter {position}", param, kind, optimizer)
                 position += 1
 
 
@@ -134,7 +133,7 @@ def ranks_of(group: "ProcessGroup | None", optimizers: tuple[Optimizer, ...]) ->
     Raises:
         ValueError: Some parameters are sharded and some are not, and nobody says who sums.
     """
-    ranks = Ranks.of(group)
+    ranks = Ranks.from_group(group)
     sharded = [is_sharded(each.param) for each in listed_parameters(optimizers)]
     if group is not None or ranks is None or not any(sharded):
         return ranks
@@ -150,7 +149,7 @@ def check_release(optimizers: tuple[Optimizer, ...]) -> None:
     """Refuse to release with an optimizer that updates all its parameters at once.
 
     Raises:
-        ValueError: Naming the optimizer and the ways out.
+        ValueError: Naming the optimizer and the remedies.
     """
     if not can_release(optimizers):
         names = ", ".join(sorted({type(each).__name__ for each in optimizers}))
@@ -165,7 +164,7 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, rank
     """Refuse a ``clip`` that contradicts the way a window ends.
 
     Raises:
-        ValueError: With the way out.
+        ValueError: With the remedy.
     """
     if clip is False and not release:
         raise ValueError(
@@ -188,7 +187,7 @@ def check_drop(clip: bool | None, scaler: GradScaler | None, optimizers: tuple[O
     """Refuse ``drop_nonfinite`` where a micro-batch cannot be taken back, or not by one process alone.
 
     Raises:
-        ValueError: With the way out.
+        ValueError: With the remedy.
     """
     if clip is False:
         raise ValueError(

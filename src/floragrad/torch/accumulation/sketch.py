@@ -11,11 +11,11 @@ from floragrad.policy import AccumulatorPlan
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch.backends.cpu.fold import can_fold, fold_native
 from floragrad.torch.backends.triton import step as triton
-from floragrad.torch.handover import Layout, check_sketch, checked_gradient
 from floragrad.torch.part import Part
 from floragrad.torch.projection import Projection, draw_projection
 from floragrad.torch.random import Philox
 from floragrad.torch.storage import Block, RoundingBits, StoredRows, block_elements, load, row_blocks, save
+from floragrad.torch.validation import Layout, check_sketch, validate_gradient
 
 FOLD_ELEMENTS: Final = 2**15
 """A block has at least so many elements, where a tensor has them: its temporaries take less than its launches."""
@@ -37,14 +37,14 @@ class GradientSketch:
         plan: What is kept.
         projection: ``"sign"`` or ``"gaussian"``.
         seed: Of projections and of rounding.
-        index: The number that the tensor's random streams are drawn with.
+        tensor_id: The number that the tensor's random streams are drawn with.
         device: Where the buffers are allocated; they follow the gradients if those move.
         rank: Of several processes: each rounds with bits of its own, so that their errors average out.
         part: What of the tensor is here; None: all of it. The plan is the part's.
         name: Of the tensor, for messages.
 
     Attributes:
-        index: That number; it may change while there are no folds.
+        tensor_id: That number; it may change while there are no folds.
         folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
     """
 
@@ -53,7 +53,7 @@ class GradientSketch:
         plan: AccumulatorPlan,
         projection: ProjectionKind,
         seed: int,
-        index: int,
+        tensor_id: int,
         device: torch.device,
         rank: int = 0,
         part: Part | None = None,
@@ -64,13 +64,13 @@ class GradientSketch:
         self.folds = 0
         self._kind: ProjectionKind = projection
         self._seed = seed
-        self.index = index
+        self.tensor_id = tensor_id
         self._rank = rank
-        self._name = f"tensor {index}" if name is None else name
+        self._name = f"tensor {tensor_id}" if name is None else name
         self._layout = Layout.of(plan.shape, plan.buffers)
         self._buffers: dict[str, Tensor] = {}
-        self._held: dict[str, Tensor] = {}
-        self._held_folds = 0
+        self._snapshot: dict[str, Tensor] = {}
+        self._snapshot_folds = 0
         self._allocate(device)
 
     @property
@@ -90,7 +90,7 @@ class GradientSketch:
         Raises:
             RuntimeError: The gradient is not of the plan's shape, or a buffer not as it was allocated.
         """
-        grad = checked_gradient(self._name, grad, self.plan.shape, torch.float32, grad.device)
+        grad = validate_gradient(self._name, grad, self.plan.shape, torch.float32, grad.device)
         self._stored(grad.device)
         if self.folds == 0 and "noise" in self._buffers:
             self._buffers["noise"].zero_()
@@ -128,7 +128,7 @@ class GradientSketch:
             is_first=self.folds == 0,
             weight=weight,
             seed=self._seed,
-            index=self.index,
+            tensor_id=self.tensor_id,
             window=window,
             counter=self._counter(window, self.folds),
             measure_noise=measure_noise,
@@ -151,22 +151,22 @@ class GradientSketch:
             kept = save(total, dtype, stored.bits(where))
             stored.write(where, kept)
             if measure_noise and "noise" in self._buffers:
-                self._measure(kept, total, None if columns is None else columns[where[0]])
+                self._add_noise(kept, total, None if columns is None else columns[where[0]])
 
-    def hold(self) -> None:
+    def snapshot(self) -> None:
         """Keep a copy of the sum as it is, for :meth:`restore`."""
-        self._held_folds = self.folds
+        self._snapshot_folds = self.folds
         for key, value in self._buffers.items() if self.folds else ():
             if key != "col_var":
-                self._held[key] = self._held[key].copy_(value) if key in self._held else value.clone()
+                self._snapshot[key] = self._snapshot[key].copy_(value) if key in self._snapshot else value.clone()
 
     def restore(self) -> None:
-        """Go back to the sum that :meth:`hold` has kept; later gradients are rounded as if none had come since."""
-        self.folds = self._held_folds
-        for key, value in self._held.items() if self.folds else ():
+        """Go back to the sum that :meth:`snapshot` has kept; later gradients are rounded as if none had come since."""
+        self.folds = self._snapshot_folds
+        for key, value in self._snapshot.items() if self.folds else ():
             self._buffers[key].copy_(value)
 
-    def join(self, device: torch.device) -> None:
+    def fill_zeros(self, device: torch.device) -> None:
         """Hold zeros in place of nothing, where other processes hold gradients of this tensor.
 
         Args:
@@ -178,25 +178,25 @@ class GradientSketch:
                 self._buffers[key].zero_()
             self.folds = 1
 
-    def sums(self, window: int) -> StoredRows:
-        """The rows, and the bits that the sums over several processes are rounded with; for :meth:`set_sum`."""
+    def stored_for_sum(self, window: int) -> StoredRows:
+        """The rows, and the bits that the sums over several processes are rounded with; for :meth:`write_sum`."""
         device = self._buffers["data"].device
         return self._stored(device, self._rounding(device, window, 0, Stream.EXCHANGE_ROUNDING))
 
-    def set_sum(self, where: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
+    def write_sum(self, where: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
         """Replace some rows by their sum over several processes, and measure what rounding changes of it.
 
         Args:
             where: Which rows.
             parts: What each process holds of them.
-            stored: From :meth:`sums`.
+            stored: From :meth:`stored_for_sum`.
         """
         columns = self._column_sizes(self._buffers["data"].device)
         dtype, width = self.plan.state_dtype, self.plan.width
         total = torch.stack([load(part, dtype, width) for part in parts]).sum(0)
         kept = save(total, dtype, stored.bits(where))
         stored.write(where, kept)
-        self._measure(kept, total, None if columns is None else columns[where[0]])
+        self._add_noise(kept, total, None if columns is None else columns[where[0]])
 
     def squared_norm(self) -> Tensor:
         """‖C‖² less the squared rounding errors: in the mean the squared norm of the sum of w·G.
@@ -216,14 +216,14 @@ class GradientSketch:
         return total - self._buffers["noise"] if "noise" in self._buffers else total
 
     def decode_into(
-        self, grad: Tensor, window: int, own: float, factor: float | Tensor, *, orthogonal: bool = False
+        self, grad: Tensor, window: int, grad_weight: float, factor: float | Tensor, *, orthogonal: bool = False
     ) -> None:
-        """Replace ``grad`` by factor · (own · grad + decode(C)).
+        """Replace ``grad`` by factor · (grad_weight · grad + decode(C)).
 
         Args:
-            grad: Contiguous, of the plan's shape; not read where ``own`` is 0.
+            grad: Contiguous, of the plan's shape; not read where ``grad_weight`` is 0.
             window: As in :meth:`add`.
-            own: Weight of what ``grad`` holds already.
+            grad_weight: Weight of what ``grad`` holds already.
             factor: Of all, a number or a tensor of one element.
             orthogonal: Decode with (P Pᵀ)⁻¹ P: no longer the sum in the mean, but its orthogonal projection.
         """
@@ -233,12 +233,19 @@ class GradientSketch:
         if self._is_on_gpu_kernels(grad):
             from floragrad.torch.backends.triton.fold import decode_triton
 
-            streams = {"seed": self._seed, "index": self.index, "window": window}
+            streams = {"seed": self._seed, "tensor_id": self.tensor_id, "window": window}
             squares = decode_triton(
-                grad, self._buffers, self.plan, columns, own=own, factor=factor, orthogonal=orthogonal, **streams
+                grad,
+                self._buffers,
+                self.plan,
+                columns,
+                grad_weight=grad_weight,
+                factor=factor,
+                orthogonal=orthogonal,
+                **streams,
             )
             if squares is not None:
-                self._remember(squares / self.plan.view.rows)
+                self._update_column_squares(squares / self.plan.view.rows)
             return
         projection, grads = self._projection(window), grad.view(self.plan.view)
         squares = None if columns is None else torch.zeros_like(self._buffers["col_var"])
@@ -250,15 +257,15 @@ class GradientSketch:
                 rows = projection.decode(rows)
             elif columns is not None:
                 rows.mul_(columns[where[0]])
-            if own:
-                rows = rows.add(grads[where], alpha=own)
+            if grad_weight:
+                rows = rows.add(grads[where], alpha=grad_weight)
             if squares is not None:
                 squares[where[0]] += rows.square().sum(1)
             grads[where] = rows * factor
         if squares is not None:
-            self._remember(squares / self.plan.view.rows)
+            self._update_column_squares(squares / self.plan.view.rows)
 
-    def take_from(self, exact: Tensor, window: int) -> None:
+    def subtract_from(self, exact: Tensor, window: int) -> None:
         """X ← X − C (P Pᵀ)⁻¹ P: what the sketch does not hold of a contiguous float32 X that was folded into it."""
         stored, projection = self._stored(exact.device), self._projection(window)
         whole, columns = exact.view(self.plan.view), self._column_sizes(exact.device)
@@ -329,7 +336,7 @@ class GradientSketch:
         relative = torch.where(mean > 0, squares / mean, 1.0)
         return relative.add_(COLUMN_FLOOR).sqrt_().unsqueeze(-2)
 
-    def _remember(self, squares: Tensor) -> None:
+    def _update_column_squares(self, squares: Tensor) -> None:
         """Take a window's mean squares of columns into their average; the first window is taken whole."""
         average = self._buffers["col_var"]
         is_known = average.mean(-1, keepdim=True) > 0
@@ -337,7 +344,7 @@ class GradientSketch:
         updated = squares + decay * (average - squares)
         average.copy_(torch.where(updated.isfinite(), updated, average))
 
-    def _measure(self, kept: tuple[Tensor, ...], exact: Tensor, columns: Tensor | None) -> None:
+    def _add_noise(self, kept: tuple[Tensor, ...], exact: Tensor, columns: Tensor | None) -> None:
         """Add the squared error of a rounding to the noise."""
         error = load(kept, self.plan.state_dtype, self.plan.width).sub_(exact)
         if columns is not None:
@@ -348,7 +355,7 @@ class GradientSketch:
         """What to round with: for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
-        source = Philox(self._seed, self.index, self._counter(window, folds), stream)
+        source = Philox(self._seed, self.tensor_id, self._counter(window, folds), stream)
         return self._part.draw_rounding(source, self.plan.width, slice(None), device)
 
     def _counter(self, window: int, folds: int) -> int:
@@ -358,7 +365,7 @@ class GradientSketch:
     def _projection(self, window: int) -> Projection | None:
         if self.plan.ratio == 1:
             return None
-        source = Philox(self._seed, self.index, window, Stream.ACCUMULATOR)
+        source = Philox(self._seed, self.tensor_id, window, Stream.ACCUMULATOR)
         device = self._buffers["data"].device
         return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
 

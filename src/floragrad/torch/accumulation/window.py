@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from floragrad.policy import AccumulatorPlan
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.distributed.lockstep import here, is_sharded
-from floragrad.torch.handover import check_shape, checked_gradient, gradient_dtype
+from floragrad.torch.distributed.collectives import is_sharded, to_local
 from floragrad.torch.part import Part
+from floragrad.torch.validation import check_shape, gradient_dtype, validate_gradient
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Window:
     """
 
     steps: int
-    number: int = 0
+    index: int = 0
     seen: int = 0
     dropped: int = 0
     weighted: bool | None = None
@@ -79,11 +79,11 @@ class Window:
 
 
 @dataclass(eq=False)
-class Slot:
+class ParamEntry:
     """One parameter under accumulation.
 
     Attributes:
-        index: Its number among all parameters of the optimizers, which its random streams are drawn with.
+        tensor_id: Its number among all parameters of the optimizers, which its random streams are drawn with.
         name: As the optimizer knows it.
         param: The parameter.
         optimizer: The one that updates it.
@@ -95,7 +95,7 @@ class Slot:
         handle: Of its hook.
     """
 
-    index: int
+    tensor_id: int
     name: str
     param: Tensor
     optimizer: Optimizer
@@ -112,11 +112,11 @@ class Slot:
         is_folded = self.sketch is not None and self.sketch.folds > 0
         return is_folded or self.updated or self.param.grad is not None
 
-    def renumber(self, index: int) -> None:
+    def renumber(self, tensor_id: int) -> None:
         """Draw with another number from the next window on."""
-        self.index = index
+        self.tensor_id = tensor_id
         if self.sketch is not None:
-            self.sketch.index = index
+            self.sketch.tensor_id = tensor_id
 
     def local_grad(self) -> Tensor | None:
         """What is here of ``.grad``.
@@ -124,32 +124,35 @@ class Slot:
         Raises:
             RuntimeError: The parameter was resized after the accumulator was made.
         """
-        check_shape(self.name, here(self.param).shape, self.plan.shape)
+        check_shape(self.name, to_local(self.param).shape, self.plan.shape)
         if is_sharded(self.param) and self.param.grad is not None:
             from floragrad.torch.distributed.shards import local_gradient
 
             return local_gradient(self.param)
         return self.param.grad
 
-    def gather(self, window: Window, own: float, factor: float | Tensor) -> bool:
-        """Leave factor · (own · grad + decode(C)) in ``.grad``, in place where a gradient is there.
+    def leave_mean(self, window: Window, grad_weight: float, factor: float | Tensor) -> bool:
+        """Leave factor · (grad_weight · grad + decode(C)) in ``.grad``, in place where a gradient is there.
 
         Returns:
             False where the window has seen no gradient of this parameter: ``.grad`` stays None.
         """
         grad = self.local_grad()
         if grad is not None:
-            grad = checked_gradient(self.name, grad, self.plan.shape, self.param.dtype, self.param.device)
+            grad = validate_gradient(self.name, grad, self.plan.shape, self.param.dtype, self.param.device)
         if self.sketch is None or self.sketch.folds == 0:
-            if grad is not None and (isinstance(factor, Tensor) or own * factor != 1.0):
-                grad.mul_(factor.to(grad.device) * own if isinstance(factor, Tensor) else factor * own)
+            if grad is not None and (isinstance(factor, Tensor) or grad_weight * factor != 1.0):
+                grad.mul_(factor.to(grad.device) * grad_weight if isinstance(factor, Tensor) else factor * grad_weight)
                 self._put(grad)
             return grad is not None
         if grad is None:
-            grad, own = torch.empty(self.plan.shape, dtype=gradient_dtype(self.param), device=self.param.device), 0.0
+            grad, grad_weight = (
+                torch.empty(self.plan.shape, dtype=gradient_dtype(self.param), device=self.param.device),
+                0.0,
+            )
         else:
             grad = grad.contiguous()
-        self.sketch.decode_into(grad, window.number, own, factor)
+        self.sketch.decode_into(grad, window.index, grad_weight, factor)
         self._put(grad)
         return True
 

@@ -24,7 +24,7 @@ class Backend(Protocol):
         """Return why the backend cannot step a parameter, in a few words; empty where it can."""
         ...
 
-    def takes(self, update: ParamUpdate) -> bool:
+    def supports(self, update: ParamUpdate) -> bool:
         """Whether the backend can make this step, with the gradient and the state that are there."""
         ...
 
@@ -41,7 +41,7 @@ def steps_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
     """Yield the passes of all updates, each by the first backend that takes it."""
     by_backend: list[list[ParamUpdate]] = [[] for _ in BACKENDS]
     for update in updates:
-        by_backend[next(i for i, backend in enumerate(BACKENDS) if backend.takes(update))].append(update)
+        by_backend[next(i for i, backend in enumerate(BACKENDS) if backend.supports(update))].append(update)
     for backend, taken in zip(BACKENDS, by_backend, strict=True):
         yield from backend.steps(taken)
 

@@ -22,7 +22,7 @@ from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.random import Request, draw_words, signs
 from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
 
-WORDS_AT_ONCE: Final = 2**22
+DRAWN_WORDS: Final = 2**22
 """Random words that are drawn together on an accelerator, 32 MiB: a draw takes the same launches for any number."""
 
 Words = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:  # 
     return ""
 
 
-def takes(update: ParamUpdate) -> bool:  # noqa: ARG001
+def supports(update: ParamUpdate) -> bool:  # noqa: ARG001
     """Whether this step can be made: every one can."""
     return True
 
@@ -63,7 +63,7 @@ def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[list[tuple[ParamUpdate, 
     for update in updates:
         requests, device = random_requests(update), update.ctx.device
         count = sum(each.words for each in requests.values())
-        if chunk and (device.type == "cpu" or device != chunk[0][0].ctx.device or total + count > WORDS_AT_ONCE):
+        if chunk and (device.type == "cpu" or device != chunk[0][0].ctx.device or total + count > DRAWN_WORDS):
             yield chunk
             chunk, total = [], 0
         chunk.append((update, requests))
@@ -106,7 +106,7 @@ class _EagerStep:
         yield [ctx.share(square)]
         alpha = ctx.step_lr
         if norm is not None:
-            alpha = pure.relative(norm, ctx.numel, ctx.group["eps"][1]) * alpha
+            alpha = pure.parameter_scale(norm, ctx.numel, ctx.group["eps"][1]) * alpha
         self._apply(square, alpha)
 
     def _statistics(self, norm: Tensor | None) -> Sums:
@@ -160,17 +160,17 @@ class _EagerStep:
     def _learn_weights(self, previous: Projection) -> Sums:
         ctx, width = self._ctx, self._ctx.plan.width
 
-        def grow(learnt: Tensor) -> Tensor:
-            learner, growth = BucketProjection.normalised(learnt, width), torch.zeros_like(learnt)
+        def power_products(weight: Tensor) -> Tensor:
+            learner, product = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
             for where in self._blocks():
                 momentum = load(self._stored.read(where), self._stored.dtype, width)
                 bases = _of_batch(previous, where), _of_batch(learner, where)
-                growth[where[0]] += power_iteration_step(
+                product[where[0]] += power_iteration_step(
                     self._grads[where], self._scales_of(where), momentum, *bases, ctx.group["beta1"]
                 )
-            return growth
+            return product
 
-        return learn_weights(ctx, ctx.adaptive_weight(self._state), grow, self._words["noise"])
+        return learn_weights(ctx, ctx.adaptive_weight(self._state), power_products, self._words["noise"])
 
     def _direction(self) -> Generator[list[ShardSum], None, Tensor]:
         """Return this part's share of ‖D‖²."""
@@ -182,7 +182,7 @@ class _EagerStep:
             yield [ctx.share(sketches, ("columns",))]
         added = self._correct(sketches, estimator, moves=self._holds_corrections)
         self._corrections = sketches
-        if estimator.knows_square:
+        if estimator.has_closed_form_norm:
             weight, parts = estimator.update_weight, ctx.part.column_parts
             square = (square if weight == 1 else square * weight**2) + (added if parts == 1 else added / parts)
         else:
@@ -194,7 +194,7 @@ class _EagerStep:
     def _apply(self, square: Tensor, alpha: float | Tensor) -> None:
         """Clip, decay, round and write; a momentum of every column moves on."""
         ctx, decay = self._ctx, self._ctx.group["weight_decay"]
-        size = pure.clipped(alpha * ctx.sign, square, ctx.numel, ctx.group["clip_threshold"])
+        size = pure.clipped_step_size(alpha * ctx.sign, square, ctx.numel, ctx.group["clip_threshold"])
         rows = None if self._keeps_columns else self._scales.rows
         sizes = size if rows is None else size * rows
         keep = torch.as_tensor(1 - alpha * decay, dtype=torch.float32, device=ctx.device) if decay else None
@@ -210,7 +210,7 @@ class _EagerStep:
                 direction, _ = self._direction_of(where, workspace)
                 if self._keeps_columns:
                     self._stored.write(where, save(direction, self._stored.dtype, self._stored.bits(where)))
-                bits = None if rounding is None else rounding.of(where).numbers()
+                bits = None if rounding is None else rounding.of(where).integers()
                 pure.descend_(params[where], direction, keep, sizes if rows is None else sizes[where], bits)
 
     def _encode(self, estimator: pure.Estimator) -> tuple[Tensor, Tensor]:
@@ -227,11 +227,11 @@ class _EagerStep:
         for where in self._blocks():
             grad, here = self._grads[where], _of_batch(projection, where)
             columns = self._scales_of(where).columns if scales.rows is None else scales.columns[where[0]]
-            update = pure.within_rows(grad, columns, _part_of(workspace, grad))
+            update = pure.scale_columns(grad, columns, _part_of(workspace, grad))
             torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms[where])
             if is_signed:
                 assert isinstance(here, BucketProjection)
-                encoded = here.add_up(update)
+                encoded = here.sum_buckets(update)
             else:
                 encoded = here.encode(update, update)
             if scales.rows is None:
@@ -252,7 +252,7 @@ class _EagerStep:
             )
             sketch = sketches[where]
             momentum = load(stored.read(where), stored.dtype, stored.width)
-            values, following, added = here.correction(sketch, momentum, workspace=sketch)
+            values, next_momentum, added = here.correction(sketch, momentum, workspace=sketch)
             del momentum
             if rows is None:
                 sketch.copy_(values)
@@ -260,7 +260,7 @@ class _EagerStep:
                 torch.mul(values, rows[where].reciprocal(), out=sketch)  # dividing takes three times as long
             del values  # what rounding takes may take its place
             if moves:
-                stored.write(where, save(following, stored.dtype, stored.bits(where)))
+                stored.write(where, save(next_momentum, stored.dtype, stored.bits(where)))
             total = added if total is None else total + added
         return torch.zeros((), dtype=torch.float32, device=self._ctx.device) if total is None else total
 
@@ -274,7 +274,7 @@ class _EagerStep:
     def _direction_of(self, where: Block, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return D of a block in two factors, all columns' and the rows'; whole momentum is all in the first."""
         grad, scales = self._grads[where], self._scales_of(where)
-        direction = pure.within_rows(grad, scales.columns, _part_of(workspace, grad))
+        direction = pure.scale_columns(grad, scales.columns, _part_of(workspace, grad))
         if self._keeps_columns:
             if scales.rows is not None:
                 direction.mul_(scales.rows)
@@ -326,7 +326,7 @@ class _EagerStep:
         """Yield the same of the sketch, whose rows are shorter: more of them at a time."""
         ctx = self._ctx
         if ctx.is_gaussian:
-            return self._blocks()  # from one projection to the next a sketch is carried through all columns
+            return self._blocks()  # from one projection to the next a sketch is transferred through all columns
         # While a sketch moves there are up to three elements for each of its own.
         elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
         return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))

@@ -1,14 +1,19 @@
-"""What processes say to each other: a few large collectives, however many tensors there are."""
+"""Collectives over processes and over the shards of tensors: a few large ones, for any number of tensors."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch import Tensor, distributed
 
+from floragrad.torch.part import ShardSum
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES: Final = 25 * 2**20
 """What one collective carries at most, as a bucket of DistributedDataParallel does by default."""
@@ -29,7 +34,7 @@ class Ranks:
     size: int
 
     @classmethod
-    def of(cls, group: "ProcessGroup | None") -> "Ranks | None":
+    def from_group(cls, group: "ProcessGroup | None") -> "Ranks | None":
         """The ranks of a group, of the default group for None; None where this process trains alone.
 
         Raises:
@@ -42,24 +47,24 @@ class Ranks:
             raise ValueError("process_group is one that this process is not in: give the group that it trains with")
         return cls(group, distributed.get_rank(group), size) if size > 1 else None
 
-    def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+    def all_gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
         """The integers of every rank, in the order of ranks."""
-        own = torch.tensor(values, dtype=torch.int64, device=device)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(found, own, group=self.group)
-        return [each.tolist() for each in found]
+        local = torch.tensor(values, dtype=torch.int64, device=device)
+        gathered = [torch.empty_like(local) for _ in range(self.size)]
+        distributed.all_gather(gathered, local, group=self.group)
+        return [each.tolist() for each in gathered]
 
-    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+    def all_reduce_any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Which flags are set on some rank."""
-        found = torch.tensor(flags, dtype=torch.uint8, device=device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
-        return [bool(each) for each in found.tolist()]
+        reduced = torch.tensor(flags, dtype=torch.uint8, device=device)
+        distributed.all_reduce(reduced, distributed.ReduceOp.MAX, group=self.group)
+        return [bool(each) for each in reduced.tolist()]
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace contiguous float32 tensors by their sums over the ranks."""
-        sum_together(tensors, self.group)
+        all_reduce_flat(tensors, self.group)
 
-    def swap(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Send bytes to every rank, and receive some from each.
 
         Args:
@@ -72,7 +77,7 @@ class Ranks:
         return list(torch.split(received, list(sizes)))
 
 
-def sum_together(tensors: Sequence[Tensor], group: "ProcessGroup | None") -> None:
+def all_reduce_flat(tensors: Sequence[Tensor], group: "ProcessGroup | None") -> None:
     """Replace contiguous float32 tensors by their sums over a group, in flat pieces of bounded size."""
     length = BUCKET_BYTES // 4
     pieces = [piece for tensor in tensors for piece in torch.split(tensor.view(-1), length)]
@@ -96,3 +101,29 @@ def _buckets(pieces: Sequence[Tensor], length: int) -> list[list[Tensor]]:
         buckets[-1].append(piece)
         filled += piece.numel()
     return buckets
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a DTensor, without importing ``torch.distributed.tensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """Return the local part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def all_reduce_shards(shares: Iterable[ShardSum]) -> None:
+    """Replace shares by their sums over all parts of their tensors.
+
+    All tensors share one all-reduce for each mesh dimension; several where they are large.
+    """
+    groups: dict[tuple[DeviceMesh, int], list[Tensor]] = {}
+    for value, over, part, _ in sorted(shares, key=lambda share: share.order):
+        for axis in over:
+            for mesh_dim in part.split.get(axis, ()):
+                assert part.mesh is not None
+                groups.setdefault((part.mesh, mesh_dim), []).append(value)
+    for (mesh, mesh_dim), values in groups.items():
+        all_reduce_flat(values, mesh.get_group(mesh_dim))

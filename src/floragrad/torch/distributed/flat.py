@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor, distributed
 
 
-def refuse_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
+def check_not_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
     """Refuse parameters that FSDP1 or DeepSpeed's ZeRO-3 have flattened or emptied.
 
     Raises:
-        ValueError: Naming the first of them, and the way out.
+        ValueError: Naming the first of them, and the remedy.
     """
     flattened = []
     for name, param in zip(names, params, strict=True):
@@ -35,7 +35,7 @@ def refuse_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_flattened(new: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
+def check_not_flattened(new: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
     """Refuse a vector that was put into a group in place of its matrices, as DeepSpeed's ZeRO-1 and ZeRO-2 do.
 
     Args:

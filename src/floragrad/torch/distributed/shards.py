@@ -4,7 +4,7 @@ Whatever is decided of a tensor is decided from its global shape. Rows never mix
 momentum; what belongs to all rows, the columns' statistics and learnt weights, is the same on every device. A tensor
 split along its columns (row-wise tensor parallelism) has sketches of whole rows on every device that shares them.
 
-This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.lockstep` does not.
+This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.collectives` does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def part_of(
         placements: Others than the parameter's.
 
     Raises:
-        ValueError: It is split in a way in which its rows cannot be worked on, with the way out.
+        ValueError: It is split in a way in which its rows cannot be worked on, with the remedy.
     """
     whole, placements = tuple(param.shape), tuple(param.placements) if placements is None else placements
     shape, offset = _local(param, whole, placements)
@@ -266,7 +266,7 @@ def check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> No
     """Refuse what cannot be kept of a tensor that is split along its columns.
 
     Raises:
-        ValueError: With the way out.
+        ValueError: With the remedy.
     """
     if "columns" not in part.split or plan.momentum == "none" or plan.view is None:
         return

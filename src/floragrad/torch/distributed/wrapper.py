@@ -31,7 +31,7 @@ class Unsynced:
         """Refuse a parameter that has no window, in a wrapper that averages no more.
 
         Raises:
-            RuntimeError: With the way out.
+            RuntimeError: With the remedy.
         """
         windows = {id(param) for param in trained}
         for wrapper in self._held:

@@ -250,7 +250,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         accumulator = self.accumulator_type(
             optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
         )
-        optimizer.gather(accumulator)
+        optimizer.attach_window(accumulator)
         # An accelerator that is lost leaves no hooks, even where somebody keeps its optimizers.
         weakref.finalize(self, _forget, weakref.ref(optimizer)).atexit = False
 

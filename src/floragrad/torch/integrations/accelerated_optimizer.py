@@ -8,7 +8,7 @@ from torch import Tensor
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
-from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.remedies import Remedies
 
 require("accelerate", "accelerate")
 
@@ -21,7 +21,7 @@ _WINDOW = "accumulation"
 class AcceleratedAccumulator(GradientAccumulator):
     """The accumulator of one prepared optimizer. A backward pass may be another optimizer's, and give it nothing."""
 
-    advice = Advice(
+    remedies = Remedies(
         backward="call accelerator.backward(loss) instead of loss.backward(); accelerator.end_training() gives the "
         "model back",
         step="step the optimizer that accelerator.prepare() returned",
@@ -137,7 +137,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if window is None or not self.resumes_windows:
             self.window.zero_grad()
 
-    def gather(self, window: GradientAccumulator) -> None:
+    def attach_window(self, window: GradientAccumulator) -> None:
         """Begin to gather gradients."""
         self.window = self.accumulator = window
 

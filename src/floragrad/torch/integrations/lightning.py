@@ -7,7 +7,7 @@ from torch import Tensor
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
-from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.remedies import Remedies
 from floragrad.torch.distributed.wrapper import Unsynced
 from floragrad.torch.integrations import AccumulationOptions, check_owned, checked_options
 
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden  # noqa: E40
 
 
 class _LightningAccumulator(GradientAccumulator):
-    advice = Advice(
+    remedies = Remedies(
         backward="return the loss from training_step, and Lightning runs its backward pass; for other gradients call "
         "torch.autograd.grad",
         step="Lightning updates them when a window ends",
@@ -229,7 +229,7 @@ def _check_release(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse to release where Lightning looks for gradients in ``.grad``.
 
     Raises:
-        RuntimeError: Naming what looks for them, and the way out.
+        RuntimeError: Naming what looks for them, and the remedy.
     """
     reasons = {
         "release under fp16, whose scaler unscales .grad": _scaler(trainer) is not None,

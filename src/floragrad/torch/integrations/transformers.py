@@ -6,7 +6,7 @@ import torch
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
-from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.remedies import Remedies
 from floragrad.torch.integrations import AccumulationOptions, checked_options
 
 require("transformers", "transformers")
@@ -23,13 +23,13 @@ from floragrad.torch.integrations.accelerated_optimizer import (  # noqa: E402
 
 
 class _TrainerAccumulator(AcceleratedAccumulator):
-    advice = Advice(
+    remedies = Remedies(
         backward="call self.accelerator.backward(loss) instead of loss.backward() in training_step, and "
         "torch.autograd.grad in callbacks",
         step="the Trainer steps after the window's last training_step",
         clip="set max_grad_norm, or construct the Trainer with accumulation={'release': False}",
         drop="optimizer.zero_grad() drops the window",
-        close=AcceleratedAccumulator.advice.close,
+        close=AcceleratedAccumulator.remedies.close,
     )
 
 

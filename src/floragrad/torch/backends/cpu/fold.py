@@ -27,7 +27,7 @@ def fold_native(
     is_first: bool,
     weight: float,
     seed: int,
-    index: int,
+    tensor_id: int,
     window: int,
     counter: int,
     measure_noise: bool,
@@ -43,7 +43,7 @@ def fold_native(
         is_first: Nothing has been folded yet: what the buffers hold means nothing.
         weight: w.
         seed: Of projections and of rounding.
-        index: The tensor's position in the optimizer.
+        tensor_id: The tensor's position in the optimizer.
         window: Which window: of the projection.
         counter: Of this fold's rounding.
         measure_noise: Add the squared rounding errors to ``buffers["noise"]``.
@@ -69,7 +69,7 @@ def fold_native(
         first_row_word=first_row_word,
         matrix_row_words=matrix_row_words,
         seed=seed,
-        index=index,
+        tensor_id=tensor_id,
         window=window,
         counter=counter,
         weight=weight,

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from floragrad.torch.backends.cpu.library import DTYPES
-from floragrad.torch.handover import is_plain, unreadable_reason
+from floragrad.torch.validation import is_plain, unsupported_memory
 
 
 def tensor_reason(tensor: Tensor) -> str:
     """Return why the kernels cannot take a tensor; empty where they can."""
-    return unreadable_reason(tensor, DTYPES) if tensor.is_cpu else f"on {tensor.device.type}"
+    return unsupported_memory(tensor, DTYPES) if tensor.is_cpu else f"on {tensor.device.type}"
 
 
 def lies_plainly(tensor: Tensor) -> bool:

@@ -25,9 +25,9 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype momentum is_vector"),
-        *_fields(ctypes.c_int64, "factored learnt stochastic residual is_resample_step"),
+        *_fields(ctypes.c_int64, "factored adaptive stochastic residual is_resample_step"),
         *_fields(ctypes.c_int64, "all_rows all_elements all_row_words first_row_word matrix_row_words"),
-        *_fields(ctypes.c_uint64, "seed index step resample_index"),
+        *_fields(ctypes.c_uint64, "seed tensor_id step resample_index"),
         *_fields(ctypes.c_double, "beta1 beta2 eps keep size clip_threshold"),
         *_fields(ctypes.c_void_p, "grad param data scale row_var col_var variance weight previous kept scratch"),
         *_fields(ctypes.c_void_p, "parallel thread_number"),
@@ -41,7 +41,7 @@ class Fold(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype is_first measures"),
         *_fields(ctypes.c_int64, "all_row_words first_row_word matrix_row_words"),
-        *_fields(ctypes.c_uint64, "seed index window counter"),
+        *_fields(ctypes.c_uint64, "seed tensor_id window counter"),
         *_fields(ctypes.c_double, "weight"),
         *_fields(ctypes.c_void_p, "grad data scale column_sizes noise scratch parallel thread_number"),
         *_fields(ctypes.c_int64, "threads"),
@@ -61,7 +61,7 @@ class Library(NamedTuple):
         normalise: Of some steps: the second moment of their sums.
         direction: Of some steps: ‖D‖².
         apply: Of some steps: momentum and parameter move on.
-        grow: One power iteration of one step.
+        power_iteration: One power iteration of one step.
         fold_bytes: Scratch of a fold.
         fold: A gradient into a sketch.
     """
@@ -75,7 +75,7 @@ class Library(NamedTuple):
     normalise: Callable[[Any, int], None]
     direction: Callable[[Any, int], None]
     apply: Callable[[Any, int], None]
-    grow: Callable[[Step, int, int], None]
+    power_iteration: Callable[[Step, int, int], None]
     fold_bytes: Callable[[Fold], int]
     fold: Callable[[Fold], None]
 
@@ -155,7 +155,7 @@ def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | 
         normalise=function("normalise", None, step, ctypes.c_int64),
         direction=function("direction", None, step, ctypes.c_int64),
         apply=function("apply", None, step, ctypes.c_int64),
-        grow=function("grow", None, step, address, address),
+        power_iteration=function("power_iteration", None, step, address, address),
         fold_bytes=function("fold_bytes", ctypes.c_int64, fold),
         fold=function("fold", None, fold),
     )

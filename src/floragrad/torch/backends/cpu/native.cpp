@@ -47,8 +47,8 @@ EXPORT void floragrad_apply(const Step* steps, int64_t count) {
 }
 
 // One power iteration of a step that learns its weights.
-EXPORT void floragrad_grow(const Step* step, const float* learner, float* grown) {
-  if (!is_empty(*step)) TensorStep(*step).grow(learner, grown);
+EXPORT void floragrad_power_iteration(const Step* step, const float* learner, float* product) {
+  if (!is_empty(*step)) TensorStep(*step).power_iteration(learner, product);
 }
 
 EXPORT void floragrad_fold(const Fold* fold) {

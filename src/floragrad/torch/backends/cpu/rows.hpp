@@ -17,7 +17,7 @@ struct Words {
   const uint32_t* columns;
 };
 
-// The sixteen random bits of each number, of its row's and its column's word: RoundingBits.numbers.
+// The sixteen random bits of each number, of its row's and its column's word: RoundingBits.integers.
 inline Ints random_bits(uint32_t row, Bits columns) {
   Bits words = columns + row;
   words ^= reinterpret_cast<Bits>(reinterpret_cast<Ints>(words) >> 16);

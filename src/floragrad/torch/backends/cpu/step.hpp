@@ -20,49 +20,49 @@ class TensorStep : public StepTensor {
   using StepTensor::StepTensor;
 
   // Sums of G² along rows and columns, or the second moment itself where it is not factored.
-  void statistics() const { at.value_dtype == FLOAT32 ? statistics_of<float>() : statistics_of<uint16_t>(); }
+  void statistics() const { args.value_dtype == FLOAT32 ? statistics_of<float>() : statistics_of<uint16_t>(); }
 
   // The factored second moment, of sums over all parts of the tensor; and what makes U of G.
   void normalise() const {
-    if (!at.factored) return;
-    const int64_t n = at.columns;
-    const float beta2 = static_cast<float>(at.beta2), fresh = static_cast<float>(1 - at.beta2);
-    const float eps = static_cast<float>(at.eps);
-    for (int64_t row = 0; row < at.batch * at.rows; ++row)
-      at.row_var[row] = saturated(at.row_var[row] * beta2 + (row_sums[row] / n + eps) * fresh);
-    for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
-      const double mean = static_cast<double>(row_totals()[matrix]) / at.all_rows + eps * fresh;
+    if (!args.factored) return;
+    const int64_t n = args.columns;
+    const float beta2 = static_cast<float>(args.beta2), fresh = static_cast<float>(1 - args.beta2);
+    const float eps = static_cast<float>(args.eps);
+    for (int64_t row = 0; row < args.batch * args.rows; ++row)
+      args.row_var[row] = saturated(args.row_var[row] * beta2 + (row_sums[row] / n + eps) * fresh);
+    for (int64_t matrix = 0; matrix < args.batch; ++matrix) {
+      const double mean = static_cast<double>(row_totals()[matrix]) / args.all_rows + eps * fresh;
       row_roots[matrix] = static_cast<float>(std::sqrt(mean > LARGEST_MEAN ? LARGEST_MEAN : mean) / BALANCE);
     }
-    for (int64_t j = 0; j < at.batch * n; ++j) {
-      const float moved = at.col_var[j] * beta2 + (sums[j] / at.all_rows + eps) * fresh;
-      at.col_var[j] = saturated(moved);
+    for (int64_t j = 0; j < args.batch * n; ++j) {
+      const float moved = args.col_var[j] * beta2 + (sums[j] / args.all_rows + eps) * fresh;
+      args.col_var[j] = saturated(moved);
       col_scales[j] = BALANCE / std::sqrt(moved);  // 0 where squares overflow
     }
   }
 
   // ‖D‖² of the rows that are here.
-  void direction() const { at.value_dtype == FLOAT32 ? direction_of<float>() : direction_of<uint16_t>(); }
+  void direction() const { args.value_dtype == FLOAT32 ? direction_of<float>() : direction_of<uint16_t>(); }
 
   // The momentum and the parameter move on.
-  void apply() const { at.value_dtype == FLOAT32 ? apply_of<float>() : apply_of<uint16_t>(); }
+  void apply() const { args.value_dtype == FLOAT32 ? apply_of<float>() : apply_of<uint16_t>(); }
 
-  // grown = Vᵀ(V w) in every bucket, V = β₁ decode(M) + (1 − β₁) U, w the learner: one power iteration.
-  void grow(const float* learner, float* grown) const {
-    at.value_dtype == FLOAT32 ? grow_of<float>(learner, grown) : grow_of<uint16_t>(learner, grown);
+  // product = Vᵀ(V w) in every bucket, V = β₁ decode(M) + (1 − β₁) U, w the learner: one power iteration.
+  void power_iteration(const float* learner, float* product) const {
+    args.value_dtype == FLOAT32 ? power_iteration_of<float>(learner, product) : power_iteration_of<uint16_t>(learner, product);
   }
 
  private:
   template <class Value>
   void statistics_of() const {
-    const int64_t n = at.columns;
-    const float beta2 = static_cast<float>(at.beta2), fresh = static_cast<float>(1 - at.beta2);
-    const float eps = static_cast<float>(at.eps);
-    if (!at.factored) {
+    const int64_t n = args.columns;
+    const float beta2 = static_cast<float>(args.beta2), fresh = static_cast<float>(1 - args.beta2);
+    const float eps = static_cast<float>(args.eps);
+    if (!args.factored) {
       for_each_rows([&](int64_t, int64_t, int64_t, int64_t top, int64_t end) {
         const int64_t count = (end - top) * n;
-        const Value* grad = static_cast<const Value*>(at.grad) + top * n;
-        float* variance = at.variance + top * n;
+        const Value* grad = static_cast<const Value*>(args.grad) + top * n;
+        float* variance = args.variance + top * n;
         for (int64_t j = 0; j < count; j += LANES) {
           const Floats g = load(grad + j, count - j);
           store(variance + j, saturated(load(variance + j, count - j)) * beta2 + (g * g + eps) * fresh, count - j);
@@ -75,7 +75,7 @@ class TensorStep : public StepTensor {
       double total = 0;
       for (int64_t row = top; row < end; ++row) {
         // One row after the other: the processor foresees what is read in one line.
-        const Value* grad = static_cast<const Value*>(at.grad) + row * n;
+        const Value* grad = static_cast<const Value*>(args.grad) + row * n;
         float* columns = partial + chunk * n;
         Floats squares = {};
         for (int64_t j = 0; j < n; j += LANES) {
@@ -85,11 +85,11 @@ class TensorStep : public StepTensor {
         }
         row_sums[row] = sum(squares);
         // The rows' sum to come, known before the rows are: so that one sum over parts is enough.
-        total += static_cast<double>(at.row_var[row]) * beta2 + static_cast<double>(row_sums[row]) / n * fresh;
+        total += static_cast<double>(args.row_var[row]) * beta2 + static_cast<double>(row_sums[row]) / n * fresh;
       }
       chunk_sums[chunk] = total;
     });
-    for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
+    for (int64_t matrix = 0; matrix < args.batch; ++matrix) {
       double total = 0;
       for (int64_t part = 0; part < chunks.per_matrix; ++part) total += chunk_sums[matrix * chunks.per_matrix + part];
       row_totals()[matrix] = static_cast<float>(total);
@@ -103,7 +103,7 @@ class TensorStep : public StepTensor {
   __attribute__((always_inline)) void encode(const Row<Value, SIGNS>& row, const float* weight, int64_t first,
                                              int64_t end, Floats (&squares)[AT_ONCE], const Take& take) const {
     constexpr int64_t LONG = 8192 / sizeof(Value);
-    const Value* param = param_of<Value>(row.number + (at.columns < LONG));
+    const Value* param = param_of<Value>(row.number + (args.columns < LONG));
     const auto columns = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
       if (MOVES) __builtin_prefetch(param + j, 1, 3);
       if constexpr (SIGNS)
@@ -111,41 +111,41 @@ class TensorStep : public StepTensor {
       else
         return FactorAndWeight{row.factors(j, count), load(weight + j, count)};
     };
-    encode_row(row.grad, at.columns, at.width, (MOVES ? 1 : ahead) * at.columns, first, end, columns, squares, take);
+    encode_row(row.grad, args.columns, args.width, (MOVES ? 1 : ahead) * args.columns, first, end, columns, squares, take);
   }
 
-  // The squares of D = a U + decode(X); or, storing, M of the row on to the next step, with X left in the room: over a R,
+  // The squares of D = a U + decode(X); or, storing, M of the row on to the next step, with X left in the workspace: over a R,
   // as D is a R times all the rest. Here everything is over R. A block of buckets passes from one to the next in the
   // first cache. ``ORDINARY`` steps are most: what others need takes nothing of them.
   template <bool STORES, bool ORDINARY, class Value, bool SIGNS>
-  double move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
-    const bool reads_again = !ORDINARY && row.reading != row.weight, residual = ORDINARY || at.residual;
-    const float beta1 = static_cast<float>(at.beta1), a = ORDINARY ? 1.f : own, over = 1 / row.factor;
-    const float* carried = !ORDINARY && carries ? carry + row.matrix * whole_lanes(at.width) : nullptr;
+  double move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Workspace& workspace) const {
+    const bool encodes_twice = !ORDINARY && row.decoder != row.weight, residual = ORDINARY || args.residual;
+    const float beta1 = static_cast<float>(args.beta1), a = ORDINARY ? 1.f : update_weight, over = 1 / row.factor;
+    const float* transferred = !ORDINARY && transfers ? transfer_factors + row.matrix * whole_lanes(args.width) : nullptr;
     Floats squares[AT_ONCE] = {}, square = {};
-    for (int64_t first = 0; first < at.width; first += BLOCK) {
-      const int64_t end = std::min(first + BLOCK, at.width);
+    for (int64_t first = 0; first < args.width; first += BLOCK) {
+      const int64_t end = std::min(first + BLOCK, args.width);
       alignas(64) float momentum[BLOCK], seen[BLOCK];
       stored.load_block(first, end - first, momentum);
-      if (reads_again && !STORES) {
+      if (encodes_twice && !STORES) {
         Floats again[AT_ONCE] = {};
-        encode<false>(row, row.reading, first, end, again,
+        encode<false>(row, row.decoder, first, end, again,
                       [&](int64_t bucket, Floats sum) { store(seen + bucket - first, sum, LANES); });
       }
       const auto move = [&](int64_t bucket, Floats encoded) __attribute__((always_inline)) {
         const int64_t j = bucket - first;
         const Floats kept = load(momentum + j, LANES) * over;
-        const Floats old = carried ? kept * load(carried + bucket, LANES) : kept, behind = old - encoded;
-        const Floats exchange = residual ? beta1 * behind * load(inverse + bucket, LANES) : beta1 * kept;
-        const Floats following = old - fresh * behind;
+        const Floats old = transferred ? kept * load(transferred + bucket, LANES) : kept, behind = old - encoded;
+        const Floats correction = residual ? beta1 * behind * load(inverse + bucket, LANES) : beta1 * kept;
+        const Floats next_momentum = old - fresh * behind;
         if (STORES) {
-          store(room.exchange + bucket, ORDINARY ? exchange : exchange * (1 / a), LANES);
-          store(momentum + j, following * row.factor, LANES);
+          store(workspace.correction + bucket, ORDINARY ? correction : correction * (1 / a), LANES);
+          store(momentum + j, next_momentum * row.factor, LANES);
         } else if (ORDINARY) {
-          square += exchange * (encoded + following);
+          square += correction * (encoded + next_momentum);
         } else {
-          const Floats own_share = reads_again ? load(seen + j, LANES) : encoded;
-          square += exchange * (2 * a * own_share + exchange * load(gram + bucket, LANES));
+          const Floats decoder_sum = encodes_twice ? load(seen + j, LANES) : encoded;
+          square += correction * (2 * a * decoder_sum + correction * load(gram + bucket, LANES));
         }
       };
       encode<STORES>(row, row.weight, first, end, squares, move);
@@ -164,7 +164,7 @@ class TensorStep : public StepTensor {
     const StoredRows rows = stored();
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       double total = 0;
-      const Room mine = room(thread);
+      const Workspace mine = workspace(thread);
       for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += squares(row, rows[row.number], mine); });
       chunk_sums[chunk] = total;
     });
@@ -177,31 +177,31 @@ class TensorStep : public StepTensor {
   void apply_of() const {
     draw();
     const StoredRows rows = stored();
-    const double mean = static_cast<double>(square()) / at.all_elements;
+    const double mean = static_cast<double>(square()) / args.all_elements;
     // Rounding may make the square of next to nothing negative; what is not a number stays so.
-    const float ratio = static_cast<float>(std::sqrt(mean < 0 ? 0 : mean) / at.clip_threshold);
-    const float size = static_cast<float>(at.size) / (ratio < 1 ? 1 : ratio);
+    const float ratio = static_cast<float>(std::sqrt(mean < 0 ? 0 : mean) / args.clip_threshold);
+    const float size = static_cast<float>(args.size) / (ratio < 1 ? 1 : ratio);
     for_each_rows([&](int64_t, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
-      const Room mine = room(thread);
+      const Workspace mine = workspace(thread);
       for_each_row<Value>(matrix, top, end, [&](const auto& row) { move(row, rows[row.number], mine, size); });
     });
   }
 
   // The squares of D.
   template <class Value, bool SIGNS>
-  double squares(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room) const {
-    if (SIGNS || at.momentum == SKETCH)
-      return is_ordinary ? move_on<false, true>(row, stored, room) : move_on<false, false>(row, stored, room);
-    return at.momentum == WHOLE ? walk<true, false>(row, stored, 0) : walk<false, false>(row, stored, 0);
+  double squares(const Row<Value, SIGNS>& row, const StoredRow& stored, const Workspace& workspace) const {
+    if (SIGNS || args.momentum == SKETCH)
+      return is_ordinary ? move_on<false, true>(row, stored, workspace) : move_on<false, false>(row, stored, workspace);
+    return args.momentum == WHOLE ? walk<true, false>(row, stored, 0) : walk<false, false>(row, stored, 0);
   }
 
   // M on to the next step, and W by D.
   template <class Value, bool SIGNS>
-  void move(const Row<Value, SIGNS>& row, const StoredRow& stored, const Room& room, float size) const {
-    if (SIGNS || at.momentum == SKETCH) {
-      is_ordinary ? move_on<true, true>(row, stored, room) : move_on<true, false>(row, stored, room);
-      descend(row, room, size);
-    } else if (at.momentum == WHOLE) {
+  void move(const Row<Value, SIGNS>& row, const StoredRow& stored, const Workspace& workspace, float size) const {
+    if (SIGNS || args.momentum == SKETCH) {
+      is_ordinary ? move_on<true, true>(row, stored, workspace) : move_on<true, false>(row, stored, workspace);
+      descend(row, workspace, size);
+    } else if (args.momentum == WHOLE) {
       walk<true, true>(row, stored, size);
     } else {
       walk<false, true>(row, stored, size);
@@ -211,7 +211,7 @@ class TensorStep : public StepTensor {
   // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
   template <bool KEPT, bool MOVES, class Value, bool SIGNS>
   double walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
-    const int64_t n = at.columns, span = KEPT ? BLOCK : n;
+    const int64_t n = args.columns, span = KEPT ? BLOCK : n;
     const Floats kept = Floats{} + keep;
     Value* param = param_of<Value>(row.number);
     Floats square = {};
@@ -238,24 +238,24 @@ class TensorStep : public StepTensor {
     return sum(square);
   }
 
-  // W ← keep W − size D, with D = a R (G · C + decode(what is in the room)).
+  // W ← keep W − size D, with D = a R (G · C + decode(what is in the workspace)).
   template <class Value, bool SIGNS>
-  void descend(const Row<Value, SIGNS>& row, const Room& room, float size) const {
+  void descend(const Row<Value, SIGNS>& row, const Workspace& workspace, float size) const {
     constexpr int64_t AHEAD = 6144 / sizeof(Value);
-    const int64_t n = at.columns, k = at.width;
-    const Floats kept = Floats{} + keep, sizes = Floats{} + row.factor * size * own;
+    const int64_t n = args.columns, k = args.width;
+    const Floats kept = Floats{} + keep, sizes = Floats{} + row.factor * size * update_weight;
     Value* param = param_of<Value>(row.number);
     for (int64_t column = 0; column < n; column += k) {
       const auto move = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
         const int64_t j = column + i;
-        const Floats g = load(row.grad + j, some), share = load(room.exchange + i, LANES);
-        const Floats reading = load(row.reading + j, some);
+        const Floats g = load(row.grad + j, some), share = load(workspace.correction + i, LANES);
+        const Floats decoder = load(row.decoder + j, some);
         Floats direction;
         // Factors with signs give g one too many, and its share none: their sum is given one.
         if constexpr (SIGNS)
-          direction = with_signs(g * reading + share, reading);
+          direction = with_signs(g * decoder + share, decoder);
         else
-          direction = g * row.factors(j, some) + reading * share;
+          direction = g * row.factors(j, some) + decoder * share;
         __builtin_prefetch(param + j + AHEAD, 1, 2);
         write(param + j, load(param + j, some) * kept - direction * sizes, row.number, j, some);
       };
@@ -265,7 +265,7 @@ class TensorStep : public StepTensor {
 
   template <class Value>
   Value* param_of(int64_t row) const {
-    return static_cast<Value*>(at.param) + row * at.columns;
+    return static_cast<Value*>(args.param) + row * args.columns;
   }
 
   void write(float* to, Floats moved, int64_t, int64_t, int64_t count) const { store(to, moved, count); }
@@ -281,17 +281,17 @@ class TensorStep : public StepTensor {
   // Calls work(column, bucket, count) for lanes of buckets in every slice of columns.
   template <class Work>
   void for_each_slice(const Work& work) const {
-    for (int64_t column = 0; column < at.columns; column += at.width) {
-      const int64_t count = std::min(at.width, at.columns - column);
+    for (int64_t column = 0; column < args.columns; column += args.width) {
+      const int64_t count = std::min(args.width, args.columns - column);
       for (int64_t i = 0; i < count; i += LANES) work(column, i, count - i);
     }
   }
 
   template <class Value>
-  void grow_of(const float* learner, float* grown) const {
-    const int64_t n = at.columns;
+  void power_iteration_of(const float* learner, float* product) const {
+    const int64_t n = args.columns;
     const StoredRows rows = stored();
-    const float beta1 = static_cast<float>(at.beta1);
+    const float beta1 = static_cast<float>(args.beta1);
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       float* columns = partial + chunk * n;
       const float* old = previous_of(matrix);
@@ -300,26 +300,26 @@ class TensorStep : public StepTensor {
       for (int64_t number = top; number < end; ++number) {
         const Row<Value, false> row = row_of<Value, false>(number, matrix);
         const float factor = fresh * row.factor;
-        const Room mine = room(thread);
+        const Workspace mine = workspace(thread);
         const StoredRow kept = rows[number];
-        for (int64_t first = 0; first < at.width; first += BLOCK)
-          kept.load_block(first, std::min(BLOCK, at.width - first), mine.exchange + first);
+        for (int64_t first = 0; first < args.width; first += BLOCK)
+          kept.load_block(first, std::min(BLOCK, args.width - first), mine.correction + first);
         const auto blended = [&](int64_t column, int64_t i, int64_t some) {
           return load(row.grad + column + i, some) * row.factors(column + i, some) * factor +
-                 load(old + column + i, some) * (load(mine.exchange + i, LANES) * beta1);
+                 load(old + column + i, some) * (load(mine.correction + i, LANES) * beta1);
         };
-        std::fill(mine.sketch, mine.sketch + whole_lanes(at.width), 0.f);
+        std::fill(mine.sketch, mine.sketch + whole_lanes(args.width), 0.f);
         for_each_slice([&](int64_t column, int64_t i, int64_t some) {
           const Floats sum = load(mine.sketch + i, LANES) + blended(column, i, some) * load(weight + column + i, some);
           store(mine.sketch + i, sum, LANES);
         });
         for_each_slice([&](int64_t column, int64_t i, int64_t some) {
-          const Floats grown_here = blended(column, i, some) * load(mine.sketch + i, LANES);
-          store(columns + column + i, load(columns + column + i, some) + grown_here, some);
+          const Floats product_here = blended(column, i, some) * load(mine.sketch + i, LANES);
+          store(columns + column + i, load(columns + column + i, some) + product_here, some);
         });
       }
     });
-    sum_columns([&](int64_t matrix, int64_t j, float sum) { grown[matrix * n + j] = sum; });
+    sum_columns([&](int64_t matrix, int64_t j, float sum) { product[matrix * n + j] = sum; });
   }
 };
 

@@ -14,9 +14,9 @@ from floragrad.torch.adaptive import learn_weights
 from floragrad.torch.backends.cpu.layout import tensor_reason
 from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
 from floragrad.torch.context import ParamUpdate, StepContext
-from floragrad.torch.handover import is_plain, mark_changed
 from floragrad.torch.part import Part, ShardSum, Sums
 from floragrad.torch.scheduling import step_size
+from floragrad.torch.validation import increment_versions, is_plain
 
 BATCH_ELEMENTS: Final = 2**16
 """Elements of small tensors that are stepped together: what one pass leaves in the cache the next one finds there."""
@@ -49,7 +49,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     return part.irregularity or tensor_reason(tensor)
 
 
-def takes(update: ParamUpdate) -> bool:
+def supports(update: ParamUpdate) -> bool:
     """Whether the kernels can make this step: all that they read and write lies as they expect."""
     param, grad, state, ctx = update
     return (
@@ -62,7 +62,7 @@ def takes(update: ParamUpdate) -> bool:
 
 
 def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
-    """Yield the passes of small tensors together, of the others one by one; :func:`takes` holds for each."""
+    """Yield the passes of small tensors together, of the others one by one; :func:`supports` holds for each."""
     for batch in _batches(updates):
         kernels = library()
         assert kernels is not None
@@ -107,13 +107,13 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
         previous = updates[0].state["projection_weight"].clone()  # which the kernels read until the step is over
         given[0].previous = previous.data_ptr()
 
-        def grow(learnt: Tensor) -> Tensor:
-            growth = torch.empty_like(learnt)
-            kernels.grow(given[0], learnt.data_ptr(), growth.data_ptr())
-            return growth
+        def power_products(learner: Tensor) -> Tensor:
+            product = torch.empty_like(learner)
+            kernels.power_iteration(given[0], learner.data_ptr(), product.data_ptr())
+            return product
 
         ctx = updates[0].ctx
-        yield from learn_weights(ctx, ctx.adaptive_weight(updates[0].state), grow)
+        yield from learn_weights(ctx, ctx.adaptive_weight(updates[0].state), power_products)
     kernels.direction(given, len(given))
     yield [square for _, square in shares]
     for each, update, norm in zip(given, updates, norms, strict=True):
@@ -121,7 +121,7 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
         alpha = step_size(ctx.group, ctx.step, 0.0 if norm is None else sqrt(float(norm) / ctx.numel))
         each.keep, each.size = 1 - alpha * ctx.group["weight_decay"], alpha * ctx.sign
     kernels.apply(given, len(given))
-    mark_changed(update.param for update in updates)
+    increment_versions(update.param for update in updates)
 
 
 def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
@@ -152,7 +152,7 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
         momentum=_MOMENTA[plan.momentum],
         is_vector=plan.view is None,
         factored=plan.factored,
-        learnt=ctx.is_adaptive,
+        adaptive=ctx.is_adaptive,
         stochastic=group["stochastic_rounding"],
         residual=group["residual"] or plan.momentum != "sketch",
         is_resample_step=ctx.is_resample_step or ctx.learns_weights,
@@ -162,7 +162,7 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
         first_row_word=first,
         matrix_row_words=stride,
         seed=group["seed"],
-        index=ctx.index,
+        tensor_id=ctx.tensor_id,
         step=ctx.step,
         resample_index=ctx.resample_index,
         beta1=group["beta1"] or 0.0,

@@ -26,12 +26,12 @@ struct Step {
   int64_t batch, rows, columns, width;
   int64_t value_dtype, state_dtype, momentum;
   int64_t is_vector;  // no matrix view: one row of all numbers, its own random word for each
-  int64_t factored, learnt;  // the second moment; the projection, whose signs are drawn if not
+  int64_t factored, adaptive;  // the second moment; the projection, whose signs are drawn if not
   int64_t stochastic, residual, is_resample_step;
   // Of the whole tensor where this is a shard of rows: its rows in a matrix, elements, words for rows; the word of the
   // first row that is here, and words from one local matrix to the next.
   int64_t all_rows, all_elements, all_row_words, first_row_word, matrix_row_words;
-  uint64_t seed, index, step, resample_index;
+  uint64_t seed, tensor_id, step, resample_index;
   double beta1, beta2, eps, keep, size, clip_threshold;
   const void* grad;
   void* param;
@@ -51,10 +51,10 @@ struct Step {
 class StepTensor {
  public:
   explicit StepTensor(const Step& given)
-      : at(given),
-        carries(given.is_resample_step && given.momentum == SKETCH),
-        is_ordinary(given.residual && !carries),
-        own(given.residual || given.momentum != SKETCH ? 1.f : static_cast<float>(1 - given.beta1)),
+      : args(given),
+        transfers(given.is_resample_step && given.momentum == SKETCH),
+        is_ordinary(given.residual && !transfers),
+        update_weight(given.residual || given.momentum != SKETCH ? 1.f : static_cast<float>(1 - given.beta1)),
         fresh(static_cast<float>(1 - given.beta1)),
         keep(static_cast<float>(given.keep)),
         ahead(rows_ahead(given.columns)),
@@ -69,10 +69,10 @@ class StepTensor {
   int64_t kept_bytes() const { return kept.size(); }
 
  protected:
-  const Step& at;
-  const bool carries;      // M to another projection
+  const Step& args;
+  const bool transfers;      // M to another projection
   const bool is_ordinary;  // neither that, nor reads it in another than it is written in
-  const float own;         // a of D = a U + decode(exchange)
+  const float update_weight;         // a of D = a U + decode(correction)
   const float fresh;       // 1 − β₁, not of a β₁ that has been rounded
   const float keep;        // of W, after its decay
   const int64_t ahead;     // rows until the one that is asked for
@@ -81,40 +81,40 @@ class StepTensor {
   Scratch scratch, kept;
   float *sums, *row_sums, *row_roots, *col_scales;  // kept
   double* chunk_sums;
-  float *col_factors, *reading_factors, *partial, *signs, *old_signs, *gram, *inverse, *carry, *rooms;
+  float *col_factors, *decoder_factors, *partial, *signs, *old_signs, *gram, *inverse, *transfer_factors, *workspaces;
   uint32_t *state_words, *value_words;
 
-  int64_t row_words() const { return at.is_vector ? at.columns : at.batch * at.rows; }
-  bool rounds_state() const { return at.momentum != NONE && at.state_dtype != FLOAT32; }
-  bool has_signed_factors() const { return at.factored && at.momentum == SKETCH && !at.learnt; }
-  bool rounds_values() const { return at.value_dtype == BFLOAT16 && at.stochastic; }
+  int64_t row_words() const { return args.is_vector ? args.columns : args.batch * args.rows; }
+  bool rounds_state() const { return args.momentum != NONE && args.state_dtype != FLOAT32; }
+  bool has_signed_factors() const { return args.factored && args.momentum == SKETCH && !args.adaptive; }
+  bool rounds_values() const { return args.value_dtype == BFLOAT16 && args.stochastic; }
 
   void lay_out() {
-    const int64_t n = at.columns, k = at.width;
-    const bool sketched = at.momentum == SKETCH, drawn = sketched && !at.learnt;
-    const bool reads_otherwise = has_signed_factors() && at.is_resample_step && !at.residual;
-    sums = kept.take<float>((at.factored ? at.batch * (n + 1) : 0) + 1);
-    row_sums = kept.take<float>(at.factored ? at.batch * at.rows : 0);
-    row_roots = kept.take<float>(at.factored ? at.batch : 0);
-    col_scales = kept.take<float>(at.factored ? at.batch * n : 0);
+    const int64_t n = args.columns, k = args.width;
+    const bool sketched = args.momentum == SKETCH, drawn = sketched && !args.adaptive;
+    const bool has_other_decoder = has_signed_factors() && args.is_resample_step && !args.residual;
+    sums = kept.take<float>((args.factored ? args.batch * (n + 1) : 0) + 1);
+    row_sums = kept.take<float>(args.factored ? args.batch * args.rows : 0);
+    row_roots = kept.take<float>(args.factored ? args.batch : 0);
+    col_scales = kept.take<float>(args.factored ? args.batch * n : 0);
     chunk_sums = scratch.take<double>(chunks.count);
-    col_factors = has_signed_factors() ? scratch.take<float>(at.batch * n) : col_scales;
-    reading_factors = reads_otherwise ? scratch.take<float>(at.batch * n) : col_factors;
-    partial = scratch.take<float>(at.factored || at.learnt ? chunks.count * n : 0);
+    col_factors = has_signed_factors() ? scratch.take<float>(args.batch * n) : col_scales;
+    decoder_factors = has_other_decoder ? scratch.take<float>(args.batch * n) : col_factors;
+    partial = scratch.take<float>(args.factored || args.adaptive ? chunks.count * n : 0);
     signs = scratch.take<float>(drawn ? n : 0);
-    old_signs = scratch.take<float>(drawn && carries ? n : 0);
+    old_signs = scratch.take<float>(drawn && transfers ? n : 0);
     gram = scratch.take<float>(sketched ? whole_lanes(k) : 0);
     inverse = scratch.take<float>(sketched ? whole_lanes(k) : 0);
-    carry = scratch.take<float>(carries ? at.batch * whole_lanes(k) : 0);
-    rooms = scratch.take<float>(sketched ? threads.count * 2 * whole_lanes(k) : 0);
+    transfer_factors = scratch.take<float>(transfers ? args.batch * whole_lanes(k) : 0);
+    workspaces = scratch.take<float>(sketched ? threads.count * 2 * whole_lanes(k) : 0);
     state_words = scratch.take<uint32_t>(rounds_state() ? row_words() + whole_lanes(k) : 0);
-    value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (at.is_vector ? 1 : n) : 0);
+    value_words = scratch.take<uint32_t>(rounds_values() ? row_words() + (args.is_vector ? 1 : n) : 0);
   }
 
-  float* row_totals() const { return sums + at.batch * at.columns; }
-  float& square() const { return sums[at.factored ? at.batch * (at.columns + 1) : 0]; }
+  float* row_totals() const { return sums + args.batch * args.columns; }
+  float& square() const { return sums[args.factored ? args.batch * (args.columns + 1) : 0]; }
 
-  Philox philox(uint64_t counter, Stream stream) const { return {{at.seed, at.index}, counter, stream}; }
+  Philox philox(uint64_t counter, Stream stream) const { return {{args.seed, args.tensor_id}, counter, stream}; }
 
   // Calls work(chunk, thread, matrix, first row, end) with rows counted through the whole stack.
   template <class Work>
@@ -128,8 +128,8 @@ class StepTensor {
   template <class Take>
   void sum_columns(const Take& take) const {
     constexpr int64_t SPAN = 512;
-    const int64_t n = at.columns, spans = (n + SPAN - 1) / SPAN;
-    for_each_chunk(threads, at.batch * spans, [&](int64_t item, int64_t) {
+    const int64_t n = args.columns, spans = (n + SPAN - 1) / SPAN;
+    for_each_chunk(threads, args.batch * spans, [&](int64_t item, int64_t) {
       const int64_t matrix = item / spans, first = item % spans * SPAN, end = std::min(first + SPAN, n);
       float sums[SPAN] = {};
       for (int64_t part = 0; part < chunks.per_matrix; ++part) {
@@ -140,62 +140,62 @@ class StepTensor {
     });
   }
 
-  const float* weight_of(int64_t matrix) const { return at.learnt ? at.weight + matrix * at.columns : signs; }
-  const float* previous_of(int64_t matrix) const { return at.learnt ? at.previous + matrix * at.columns : old_signs; }
+  const float* weight_of(int64_t matrix) const { return args.adaptive ? args.weight + matrix * args.columns : signs; }
+  const float* previous_of(int64_t matrix) const { return args.adaptive ? args.previous + matrix * args.columns : old_signs; }
   // What D is decoded with: the paper's estimator reads M in the basis that it was written in.
-  const float* reading_of(int64_t matrix) const {
-    return at.is_resample_step && !at.residual ? previous_of(matrix) : weight_of(matrix);
+  const float* decoder_of(int64_t matrix) const {
+    return args.is_resample_step && !args.residual ? previous_of(matrix) : weight_of(matrix);
   }
 
   // The words of the rows that are here, then of the columns.
   void draw_words(Stream stream, int64_t columns, uint32_t* out) const {
-    const Philox source = philox(at.step, stream);
-    const int64_t matrices = at.is_vector ? 1 : at.batch, rows = at.is_vector ? at.columns : at.rows;
+    const Philox source = philox(args.step, stream);
+    const int64_t matrices = args.is_vector ? 1 : args.batch, rows = args.is_vector ? args.columns : args.rows;
     for (int64_t matrix = 0; matrix < matrices; ++matrix)
-      source.words(out + matrix * rows, rows, at.first_row_word + matrix * at.matrix_row_words);
-    source.words(out + row_words(), columns, at.all_row_words);
+      source.words(out + matrix * rows, rows, args.first_row_word + matrix * args.matrix_row_words);
+    source.words(out + row_words(), columns, args.all_row_words);
   }
 
   void draw() const {
-    const int64_t n = at.columns, k = at.width;
+    const int64_t n = args.columns, k = args.width;
     if (rounds_state()) draw_words(STATE_ROUNDING, k, state_words);
-    if (rounds_values()) draw_words(PARAMETER_ROUNDING, at.is_vector ? 1 : n, value_words);
-    if (at.momentum != SKETCH) return;
+    if (rounds_values()) draw_words(PARAMETER_ROUNDING, args.is_vector ? 1 : n, value_words);
+    if (args.momentum != SKETCH) return;
     const int64_t slices = n / k, rest = n % k;
     for (int64_t j = 0; j < whole_lanes(k); ++j) {
-      gram[j] = at.learnt || j >= k ? 1.f : static_cast<float>(slices + (j < rest));
+      gram[j] = args.adaptive || j >= k ? 1.f : static_cast<float>(slices + (j < rest));
       inverse[j] = 1 / gram[j];
     }
-    if (!at.learnt) {
-      philox(at.resample_index, MOMENTUM).signs(signs, n);
-      if (at.is_resample_step) philox(at.resample_index - 1, MOMENTUM).signs(old_signs, n);
+    if (!args.adaptive) {
+      philox(args.resample_index, MOMENTUM).signs(signs, n);
+      if (args.is_resample_step) philox(args.resample_index - 1, MOMENTUM).signs(old_signs, n);
     }
     if (has_signed_factors()) {
-      for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
+      for (int64_t matrix = 0; matrix < args.batch; ++matrix) {
         const float* scales = col_scales + matrix * n;
-        float *factors = col_factors + matrix * n, *reading = reading_factors + matrix * n;
-        for (int64_t j = 0; j < n && reading != factors; ++j) reading[j] = scales[j] * reading_of(matrix)[j];
+        float *factors = col_factors + matrix * n, *decoder = decoder_factors + matrix * n;
+        for (int64_t j = 0; j < n && decoder != factors; ++j) decoder[j] = scales[j] * decoder_of(matrix)[j];
         for (int64_t j = 0; j < n; ++j) factors[j] = scales[j] * signs[j];
       }
     }
-    if (!carries) return;
-    // Old and new projection deal the columns into the same buckets: one factor for each carries M over.
-    for (int64_t matrix = 0; matrix < at.batch; ++matrix) {
-      float* factors = carry + matrix * whole_lanes(k);
+    if (!transfers) return;
+    // Old and new projection deal the columns into the same buckets: one factor for each transfers M over.
+    for (int64_t matrix = 0; matrix < args.batch; ++matrix) {
+      float* factors = transfer_factors + matrix * whole_lanes(k);
       std::fill(factors, factors + whole_lanes(k), 0.f);
       for (int64_t j = 0; j < n; ++j) factors[j % k] += weight_of(matrix)[j] * previous_of(matrix)[j];
-      if (at.residual)
+      if (args.residual)
         for (int64_t j = 0; j < k; ++j) factors[j] *= inverse[j];
     }
   }
 
   Words words_in(const uint32_t* drawn) const {
     const uint32_t* rest = drawn + row_words();
-    return at.is_vector ? Words{rest, drawn} : Words{drawn, rest};
+    return args.is_vector ? Words{rest, drawn} : Words{drawn, rest};
   }
 
   StoredRows stored() const {
-    return {at.data, at.scale, at.width, at.state_dtype, rounds_state() ? words_in(state_words) : Words{}, ahead};
+    return {args.data, args.scale, args.width, args.state_dtype, rounds_state() ? words_in(state_words) : Words{}, ahead};
   }
 
   // ``SIGNS``: what is drawn for the columns is in their factors, which are where weights would be.
@@ -205,7 +205,7 @@ class StepTensor {
     float factor;
     const Value* grad;
     const float *col_factors, *variance;  // one of them
-    const float *weight, *reading;
+    const float *weight, *decoder;
 
     // What the columns are multiplied by for U, but for the row's factor.
     Floats factors(int64_t column, int64_t count) const {
@@ -218,15 +218,15 @@ class StepTensor {
 
   template <class Value, bool SIGNS>
   Row<Value, SIGNS> row_of(int64_t number, int64_t matrix) const {
-    const int64_t n = at.columns;
+    const int64_t n = args.columns;
     return {number,
             matrix,
-            at.factored ? row_roots[matrix] / std::sqrt(at.row_var[number]) : 1.f,
-            static_cast<const Value*>(at.grad) + number * n,
-            at.factored ? col_factors + matrix * n : nullptr,
-            at.factored ? nullptr : at.variance + number * n,
+            args.factored ? row_roots[matrix] / std::sqrt(args.row_var[number]) : 1.f,
+            static_cast<const Value*>(args.grad) + number * n,
+            args.factored ? col_factors + matrix * n : nullptr,
+            args.factored ? nullptr : args.variance + number * n,
             SIGNS ? col_factors + matrix * n : weight_of(matrix),
-            SIGNS ? reading_factors + matrix * n : reading_of(matrix)};
+            SIGNS ? decoder_factors + matrix * n : decoder_of(matrix)};
   }
 
   // Calls work(row) for some rows of a matrix.
@@ -241,14 +241,14 @@ class StepTensor {
     }
   }
 
-  // Room of one thread for the buckets of a row, in whole lanes.
-  struct Room {
-    float *sketch, *exchange;
+  // Workspace of one thread for the buckets of a row, in whole lanes.
+  struct Workspace {
+    float *sketch, *correction;
   };
 
-  Room room(int64_t thread) const {
-    const int64_t numbers = whole_lanes(at.width);
-    float* first = rooms + thread * 2 * numbers;
+  Workspace workspace(int64_t thread) const {
+    const int64_t numbers = whole_lanes(args.width);
+    float* first = workspaces + thread * 2 * numbers;
     return {first, first + numbers};
   }
 };

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from floragrad.torch.backends.triton.kernels import fields
-from floragrad.torch.backends.triton.spec import Numbers, Spec
+from floragrad.torch.backends.triton.spec import Spec, StepScalars
 from floragrad.torch.context import ParamUpdate, StepContext
 
 STATE_KEYS: Final = ("exp_avg", "exp_avg_scale", "row_var", "col_var", "variance", "projection_weight")
@@ -58,7 +58,15 @@ class Located(NamedTuple):
         # The words of all rows come before those of the columns; a vector has a word for each element, and one more.
         count = ctx.part.row_count
         first_row, first_column = (words[0], count) if ctx.plan.view else (count, words[0])
-        return [*self.addresses, ctx.group["seed"], ctx.index, ctx.step, ctx.resample_index, first_row, first_column]
+        return [
+            *self.addresses,
+            ctx.group["seed"],
+            ctx.tensor_id,
+            ctx.step,
+            ctx.resample_index,
+            first_row,
+            first_column,
+        ]
 
 
 def rows_of(tensors: Sequence[Located], offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
@@ -90,7 +98,7 @@ def spec_of(tensor: Located) -> Spec:
         state_dtype="float32" if plan.momentum == "none" else ctx.state_dtype,
         momentum=plan.momentum,
         factored=plan.factored,
-        learnt=ctx.is_adaptive,
+        adaptive=ctx.is_adaptive,
         learns=ctx.learns_weights,
         residual=ctx.group["residual"] or not ctx.is_sketched,
         resamples=ctx.learns_weights if ctx.is_adaptive else ctx.is_sketched and ctx.is_resample_step,
@@ -101,10 +109,10 @@ def spec_of(tensor: Located) -> Spec:
     )
 
 
-def numbers_of(ctx: StepContext) -> Numbers:
+def scalars_of(ctx: StepContext) -> StepScalars:
     """Return the numbers of a step."""
     group = ctx.group
-    return Numbers(
+    return StepScalars(
         beta1=group["beta1"] or 0.0,
         beta2=ctx.beta2,
         eps=group["eps"][0],

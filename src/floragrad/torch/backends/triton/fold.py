@@ -21,7 +21,7 @@ def fold_triton(
     is_first: bool,
     weight: float,
     seed: int,
-    index: int,
+    tensor_id: int,
     window: int,
     counter: int,
     measure_noise: bool,
@@ -37,7 +37,7 @@ def fold_triton(
         is_first: Nothing has been folded yet: what the buffers hold means nothing.
         weight: w.
         seed: Of projections and of rounding.
-        index: The tensor's number.
+        tensor_id: The tensor's number.
         window: Which window: of the projection.
         counter: Of this fold's rounding.
         measure_noise: Add the squared rounding errors to ``buffers["noise"]``.
@@ -68,7 +68,7 @@ def fold_triton(
                 "row_words": part.row_count,
                 "weight": float(weight),
                 "seed": seed,
-                "index": index,
+                "tensor_id": tensor_id,
                 "window": window,
                 "counter": counter,
             },
@@ -98,25 +98,25 @@ def decode_triton(
     plan: AccumulatorPlan,
     columns: Tensor | None,
     *,
-    own: float,
+    grad_weight: float,
     factor: float | Tensor,
     orthogonal: bool,
     seed: int,
-    index: int,
+    tensor_id: int,
     window: int,
 ) -> Tensor | None:
-    """G ← factor · (own · G + decode(C)), as ``GradientSketch.decode_into`` does, in one launch.
+    """G ← factor · (grad_weight · G + decode(C)), as ``GradientSketch.decode_into`` does, in one launch.
 
     Args:
-        grad: G, contiguous, float32, bfloat16 or float16; not read where ``own`` is 0.
+        grad: G, contiguous, float32, bfloat16 or float16; not read where ``grad_weight`` is 0.
         buffers: The sketch's.
         plan: What they are; of no Gaussian projection.
         columns: What columns were divided by; None where they were not.
-        own: Weight of what ``grad`` holds already.
+        grad_weight: Weight of what ``grad`` holds already.
         factor: Of all, a number or a tensor of one element on the gradient's device.
         orthogonal: Decode with (P Pᵀ)⁻¹ P.
         seed: Of projections.
-        index: The tensor's number.
+        tensor_id: The tensor's number.
         window: Which window.
 
     Returns:
@@ -139,16 +139,16 @@ def decode_triton(
             "columns": view.columns,
             "width": width,
             "row_programs": tiles.row_programs,
-            "own": float(own),
+            "grad_weight": float(grad_weight),
             "factor": factor if isinstance(factor, Tensor) else float(factor),
             "seed": seed,
-            "index": index,
+            "tensor_id": tensor_id,
             "window": window,
         },
         {
             "ROUNDS": grad.dtype == torch.bfloat16,
             "STATE": STATE_DTYPES[plan.state_dtype],
-            "OWN": own != 0,
+            "READS_GRAD": grad_weight != 0,
             "READS_FACTOR": isinstance(factor, Tensor),
             "ORTHOGONAL": orthogonal,
             "MULTIPLIES": columns is not None,

@@ -83,7 +83,7 @@ class Geometry:
 
     Attributes:
         tiles: Of the passes that know the direction.
-        grow_programs: Programs along a matrix's rows in a power iteration.
+        power_programs: Programs along a matrix's rows in a power iteration.
         sum_rows: Rows of a tile of the first pass.
         sum_columns: Columns of it.
         column_tiles: Of the first pass.
@@ -93,7 +93,7 @@ class Geometry:
     """
 
     tiles: Tiles
-    grow_programs: int
+    power_programs: int
     sum_rows: int
     sum_columns: int
     column_tiles: int
@@ -111,7 +111,7 @@ class Geometry:
         chunk_rows = sum_rows * ceil(max(LEAST_CHUNK, rows / max(1, MOST_CHUNKS // batch)) / sum_rows)
         return cls(
             tiles=tiles,
-            grow_programs=min(ceil(rows / tiles.rows), max(1, MOST_CHUNKS // (2 * batch))),
+            power_programs=min(ceil(rows / tiles.rows), max(1, MOST_CHUNKS // (2 * batch))),
             sum_rows=sum_rows,
             sum_columns=sum_columns,
             column_tiles=ceil(columns / sum_columns),

@@ -8,11 +8,11 @@ from floragrad.torch.backends.triton import geometry as shapes
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.kernels.apply import apply
 from floragrad.torch.backends.triton.kernels.direction import direction
-from floragrad.torch.backends.triton.kernels.power import begin_learning, end_iteration, grow
+from floragrad.torch.backends.triton.kernels.power import begin_learning, end_iteration, power_products
 from floragrad.torch.backends.triton.kernels.scales import factors, scales
 from floragrad.torch.backends.triton.kernels.statistics import square_sums, variance
 from floragrad.torch.backends.triton.launch import Launch
-from floragrad.torch.backends.triton.spec import DTYPES, MOMENTA, STATE_DTYPES, Numbers, Spec
+from floragrad.torch.backends.triton.spec import DTYPES, MOMENTA, STATE_DTYPES, Spec, StepScalars
 
 
 class Batch(NamedTuple):
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
     Attributes:
         spec: What they have in common.
-        numbers: The numbers of this step.
+        scalars: The scalars of this step.
         geometry: How their work is cut.
         tensors: How many they are.
         table: Where each is: int64, (tensors, fields).
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """
 
     spec: Spec
-    numbers: Numbers
+    scalars: StepScalars
     geometry: Geometry
     tensors: int
     table: Tensor
@@ -42,20 +42,20 @@ class Batch(NamedTuple):
     @property
     def averages(self) -> dict[str, float]:
         """The numbers of the second moment."""
-        numbers = self.numbers
-        return {"beta2": numbers.beta2, "fresh2": 1 - numbers.beta2, "eps": numbers.eps}
+        scalars = self.scalars
+        return {"beta2": scalars.beta2, "fresh2": 1 - scalars.beta2, "eps": scalars.eps}
 
     @property
-    def tile_numbers(self) -> dict[str, int | float]:
+    def tile_scalars(self) -> dict[str, int | float]:
         """What the kernels that work on tiles are given."""
-        spec, geometry, beta1 = self.spec, self.geometry, self.numbers.beta1
+        spec, geometry, beta1 = self.spec, self.geometry, self.scalars.beta1
         return {
             "rows": spec.rows,
             "columns": spec.columns,
             "width": spec.width,
             "all_rows": spec.all_rows,
             "pieces": geometry.pieces,
-            "floor": (1 - self.numbers.beta2) * self.numbers.eps,
+            "floor": (1 - self.scalars.beta2) * self.scalars.eps,
             "beta1": beta1,
             "fresh": 1 - beta1,
         }
@@ -80,7 +80,7 @@ class Batch(NamedTuple):
         spec = self.spec
         return {
             "MOMENTUM": MOMENTA[spec.momentum],
-            "LEARNT": spec.learnt and spec.is_sketch,
+            "ADAPTIVE": spec.adaptive and spec.is_sketch,
             "RESIDUAL": spec.residual,
             "RESAMPLES": spec.resamples,
         }
@@ -168,7 +168,7 @@ def directions(batch: Batch) -> Launch:
     return Launch(
         direction,
         _tile_grid(batch),
-        {**batch.where, **batch.tile_numbers, "row_programs": batch.geometry.tiles.row_programs},
+        {**batch.where, **batch.tile_scalars, "row_programs": batch.geometry.tiles.row_programs},
         batch.tile_constants | batch.estimator,
         batch.geometry.tiles.warps,
     )
@@ -176,21 +176,21 @@ def directions(batch: Batch) -> Launch:
 
 def application(batch: Batch) -> Launch:
     """Move the momentum and the parameter."""
-    spec, geometry, numbers = batch.spec, batch.geometry, batch.numbers
+    spec, geometry, scalars = batch.spec, batch.geometry, batch.scalars
     return Launch(
         apply,
         _tile_grid(batch),
         {
             **batch.where,
-            **batch.tile_numbers,
+            **batch.tile_scalars,
             "row_programs": geometry.tiles.row_programs,
             "partials": 1 if spec.is_split else spec.batch * geometry.tiles.programs,
             "param_partials": 1 if spec.is_split else geometry.measured(spec),
-            "lr": numbers.lr,
-            "sign": numbers.sign,
-            "decay": numbers.decay,
-            "least": numbers.least,
-            "clip_threshold": numbers.clip_threshold,
+            "lr": scalars.lr,
+            "sign": scalars.sign,
+            "decay": scalars.decay,
+            "least": scalars.least,
+            "clip_threshold": scalars.clip_threshold,
             "numel": float(spec.numel),
         },
         batch.tile_constants
@@ -198,7 +198,7 @@ def application(batch: Batch) -> Launch:
         | {
             "PARAM": DTYPES[spec.param_dtype],
             "ROUNDS": spec.rounds,
-            "READS_LR": isinstance(numbers.lr, Tensor),
+            "READS_LR": isinstance(scalars.lr, Tensor),
             "SCALES": spec.scales,
             "ADDED_UP": spec.is_split,
         },
@@ -213,13 +213,13 @@ def learning_start(batch: Batch) -> Launch:
     )
 
 
-def growth(batch: Batch) -> Launch:
+def power_iteration(batch: Batch) -> Launch:
     """Make half of a power iteration: what the weights grow to, of some rows each."""
     spec, geometry = batch.spec, batch.geometry
     return Launch(
-        grow,
-        (geometry.grow_programs * geometry.tiles.bucket_blocks, spec.batch, batch.tensors),
-        {**batch.where, **batch.tile_numbers, "row_programs": geometry.grow_programs},
+        power_products,
+        (geometry.power_programs * geometry.tiles.bucket_blocks, spec.batch, batch.tensors),
+        {**batch.where, **batch.tile_scalars, "row_programs": geometry.power_programs},
         batch.tile_constants,
         geometry.tiles.warps,
     )
@@ -231,7 +231,7 @@ def learning_end(batch: Batch, *, is_last: bool) -> Launch:
     return Launch(
         end_iteration,
         _bucket_grid(batch),
-        {**batch.where, **_row(batch), "chunks": 1 if split else batch.geometry.grow_programs},
+        {**batch.where, **_row(batch), "chunks": 1 if split else batch.geometry.power_programs},
         _bucket_constants(batch) | {"ADDED_UP": split, "IS_LAST": is_last},
         _warps(batch),
     )

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from floragrad.torch.adaptive import POWER_ITERATIONS
 from floragrad.torch.backends.triton import launches
-from floragrad.torch.backends.triton.describe import REGIONS, Located, numbers_of, rows_of, spec_of
+from floragrad.torch.backends.triton.describe import REGIONS, Located, rows_of, scalars_of, spec_of
 from floragrad.torch.backends.triton.geometry import Geometry
 from floragrad.torch.backends.triton.kernels import fields
 from floragrad.torch.backends.triton.launch import Launch, current_device
 from floragrad.torch.backends.triton.launches import Batch
 from floragrad.torch.backends.triton.workspace import Workspace, regions
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.handover import mark_changed
 from floragrad.torch.part import EVERYWHERE, Axis, ShardSum, Sums
 from floragrad.torch.random import on_device
+from floragrad.torch.validation import increment_versions
 
 
 class _Planned:
@@ -61,7 +61,7 @@ class _Passes:
         planned, spec = self._planned, self._planned.spec
         updates = [tensor.update for tensor in planned.tensors]
         buffer = planned.workspace.allocate(self._device)
-        batch = Batch(spec, numbers_of(updates[0].ctx), planned.geometry, len(updates), self._table, buffer)
+        batch = Batch(spec, scalars_of(updates[0].ctx), planned.geometry, len(updates), self._table, buffer)
         self._launch(launches.statistics(batch), launches.between(batch))
         yield self._statistics(batch)
         if spec.is_split and spec.factored:
@@ -69,13 +69,13 @@ class _Passes:
         if spec.learns:
             self._launch(launches.learning_start(batch))
             for iteration in range(POWER_ITERATIONS):
-                self._launch(launches.growth(batch))
-                yield self._sums(batch, fields.GROWTH, fields.COL_SUMS, ("rows",))
+                self._launch(launches.power_iteration(batch))
+                yield self._sums(batch, fields.POWER_PARTIALS, fields.COL_SUMS, ("rows",))
                 self._launch(launches.learning_end(batch, is_last=iteration == POWER_ITERATIONS - 1))
         self._launch(launches.directions(batch))
         yield self._sums(batch, fields.SQUARES, fields.NORM, EVERYWHERE)
         self._launch(launches.application(batch))
-        mark_changed(each.param for each in updates)
+        increment_versions(each.param for each in updates)
 
     def _statistics(self, batch: Batch) -> list[ShardSum]:
         """Return the shares of ‖W‖², of the columns' sums and of the rows' total, tensor by tensor."""
@@ -95,7 +95,7 @@ class _Passes:
         if not batch.spec.is_split:
             return []
         sums = self._region(batch, into)
-        torch.sum(self._region(batch, partials), -2 if partials is fields.GROWTH else -1, out=sums)
+        torch.sum(self._region(batch, partials), -2 if partials is fields.POWER_PARTIALS else -1, out=sums)
         return self._shares(batch, into, over)
 
     def _shares(self, batch: Batch, name: tl.constexpr, over: tuple[Axis, ...]) -> list[ShardSum]:

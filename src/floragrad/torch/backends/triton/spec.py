@@ -29,7 +29,7 @@ class Spec:
         state_dtype: How the momentum is stored.
         momentum: Whether it is a sketch, whole or none.
         factored: Whether the second moment is.
-        learnt: Whether the projection's weights are learnt, not drawn.
+        adaptive: Whether the projection's weights are learnt, not drawn.
         learns: Whether they are in this step.
         residual: Which estimator.
         resamples: Whether the projection differs from that of the step before.
@@ -50,7 +50,7 @@ class Spec:
     state_dtype: StateDtype
     momentum: Momentum
     factored: bool
-    learnt: bool
+    adaptive: bool
     learns: bool
     residual: bool
     resamples: bool
@@ -72,12 +72,12 @@ class Spec:
     @property
     def is_signed(self) -> bool:
         """Whether the projection's signs are part of the columns' factors."""
-        return self.is_sketch and self.factored and not self.learnt and not self.resamples
+        return self.is_sketch and self.factored and not self.adaptive and not self.resamples
 
     @property
     def draws_signs(self) -> bool:
         """Whether signs are drawn into the workspace instead."""
-        return self.is_sketch and not self.learnt and not self.is_signed
+        return self.is_sketch and not self.adaptive and not self.is_signed
 
     @property
     def draws(self) -> bool:
@@ -86,7 +86,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class StepScalars:
     """What the kernels are given as numbers: another value compiles nothing.
 
     Attributes:

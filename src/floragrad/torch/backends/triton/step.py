@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.handover import is_plain, unreadable_reason
 from floragrad.torch.part import Part, Sums
+from floragrad.torch.validation import is_plain, unsupported_memory
 
 DEVICES: Final = {"cuda", "xpu"}
 """Kinds of devices that triton compiles for. Tests that run kernels in its interpreter add the CPU."""
@@ -59,10 +59,10 @@ def _tensor_reason(tensor: Tensor) -> str:
     """Return why the kernels cannot read a tensor at its address; empty where they can."""
     if isinstance(tensor, FakeTensor):
         return "FakeTensor"
-    return unreadable_reason(tensor, DTYPES)
+    return unsupported_memory(tensor, DTYPES)
 
 
-def takes(update: ParamUpdate) -> bool:
+def supports(update: ParamUpdate) -> bool:
     """Whether the kernels can make this step: all that they read and write lies as they expect."""
     param, grad, state, ctx = update
     return (
@@ -100,13 +100,13 @@ def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
     """
     if updates:
         for device in {update.param.device for update in updates}:
-            refuse_capture(device)
+            check_not_capturing(device)
         from floragrad.torch.backends.triton.passes import passes_of
 
         yield from passes_of(updates)
 
 
-def refuse_capture(device: torch.device) -> None:
+def check_not_capturing(device: torch.device) -> None:
     """Refuse a step whose replays would each be the same one.
 
     Raises:

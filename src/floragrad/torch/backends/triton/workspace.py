@@ -30,7 +30,7 @@ def regions(spec: Spec, geometry: Geometry) -> dict[int, tuple[int, ...]]:
         found[fields.ROW_TOTALS.value] = (batch, geometry.pieces)
         found[fields.FACTORS.value] = (batch, columns)
     if spec.learns:
-        found[fields.GROWTH.value] = (batch, geometry.grow_programs, columns)
+        found[fields.POWER_PARTIALS.value] = (batch, geometry.power_programs, columns)
         found[fields.LEARNER.value] = (batch, columns)
         found[fields.OLD_WEIGHT.value] = (batch, columns)
     if spec.is_split and (spec.factored or spec.learns):

@@ -47,7 +47,7 @@ def step_size(
         lr: The learning rate, or a pointer to it.
         least: ε₂.
         clip_threshold: Of rms(D); infinite where nothing is clipped.
-        numel: Numbers of the tensor, on all devices.
+        numel: StepScalars of the tensor, on all devices.
         READS_LR: Whether ``lr`` is a pointer.
         SCALES: Whether α is in units of rms(W).
     """
@@ -85,7 +85,7 @@ def apply(
     STATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     FACTORED: tl.constexpr,
-    LEARNT: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RESAMPLES: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -106,7 +106,7 @@ def apply(
     blocks = tl.cdiv(width, BUCKETS)
     program, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     matrix, tensor = tl.program_id(1), tl.program_id(2)
-    SIGNED: tl.constexpr = MOMENTUM == SKETCH and FACTORED and not LEARNT and not RESAMPLES
+    SIGNED: tl.constexpr = MOMENTUM == SKETCH and FACTORED and not ADAPTIVE and not RESAMPLES
     squares = region(workspace, table, tensor, fields.NORM if ADDED_UP else fields.SQUARES)
     param_squares = region(workspace, table, tensor, fields.PARAM_NORM if ADDED_UP else fields.PARAM_SQUARES)
     alpha, size = step_size(
@@ -129,12 +129,12 @@ def apply(
         columns,
         FACTORED,
         SIGNED,
-        LEARNT,
+        ADAPTIVE,
         RESAMPLES,
         SLICES,
         ALIGNED,
     )
-    sizes = bucket_sizes(bucket, width, columns, LEARNT)
+    sizes = bucket_sizes(bucket, width, columns, ADAPTIVE)
     state_rows = words_in(region(workspace, table, tensor, fields.STATE_ROWS))
     param_rows = words_in(region(workspace, table, tensor, fields.PARAM_ROWS))
     state_word, param_word = bucket, column
@@ -153,7 +153,7 @@ def apply(
         kept = tl.zeros([ROWS, BUCKETS], tl.float32)
         if MOMENTUM != NONE:
             kept = load_rows(data, scale, row, block * BUCKETS, width, in_rows, STATE, ROWS, BUCKETS)
-        d, following = direction_of(
+        d, next_momentum = direction_of(
             v, r, kept, factor, weight, old, sizes, beta1, fresh, MOMENTUM, SIGNED, RESIDUAL, RESAMPLES
         )
         if MOMENTUM != NONE:
@@ -161,8 +161,8 @@ def apply(
             if STATE != FLOAT32:
                 row_word = tl.load(state_rows + row, mask=in_rows, other=0)
                 bits = draws.rounding_bits(row_word[:, None], state_word[None, :])
-            following = tl.where((bucket < width)[None, :], following, 0.0)
-            store_rows(following, data, scale, row, block * BUCKETS, width, in_rows, bits, STATE, ROWS, BUCKETS)
+            next_momentum = tl.where((bucket < width)[None, :], next_momentum, 0.0)
+            store_rows(next_momentum, data, scale, row, block * BUCKETS, width, in_rows, bits, STATE, ROWS, BUCKETS)
         in_tile = in_rows[:, None, None] & in_columns[None, :, :]
         where = param + (row * columns)[:, None, None] + column[None, :, :]
         w = tl.load(where, mask=in_tile, other=0.0).to(tl.float32) * keep - d * size

@@ -35,7 +35,7 @@ def direction(
     STATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     FACTORED: tl.constexpr,
-    LEARNT: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RESAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -50,7 +50,7 @@ def direction(
     blocks = tl.cdiv(width, BUCKETS)
     program, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     matrix, tensor = tl.program_id(1), tl.program_id(2)
-    SIGNED: tl.constexpr = MOMENTUM == SKETCH and FACTORED and not LEARNT and not RESAMPLES
+    SIGNED: tl.constexpr = MOMENTUM == SKETCH and FACTORED and not ADAPTIVE and not RESAMPLES
     grad, data, scale, row_var, variance, root = operands(
         table, workspace, tensor, matrix, pieces, all_rows, floor, GRAD, STATE, MOMENTUM != NONE, FACTORED, ALIGNED
     )
@@ -66,12 +66,12 @@ def direction(
         columns,
         FACTORED,
         SIGNED,
-        LEARNT,
+        ADAPTIVE,
         RESAMPLES,
         SLICES,
         ALIGNED,
     )
-    sizes = bucket_sizes(bucket, width, columns, LEARNT)
+    sizes = bucket_sizes(bucket, width, columns, ADAPTIVE)
     square = 0.0
     for top in range(program * ROWS, rows, row_programs * ROWS):
         lane = top + tl.arange(0, ROWS)

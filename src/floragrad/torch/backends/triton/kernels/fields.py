@@ -19,11 +19,11 @@ COL_VAR: Final = tl.constexpr(5)
 VARIANCE: Final = tl.constexpr(6)
 WEIGHT: Final = tl.constexpr(7)
 
-# Numbers of the random streams; the position of the first row's and the first column's word among all of the tensor's.
+# Random streams: their counters, and the positions of the first row's and the first column's word in the tensor.
 SEED: Final = tl.constexpr(8)
-INDEX: Final = tl.constexpr(9)
+TENSOR_ID: Final = tl.constexpr(9)
 STEP: Final = tl.constexpr(10)
-EPOCH: Final = tl.constexpr(11)
+RESAMPLE_INDEX: Final = tl.constexpr(11)
 FIRST_ROW: Final = tl.constexpr(12)
 FIRST_COLUMN: Final = tl.constexpr(13)
 
@@ -45,7 +45,7 @@ SQUARES: Final = tl.constexpr(27)  # programs of the second pass: partial sums o
 NORM: Final = tl.constexpr(28)  # ‖D‖², on all devices
 LEARNER: Final = tl.constexpr(29)  # matrices, columns: weights of the adaptive projection while they are learnt
 OLD_WEIGHT: Final = tl.constexpr(30)  # matrices, columns: the weights of the step before
-GROWTH: Final = tl.constexpr(31)  # matrices, programs along rows, columns: Vᵀ(V w) of some rows
+POWER_PARTIALS: Final = tl.constexpr(31)  # matrices, programs along rows, columns: Vᵀ(V w) of some rows
 
 FIELDS: Final = tl.constexpr(32)
 

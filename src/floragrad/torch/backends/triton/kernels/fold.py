@@ -16,7 +16,7 @@ from floragrad.torch.backends.triton.kernels.storage import (
 from floragrad.torch.backends.triton.kernels.tile import bucket_sizes, columns_of
 
 
-@triton.jit(do_not_specialize=["seed", "index", "window", "counter"])
+@triton.jit(do_not_specialize=["seed", "tensor_id", "window", "counter"])
 def fold(
     grad: tl.tensor,
     data: tl.tensor,
@@ -32,7 +32,7 @@ def fold(
     row_words: tl.tensor,
     weight: tl.tensor,
     seed: tl.tensor,
-    index: tl.tensor,
+    tensor_id: tl.tensor,
     window: tl.tensor,
     counter: tl.tensor,
     STATE: tl.constexpr,
@@ -59,10 +59,10 @@ def fold(
     signs = tl.full([SLICES, BUCKETS], 1.0, tl.float32)
     if SLICES > 1:
         first = tl.arange(0, SLICES) * width + block * BUCKETS
-        signs = draws.slice_signs(seed, index, window, draws.ACCUMULATOR, first, BUCKETS)
+        signs = draws.slice_signs(seed, tensor_id, window, draws.ACCUMULATOR, first, BUCKETS)
     column_word = bucket
     if STATE != FLOAT32:
-        column_word = draws.rounding_words(seed, index, counter, draws.ACCUMULATOR_ROUNDING, row_words + bucket)
+        column_word = draws.rounding_words(seed, tensor_id, counter, draws.ACCUMULATOR_ROUNDING, row_words + bucket)
     sizes = tl.full([BUCKETS], 1.0, tl.float32)
     if DIVIDES:
         sizes = tl.load(column_sizes + matrix * columns + bucket, mask=bucket < width, other=1.0)
@@ -82,7 +82,7 @@ def fold(
         bits = tl.zeros([ROWS, BUCKETS], tl.int32)
         if STATE != FLOAT32:
             position = first_row + matrix.to(tl.int64) * matrix_rows + lane
-            row_word = draws.rounding_words(seed, index, counter, draws.ACCUMULATOR_ROUNDING, position)
+            row_word = draws.rounding_words(seed, tensor_id, counter, draws.ACCUMULATOR_ROUNDING, position)
             bits = draws.rounding_bits(row_word[:, None], column_word[None, :])
         kept = store_rows(total, payload, scale, row, block * BUCKETS, width, in_rows, bits, STATE, ROWS, BUCKETS)
         if MEASURES:
@@ -98,7 +98,7 @@ def add_errors(noise: tl.tensor, errors: tl.tensor, count: tl.tensor) -> None:
     tl.store(noise, tl.load(noise) + ordered_sum(errors, count))
 
 
-@triton.jit(do_not_specialize=["seed", "index", "window"])
+@triton.jit(do_not_specialize=["seed", "tensor_id", "window"])
 def decode(
     grad: tl.tensor,
     data: tl.tensor,
@@ -109,14 +109,14 @@ def decode(
     columns: tl.tensor,
     width: tl.tensor,
     row_programs: tl.tensor,
-    own: tl.tensor,
+    grad_weight: tl.tensor,
     factor: tl.tensor,
     seed: tl.tensor,
-    index: tl.tensor,
+    tensor_id: tl.tensor,
     window: tl.tensor,
     ROUNDS: tl.constexpr,
     STATE: tl.constexpr,
-    OWN: tl.constexpr,
+    READS_GRAD: tl.constexpr,
     READS_FACTOR: tl.constexpr,
     ORTHOGONAL: tl.constexpr,
     MULTIPLIES: tl.constexpr,
@@ -124,10 +124,10 @@ def decode(
     SLICES: tl.constexpr,
     BUCKETS: tl.constexpr,
 ) -> None:
-    """Replace G by the scaled sum of own · G and the decoded sketch, in every ``row_programs``-th tile of rows.
+    """Replace G by the scaled sum of grad_weight · G and the decoded sketch, in every ``row_programs``-th tile of rows.
 
     ``ORTHOGONAL`` decodes with (P Pᵀ)⁻¹ P. Where nothing is projected, ``MULTIPLIES`` multiplies columns by their
-    sizes, and writes the sums of squares along them, before the factor. ``OWN``: whether G is read;
+    sizes, and writes the sums of squares along them, before the factor. ``READS_GRAD``: whether G is read;
     ``ROUNDS``: whether it is bfloat16.
 
     Grid: programs of rows x blocks of buckets, matrices.
@@ -141,7 +141,7 @@ def decode(
     weight = tl.full([SLICES, BUCKETS], 1.0, tl.float32)
     if SLICES > 1:
         first = tl.arange(0, SLICES) * width + block * BUCKETS
-        weight = draws.slice_signs(seed, index, window, draws.ACCUMULATOR, first, BUCKETS)
+        weight = draws.slice_signs(seed, tensor_id, window, draws.ACCUMULATOR, first, BUCKETS)
         if ORTHOGONAL:
             weight = tl.div_rn(
                 weight, tl.broadcast_to(bucket_sizes(bucket, width, columns, False)[None, :], weight.shape)
@@ -158,8 +158,8 @@ def decode(
         where = grad + (row * columns)[:, None, None] + column[None, :, :]
         kept = load_rows(payload, scale, row, block * BUCKETS, width, in_rows, STATE, ROWS, BUCKETS)
         decoded = kept[:, None, :] * weight[None, :, :]
-        if OWN:
-            decoded += tl.load(where, mask=in_tile, other=0.0).to(tl.float32) * own
+        if READS_GRAD:
+            decoded += tl.load(where, mask=in_tile, other=0.0).to(tl.float32) * grad_weight
         if MULTIPLIES:
             sums += tl.sum(tl.sum(tl.where(in_tile, decoded * decoded, 0.0), 1), 0)
         result = decoded * by

@@ -44,8 +44,10 @@ def begin_learning(
     weights = address(table, tensor, fields.WEIGHT, tl.float32, ALIGNED) + matrix * columns
     weight = tl.load(weights + column, mask=there, other=0.0)
     tl.store(region(workspace, table, tensor, fields.OLD_WEIGHT) + matrix * columns + column, weight, mask=there)
-    seed, index = field(table, tensor, fields.SEED), field(table, tensor, fields.INDEX)
-    word = draws.random_words(seed, index, field(table, tensor, fields.EPOCH), draws.ADAPTIVE_NOISE, column)
+    seed, tensor_id = field(table, tensor, fields.SEED), field(table, tensor, fields.TENSOR_ID)
+    word = draws.random_words(
+        seed, tensor_id, field(table, tensor, fields.RESAMPLE_INDEX), draws.ADAPTIVE_NOISE, column
+    )
     uniform = (word >> 11).to(tl.float64) * (2.0**-52) - 1.0
     noise = (uniform * (_NOISE * tl.sqrt(tl.cast(3 * width, tl.float64) / columns))).to(tl.float32)
     start = normalised(tl.where(there, weight + noise, 0.0), weight)
@@ -53,7 +55,7 @@ def begin_learning(
 
 
 @triton.jit
-def grow(
+def power_products(
     table: tl.tensor,
     workspace: tl.tensor,
     rows: tl.tensor,
@@ -93,7 +95,7 @@ def grow(
     learner = tl.load(learners + column, mask=in_columns, other=0.0)
     olds = region(workspace, table, tensor, fields.OLD_WEIGHT) + matrix * columns
     old = tl.load(olds + column, mask=in_columns, other=0.0)
-    grown = tl.zeros([SLICES, BUCKETS], tl.float32)
+    product = tl.zeros([SLICES, BUCKETS], tl.float32)
     for top in range(program * ROWS, rows, row_programs * ROWS):
         lane = top + tl.arange(0, ROWS)
         in_rows, row = lane < rows, (matrix * rows + lane).to(tl.int64)
@@ -103,9 +105,9 @@ def grow(
         kept = load_rows(data, scale, row, block * BUCKETS, width, in_rows, STATE, ROWS, BUCKETS)
         blended = v * (fresh * r)[:, None, None] + old[None, :, :] * (beta1 * kept)[:, None, :]
         sketch = tl.sum(blended * learner[None, :, :], 1)
-        grown += tl.sum(blended * sketch[:, None, :], 0)
-    partials = region(workspace, table, tensor, fields.GROWTH) + (matrix * row_programs + program) * columns
-    tl.store(partials + column, grown, mask=in_columns)
+        product += tl.sum(blended * sketch[:, None, :], 0)
+    partials = region(workspace, table, tensor, fields.POWER_PARTIALS) + (matrix * row_programs + program) * columns
+    tl.store(partials + column, product, mask=in_columns)
 
 
 @triton.jit
@@ -121,22 +123,22 @@ def end_iteration(
     SLICES: tl.constexpr,
     BUCKETS: tl.constexpr,
 ) -> None:
-    """Make the learner of what has grown, of norm 1 in each bucket; the projection's weight too where ``IS_LAST``.
+    """Write the learner, the product with norm 1 in each bucket; and the projection's weight where ``IS_LAST``.
 
-    ``ADDED_UP``: what has grown is a sum over shards.
+    ``ADDED_UP``: the product is a sum over shards.
 
     Grid: blocks of buckets, matrices, tensors.
     """
     matrix, tensor = tl.program_id(1), tl.program_id(2)
     bucket = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     column, there = columns_of(bucket, width, columns, SLICES)
-    partials = region(workspace, table, tensor, fields.COL_SUMS if ADDED_UP else fields.GROWTH)
-    grown = tl.zeros([SLICES, BUCKETS], tl.float32)
+    partials = region(workspace, table, tensor, fields.COL_SUMS if ADDED_UP else fields.POWER_PARTIALS)
+    product = tl.zeros([SLICES, BUCKETS], tl.float32)
     for chunk in range(0, chunks):
-        grown += tl.load(partials + (matrix * chunks + chunk) * columns + column, mask=there, other=0.0)
+        product += tl.load(partials + (matrix * chunks + chunk) * columns + column, mask=there, other=0.0)
     learners = region(workspace, table, tensor, fields.LEARNER) + matrix * columns + column
-    learnt = normalised(grown, tl.load(learners, mask=there, other=0.0))
-    tl.store(learners, learnt, mask=there)
+    new_weight = normalised(product, tl.load(learners, mask=there, other=0.0))
+    tl.store(learners, new_weight, mask=there)
     if IS_LAST:
         weights = address(table, tensor, fields.WEIGHT, tl.float32, ALIGNED) + matrix * columns
-        tl.store(weights + column, learnt, mask=there)
+        tl.store(weights + column, new_weight, mask=there)

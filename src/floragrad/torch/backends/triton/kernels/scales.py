@@ -110,8 +110,10 @@ def column_factors(
     tl.store(averages, saturated(new), mask=there)
     factors = tl.div_rn(tl.full(new.shape, _BALANCE, tl.float32), tl.sqrt_rn(new))  # 0 where squares overflow
     if SIGNED:
-        seed, index = field(table, tensor, fields.SEED), field(table, tensor, fields.INDEX)
-        factors *= draws.random_signs(seed, index, field(table, tensor, fields.EPOCH), draws.MOMENTUM, column)
+        seed, tensor_id = field(table, tensor, fields.SEED), field(table, tensor, fields.TENSOR_ID)
+        factors *= draws.random_signs(
+            seed, tensor_id, field(table, tensor, fields.RESAMPLE_INDEX), draws.MOMENTUM, column
+        )
     tl.store(region(workspace, table, tensor, fields.FACTORS) + matrix * columns + column, factors, mask=there)
 
 
@@ -128,14 +130,14 @@ def draw_for_rows(
     ROUNDS_PARAM: tl.constexpr,
 ) -> None:
     """Draw the words of some rows, which are counted through all matrices."""
-    seed, index = field(table, tensor, fields.SEED), field(table, tensor, fields.INDEX)
+    seed, tensor_id = field(table, tensor, fields.SEED), field(table, tensor, fields.TENSOR_ID)
     step = field(table, tensor, fields.STEP)
     position = field(table, tensor, fields.FIRST_ROW) + (row // rows).to(tl.int64) * all_rows + row % rows
     if ROUNDS_STATE:
-        words = draws.rounding_words(seed, index, step, draws.STATE_ROUNDING, position)
+        words = draws.rounding_words(seed, tensor_id, step, draws.STATE_ROUNDING, position)
         tl.store(words_in(region(workspace, table, tensor, fields.STATE_ROWS)) + row, words, mask=row < count)
     if ROUNDS_PARAM:
-        words = draws.rounding_words(seed, index, step, draws.PARAMETER_ROUNDING, position)
+        words = draws.rounding_words(seed, tensor_id, step, draws.PARAMETER_ROUNDING, position)
         tl.store(words_in(region(workspace, table, tensor, fields.PARAM_ROWS)) + row, words, mask=row < count)
 
 
@@ -153,22 +155,22 @@ def draw_for_columns(
     OLD_SIGNS: tl.constexpr,
 ) -> None:
     """Draw words and signs of some columns."""
-    seed, index = field(table, tensor, fields.SEED), field(table, tensor, fields.INDEX)
-    step, epoch = field(table, tensor, fields.STEP), field(table, tensor, fields.EPOCH)
+    seed, tensor_id = field(table, tensor, fields.SEED), field(table, tensor, fields.TENSOR_ID)
+    step, resample_index = field(table, tensor, fields.STEP), field(table, tensor, fields.RESAMPLE_INDEX)
     position = field(table, tensor, fields.FIRST_COLUMN) + column
     if ROUNDS_STATE:
-        words = draws.rounding_words(seed, index, step, draws.STATE_ROUNDING, position)
+        words = draws.rounding_words(seed, tensor_id, step, draws.STATE_ROUNDING, position)
         where = words_in(region(workspace, table, tensor, fields.STATE_COLUMNS)) + column
         tl.store(where, words, mask=column < width)
     if ROUNDS_PARAM:
-        words = draws.rounding_words(seed, index, step, draws.PARAMETER_ROUNDING, position)
+        words = draws.rounding_words(seed, tensor_id, step, draws.PARAMETER_ROUNDING, position)
         where = words_in(region(workspace, table, tensor, fields.PARAM_COLUMNS)) + column
         tl.store(where, words, mask=column < columns)
     if SIGNS:
-        signs = draws.random_signs(seed, index, epoch, draws.MOMENTUM, column)
+        signs = draws.random_signs(seed, tensor_id, resample_index, draws.MOMENTUM, column)
         tl.store(region(workspace, table, tensor, fields.SIGNS) + column, signs, mask=column < columns)
     if OLD_SIGNS:
-        signs = draws.random_signs(seed, index, epoch - 1, draws.MOMENTUM, column)
+        signs = draws.random_signs(seed, tensor_id, resample_index - 1, draws.MOMENTUM, column)
         tl.store(region(workspace, table, tensor, fields.OLD_SIGNS) + column, signs, mask=column < columns)
 
 

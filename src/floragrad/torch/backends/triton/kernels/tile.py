@@ -84,7 +84,7 @@ def column_vectors(
     columns: tl.tensor,
     FACTORED: tl.constexpr,
     SIGNED: tl.constexpr,
-    LEARNT: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     RESAMPLES: tl.constexpr,
     SLICES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -99,13 +99,13 @@ def column_vectors(
         factor = tl.load(factors + column, mask=in_columns, other=0.0)
     weight, old = factor, factor
     if SLICES > 1 and not SIGNED:
-        if LEARNT:
+        if ADAPTIVE:
             weights = address(table, tensor, fields.WEIGHT, tl.float32, ALIGNED) + matrix * columns
         else:
             weights = region(workspace, table, tensor, fields.SIGNS)
         weight = tl.load(weights + column, mask=in_columns, other=0.0)
         if RESAMPLES:
-            if LEARNT:
+            if ADAPTIVE:
                 olds = region(workspace, table, tensor, fields.OLD_WEIGHT) + matrix * columns
             else:
                 olds = region(workspace, table, tensor, fields.OLD_SIGNS)
@@ -114,9 +114,9 @@ def column_vectors(
 
 
 @triton.jit
-def bucket_sizes(bucket: tl.tensor, width: tl.tensor, columns: tl.tensor, LEARNT: tl.constexpr) -> tl.tensor:
+def bucket_sizes(bucket: tl.tensor, width: tl.tensor, columns: tl.tensor, ADAPTIVE: tl.constexpr) -> tl.tensor:
     """Return the diagonal of P Pᵀ: how many columns a bucket has, or 1 for weights of norm 1."""
-    if LEARNT:
+    if ADAPTIVE:
         return tl.full(bucket.shape, 1.0, tl.float32)
     else:
         return (columns // width + tl.where(bucket < columns % width, 1, 0)).to(tl.float32)
@@ -211,29 +211,29 @@ def direction_of(
     """
     if MOMENTUM == NONE:
         direction = v * r[:, None, None]
-        following = kept
+        next_momentum = kept
     elif MOMENTUM == WHOLE:
-        following = kept + fresh * (tl.sum(v, 1) * r[:, None] - kept)
-        direction = following[:, None, :]
+        next_momentum = kept + fresh * (tl.sum(v, 1) * r[:, None] - kept)
+        direction = next_momentum[:, None, :]
     else:
         sketch = tl.sum(v if SIGNED else v * weight[None, :, :], 1) * r[:, None]
-        carried = kept
+        transferred = kept
         if RESAMPLES:
             overlap = tl.sum(weight * old, 0)
-            carried = kept * (overlap / sizes if RESIDUAL else overlap)[None, :]
+            transferred = kept * (overlap / sizes if RESIDUAL else overlap)[None, :]
         if RESIDUAL:
-            change = carried - sketch
-            following = sketch + beta1 * change
-            exchange = change * (beta1 / sizes)[None, :]
+            change = transferred - sketch
+            next_momentum = sketch + beta1 * change
+            correction = change * (beta1 / sizes)[None, :]
             update = v * r[:, None, None]
         else:
-            following = carried + fresh * (sketch - carried)
-            exchange = beta1 * kept
+            next_momentum = transferred + fresh * (sketch - transferred)
+            correction = beta1 * kept
             update = v * (fresh * r)[:, None, None]
         if SIGNED:
-            direction = with_signs(update + exchange[:, None, :], factor[None, :, :])
+            direction = with_signs(update + correction[:, None, :], factor[None, :, :])
         elif RESAMPLES and not RESIDUAL:
-            direction = update + exchange[:, None, :] * old[None, :, :]
+            direction = update + correction[:, None, :] * old[None, :, :]
         else:
-            direction = update + exchange[:, None, :] * weight[None, :, :]
-    return direction, following
+            direction = update + correction[:, None, :] * weight[None, :, :]
+    return direction, next_momentum

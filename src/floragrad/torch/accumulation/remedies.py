@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Advice:
+class Remedies:
     """What errors and warnings of an accumulator tell the user to do.
 
     Attributes:

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from floragrad._checks import accumulator_contradictions, check_contradictions, is_count
 from floragrad.policy import AccumulatorPlan, Projection, StateDtype, plan_accumulator
-from floragrad.torch.accumulation.exchange import sum_rounded
+from floragrad.torch.accumulation.all_reduce import all_reduce_rounded
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed.collectives import Ranks
 from floragrad.torch.options import as_integers, check_option, state_dtype_name
@@ -86,18 +86,18 @@ class FloraHookState:
         """Whether what was not sent is added to later gradients."""
         return bool(self._settings["error_feedback"])
 
-    def of(self, param: Tensor, ranks: Ranks) -> "_Sent":
+    def of(self, param: Tensor, ranks: Ranks) -> "_HookedParam":
         """What is remembered of a parameter; it is numbered when it is seen first, on all ranks alike."""
         found = self._tensors.get(param)
         if found is None:
-            found = self._tensors[param] = _Sent(param, self._settings, len(self._tensors), ranks.rank)
-            found.load(self._saved.pop(found.index, {}))
-        assert isinstance(found, _Sent)
+            found = self._tensors[param] = _HookedParam(param, self._settings, len(self._tensors), ranks.rank)
+            found.load(self._saved.pop(found.tensor_id, {}))
+        assert isinstance(found, _HookedParam)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and what has not been sent yet; every rank saves its own."""
-        tensors = {each.index: each.state_dict() for each in self._tensors.values()}
+        tensors = {each.tensor_id: each.state_dict() for each in self._tensors.values()}
         return {"settings": dict(self._settings), "step": self.step, "tensors": {**self._saved, **tensors}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,24 +121,26 @@ class FloraHookState:
         self._saved = dict(state_dict["tensors"])
 
 
-class _Sent:
+class _HookedParam:
     """One parameter: what is sent of its gradient, and what was not.
 
     Attributes:
-        index: When it was seen first, among all.
+        tensor_id: When it was seen first, among all.
         sketch: Of its gradient; None where that is sent whole.
         error: What was not sent, float32; None without error feedback.
     """
 
-    def __init__(self, param: Tensor, settings: dict[str, Any], index: int, rank: int) -> None:
-        self.index = index
+    def __init__(self, param: Tensor, settings: dict[str, Any], tensor_id: int, rank: int) -> None:
+        self.tensor_id = tensor_id
         names = ("ratio", "rank", "state_dtype")
         self.plan: AccumulatorPlan = plan_accumulator(param.shape, **{name: settings[name] for name in names})
         whole = self.plan.ratio == 1 and self.plan.state_dtype == "float32"
         self.sketch: GradientSketch | None = None
         self.error: Tensor | None = None
         if not whole:
-            self.sketch = GradientSketch(self.plan, settings["projection"], settings["seed"], index, param.device, rank)
+            self.sketch = GradientSketch(
+                self.plan, settings["projection"], settings["seed"], tensor_id, param.device, rank
+            )
             if settings["error_feedback"]:
                 self.error = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
@@ -156,7 +158,7 @@ class _Sent:
         else:
             self.error += grad
             self.sketch.add(self.error, 1.0, step, measure_noise=False)
-            self.sketch.take_from(self.error, step)
+            self.sketch.subtract_from(self.error, step)
             # A gradient that overflowed is the scaler's to deal with, and must not come back for ever.
             self.error.nan_to_num_(0.0, 0.0, 0.0)
         return self.sketch.buffers["data"].view(-1) if self.plan.state_dtype == "float32" else None
@@ -191,8 +193,8 @@ class _Sent:
             return
         if {key: value.shape for key, value in here.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
-                f"the saved state of tensor {self.index} is not of shape {tuple(self.plan.shape)}: load the state that "
-                "was saved with this model and wrapper"
+                f"the saved state of tensor {self.tensor_id} is not of shape {tuple(self.plan.shape)}: load the state "
+                "that was saved with this model and wrapper"
             )
         for key, value in here.items():
             value.copy_(saved[key])
@@ -237,7 +239,7 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
     """
     step, buffer = state.step, bucket.buffer()
     state.step += bucket.is_last()
-    ranks = Ranks.of(state.process_group)
+    ranks = Ranks.from_group(state.process_group)
     if ranks is None:
         return _plain_mean(buffer, ranks)
     # Also while gradients go whole: the wrapper sorts its buckets anew after the first step, and a resumed run must
@@ -246,14 +248,14 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
     if step < state.start_step:
         return _plain_mean(buffer, ranks)
     sent = [each.encode(grad, step) for each, grad in zip(tensors, grads, strict=True)]
-    sum_rounded([each.sketch for each in tensors if each.sketch is not None], step, ranks)
+    all_reduce_rounded([each.sketch for each in tensors if each.sketch is not None], step, ranks)
     lengths = [0 if part is None else part.numel() for part in sent]
     flat = torch.cat([part for part in sent if part is not None] or [buffer.new_empty(0, dtype=torch.float32)])
 
     def decode(done: Future[list[Tensor]]) -> Tensor:
         parts = torch.split(done.value()[0], lengths)
-        for each, grad, own, summed in zip(tensors, grads, sent, parts, strict=True):
-            each.decode(grad, None if own is None else summed, step, ranks.size)
+        for each, grad, encoded, summed in zip(tensors, grads, sent, parts, strict=True):
+            each.decode(grad, None if encoded is None else summed, step, ranks.size)
         return buffer
 
     work = distributed.all_reduce(flat, group=ranks.group, async_op=True)

@@ -6,11 +6,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from floragrad.torch.accumulation.all_reduce import all_reduce_sketches
 from torch import Tensor, distributed
 
 from floragrad.policy import AccumulatorPlan, plan_accumulator
-from floragrad.torch.accumulation import exchange
-from floragrad.torch.accumulation.exchange import sum_sketches
+from floragrad.torch.accumulation import all_reduce
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed import collectives
 from floragrad.torch.distributed.collectives import Ranks
@@ -23,7 +23,7 @@ WEIGHTS = [0.4, 0.6]
 
 
 def ranks_here() -> Ranks:
-    ranks = Ranks.of(None)
+    ranks = Ranks.from_group(None)
     assert ranks is not None
     return ranks
 
@@ -48,11 +48,11 @@ def draws(rank: int, state_dtype: Any, ratio: int) -> dict[str, Tensor]:
         sketch.folds = 0
         for grad, weight in zip(gradients(), WEIGHTS, strict=True):
             sketch.add(grad, weight, window, measure_noise=True)
-        sum_sketches([sketch], window, ranks)
+        all_reduce_sketches([sketch], window, ranks)
         found["square"].append(sketch.squared_norm())
         found["noise"].append(sketch.buffers["noise"].clone())
         decoded = torch.empty(SHAPE)
-        sketch.decode_into(decoded, window, own=0.0, factor=1.0)
+        sketch.decode_into(decoded, window, grad_weight=0.0, factor=1.0)
         found["decoded"].append(decoded)
     return {key: torch.stack(values).double() for key, values in found.items()}
 
@@ -101,15 +101,15 @@ def summed(rank: int, state_dtype: Any, bucket_bytes: int) -> tuple[list[Tensor]
         generator = torch.Generator().manual_seed(100 * rank + index)
         sketches[-1].add(torch.randn(shape, generator=generator), 1.0, 0, measure_noise=True)
     with ExitStack() as patches:
-        for module in (collectives, exchange):
+        for module in (collectives, all_reduce):
             patches.enter_context(patch.object(module, "BUCKET_BYTES", bucket_bytes))
         for name in ("all_reduce", "all_to_all_single"):
             patches.enter_context(counting(name))
-        sum_sketches(sketches, 0, ranks)
+        all_reduce_sketches(sketches, 0, ranks)
     decoded = []
     for sketch in sketches:
         decoded.append(torch.empty(sketch.plan.shape))
-        sketch.decode_into(decoded[-1], 0, own=0.0, factor=1.0)
+        sketch.decode_into(decoded[-1], 0, grad_weight=0.0, factor=1.0)
     return decoded, calls
 
 
@@ -149,10 +149,10 @@ def joined(rank: int) -> list[Tensor]:
         sketches[1].folds = 0
     for sketch in sketches:
         sketch.join(torch.device("cpu"))
-    sum_sketches(sketches, 0, ranks)
+    all_reduce_sketches(sketches, 0, ranks)
     for sketch in sketches:
         decoded.append(torch.empty(4, 128))
-        sketch.decode_into(decoded[-1], 0, own=0.0, factor=1.0)
+        sketch.decode_into(decoded[-1], 0, grad_weight=0.0, factor=1.0)
     return decoded
 
 

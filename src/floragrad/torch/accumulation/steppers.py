@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from floragrad.torch.accumulation.advice import Advice
-from floragrad.torch.accumulation.sentinel import SentinelGradient
-from floragrad.torch.accumulation.window import Slot, Window
-from floragrad.torch.distributed.lockstep import is_sharded, sum_over_parts
+from floragrad.torch.accumulation.grad_checks import GradWriteProbe
+from floragrad.torch.accumulation.remedies import Remedies
+from floragrad.torch.accumulation.window import ParamEntry, Window
+from floragrad.torch.distributed.collectives import all_reduce_shards, is_sharded
+from floragrad.torch.dynamo import caller_stacklevel
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.part import EVERYWHERE, ShardSum
-from floragrad.torch.untraced import caller_level
 
 
-class Finish(Protocol):
+class Stepper(Protocol):
     """The end of a window.
 
     Attributes:
@@ -30,7 +30,7 @@ class Finish(Protocol):
     keeps_last: bool
     is_release: bool
 
-    def last_gradient(self, slot: Slot, window: Window) -> None:
+    def last_gradient(self, entry: ParamEntry, window: Window) -> None:
         """Deal with a gradient of the last micro-batch, where those are kept whole."""
         ...
 
@@ -59,62 +59,62 @@ class Finish(Protocol):
         ...
 
 
-class Release:
+class ReleaseStepper:
     """Each tensor is decoded, updated and freed before the next.
 
     Args:
-        slots: The parameters.
+        entries: The parameters.
         optimizers: Flora, or one for each parameter.
         clip: Fold the last gradient too, so that the norm is known before any tensor is updated; else tensors
             are updated inside the last backward pass, as soon as their gradient is there.
         scaler: Of the loss; None where it is not enabled.
-        advice: What to do instead of ``optimizer.step()`` and of changing ``.grad``.
+        remedies: What to do instead of ``optimizer.step()`` and of changing ``.grad``.
     """
 
     is_release = True
 
     def __init__(
         self,
-        slots: Iterable[Slot],
+        entries: Iterable[ParamEntry],
         optimizers: tuple[Optimizer, ...],
         clip: bool,
         scaler: GradScaler | None,
-        advice: Advice,
+        remedies: Remedies,
     ) -> None:
-        self._slots = slots
+        self._entries = entries
         self.keeps_last = not clip
         self._scaler = scaler
-        self._advice = advice
+        self._remedies = remedies
         self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
         self._carrier: Optimizer | None = None
-        self._sentinel = SentinelGradient(slots)
+        self._probe = GradWriteProbe(entries)
         self._stepping = self._has_warned = self._has_warned_of_changes = False
         self._was_changed = False
         self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
 
-    def last_gradient(self, slot: Slot, window: Window) -> None:
+    def last_gradient(self, entry: ParamEntry, window: Window) -> None:
         """Update the parameter at once."""
-        if slot.updated:
-            raise second_gradient(slot)
-        self._update(slot, window, window.mean_factor)
-        slot.updated = True
+        if entry.updated:
+            raise second_gradient(entry)
+        self._update(entry, window, window.mean_factor)
+        entry.updated = True
 
     def end(self, window: Window) -> None:  # noqa: ARG002
         """Nothing but :meth:`check_habits`'s zeros: what has not been updated is updated by :meth:`step`."""
         if self._scaler is None:  # a scaler takes whatever is in .grad for gradients
-            self._sentinel.place()
+            self._probe.place()
 
     def check_habits(self) -> None:
         """Warn once where ``.grad`` was changed since the window ended."""
-        self._remove_sentinel()
+        self._remove_probe()
         was_changed, self._was_changed = self._was_changed, False
         if was_changed and not self._has_warned_of_changes:
             self._has_warned_of_changes = True
             warnings.warn(
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
-                f"release the window's mean is not there; {self._advice.clip}",
+                f"release the window's mean is not there; {self._remedies.clip}",
                 UserWarning,
-                stacklevel=caller_level(),
+                stacklevel=caller_stacklevel(),
             )
 
     def norm(self, window: Window) -> Tensor:
@@ -124,12 +124,14 @@ class Release:
                 "the norm is not known: with clip=False (the default for steps=1) tensors are updated inside "
                 "the last backward pass; construct the accumulator with clip=True"
             )
-        self._remove_sentinel()  # who asks for the norm knows where the gradients are
-        held = [(slot, slot.sketch.squared_norm()) for slot in self._slots if slot.sketch and slot.sketch.folds]
+        self._remove_probe()  # who asks for the norm knows where the gradients are
+        held = [(entry, entry.sketch.squared_norm()) for entry in self._entries if entry.sketch and entry.sketch.folds]
         if not held:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        sum_over_parts(
-            ShardSum(square, EVERYWHERE, slot.part, slot.index) for slot, square in held if slot.part is not None
+        all_reduce_shards(
+            ShardSum(square, EVERYWHERE, entry.part, entry.tensor_id)
+            for entry, square in held
+            if entry.part is not None
         )
         squares = [square for _, square in held]
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
@@ -150,9 +152,9 @@ class Release:
                 return False
             factor = factor / self._scaler.get_scale()
         try:
-            for slot in self._slots:
-                if not slot.updated:
-                    self._update(slot, window, factor)
+            for entry in self._entries:
+                if not entry.updated:
+                    self._update(entry, window, factor)
         except BaseException:
             window.failed = True  # those before are updated, and would be once more
             raise
@@ -164,22 +166,22 @@ class Release:
 
     def close(self) -> None:
         """Remove what notices habits."""
-        self._sentinel.remove()
+        self._probe.remove()
         for handle in self._handles:
             handle.remove()
 
-    def _remove_sentinel(self) -> None:
-        self._was_changed |= self._sentinel.remove()
+    def _remove_probe(self) -> None:
+        self._was_changed |= self._probe.remove()
 
-    def _update(self, slot: Slot, window: Window, factor: float | Tensor) -> None:
-        if not slot.gather(window, window.weight or 0.0, factor):
+    def _update(self, entry: ParamEntry, window: Window, factor: float | Tensor) -> None:
+        if not entry.leave_mean(window, window.weight or 0.0, factor):
             return
-        if isinstance(slot.optimizer, Flora):
-            slot.optimizer.step_parameter(slot.param)
+        if isinstance(entry.optimizer, Flora):
+            entry.optimizer.step_parameter(entry.param)
         else:
             with self._own_step():
-                slot.optimizer.step()
-        slot.param.grad = None
+                entry.optimizer.step()
+        entry.param.grad = None
 
     def _unscaled(self, norm: Tensor, scaler: GradScaler) -> Tensor:
         # A scaler looks for inf and NaN in the gradients of an optimizer: give it one that has the norm for
@@ -204,23 +206,23 @@ class Release:
     def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A step with a closure is not taken by habit: Lightning runs the last backward pass inside it.
         if not self._stepping:
-            self._sentinel.remove()  # or the optimizer would step with zeros
+            self._probe.remove()  # or the optimizer would step with zeros
         has_closure = any(given is not None for given in (*args[1:], *kwargs.values()))
         if not self._stepping and not has_closure and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "optimizer.step() does nothing here: a GradientAccumulator updates the parameters of this "
-                f"optimizer; {self._advice.step}",
+                f"optimizer; {self._remedies.step}",
                 UserWarning,
                 stacklevel=3,
             )
 
 
-class Materialise:
+class MaterialiseStepper:
     """The window's mean is left in ``.grad``, for any optimizer, and for all that reads ``.grad``.
 
     Args:
-        slots: The parameters.
+        entries: The parameters.
         optimizers: Any.
         keeps_last: Leave the last micro-batch's gradient as it is; with several processes it is folded too, for
             it has to be averaged.
@@ -230,20 +232,24 @@ class Materialise:
     is_release = False
 
     def __init__(
-        self, slots: Iterable[Slot], optimizers: tuple[Optimizer, ...], keeps_last: bool, scaler: GradScaler | None
+        self,
+        entries: Iterable[ParamEntry],
+        optimizers: tuple[Optimizer, ...],
+        keeps_last: bool,
+        scaler: GradScaler | None,
     ) -> None:
         self.keeps_last = keeps_last
-        self._slots = slots
+        self._entries = entries
         self._optimizers = optimizers
         self._scaler = scaler
 
-    def last_gradient(self, slot: Slot, window: Window) -> None:
+    def last_gradient(self, entry: ParamEntry, window: Window) -> None:
         """Nothing: it stays in ``.grad`` until the backward pass is over."""
 
     def end(self, window: Window) -> None:
         """Decode what was folded into ``.grad``."""
-        for slot in self._slots:
-            slot.gather(window, window.weight or 0.0, window.mean_factor)
+        for entry in self._entries:
+            entry.leave_mean(window, window.weight or 0.0, window.mean_factor)
 
     def check_habits(self) -> None:
         """Nothing: what is in ``.grad`` counts."""
@@ -251,13 +257,13 @@ class Materialise:
     def norm(self, window: Window) -> Tensor:
         """Of what ``.grad`` holds, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
         self._unscale(window)
-        norm = torch.nn.utils.get_total_norm(_gradients(self._slots))
+        norm = torch.nn.utils.get_total_norm(_gradients(self._entries))
         return norm.full_tensor() if is_sharded(norm) else norm
 
     def clip(self, window: Window, max_norm: float) -> None:
         """Scale ``.grad``."""
         assert window.norm is not None
-        torch.nn.utils.clip_grads_with_norm_([slot.param for slot in self._slots], max_norm, window.norm)
+        torch.nn.utils.clip_grads_with_norm_([entry.param for entry in self._entries], max_norm, window.norm)
 
     def step(self, window: Window) -> bool:
         """Step every optimizer, through the scaler if there is one, and free the gradients."""
@@ -271,8 +277,8 @@ class Materialise:
             else:
                 self._scaler.step(optimizer)
             handle.remove()
-        for slot in self._slots:
-            slot.param.grad = None
+        for entry in self._entries:
+            entry.param.grad = None
         return bool(stepped)
 
     def close(self) -> None:
@@ -285,14 +291,14 @@ class Materialise:
             window.unscaled = True
 
 
-def second_gradient(slot: Slot) -> RuntimeError:
+def second_gradient(entry: ParamEntry) -> RuntimeError:
     """The error of a gradient that comes after its parameter was updated."""
     return RuntimeError(
-        f"{slot.name} was updated inside the window's last backward pass, and more of its gradient comes: "
+        f"{entry.name} was updated inside the window's last backward pass, and more of its gradient comes: "
         "several backward passes in a micro-batch, a parameter shared by reentrant checkpoints, or a gradient put "
         "into .grad by hand; construct the accumulator with clip=True, which updates in step()"
     )
 
 
-def _gradients(slots: Iterable[Slot]) -> list[Tensor]:
-    return [slot.param.grad for slot in slots if slot.param.grad is not None]
+def _gradients(entries: Iterable[ParamEntry]) -> list[Tensor]:
+    return [entry.param.grad for entry in entries if entry.param.grad is not None]

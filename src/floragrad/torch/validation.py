@@ -54,7 +54,7 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.numel() == 0
 
 
-def fault_of(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+def mismatch(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """What differs from the expected shape and dtype, as the end of a sentence; empty where nothing does."""
     if not isinstance(tensor, Tensor):
         return f"is of class {type(tensor).__name__}, not a tensor of shape {shape}"
@@ -63,7 +63,7 @@ def fault_of(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return "" if has_memory(tensor) else f"of shape {shape} has no memory: its storage was freed or shortened"
 
 
-def unreadable_reason(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
+def unsupported_memory(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
     """Return why a kernel cannot work on a tensor at its address; empty where it can.
 
     Args:
@@ -79,7 +79,7 @@ def unreadable_reason(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
     return "" if tensor.is_contiguous() else "not contiguous"
 
 
-def mark_changed(params: Iterable[Tensor]) -> None:
+def increment_versions(params: Iterable[Tensor]) -> None:
     """Let autograd see that kernels have written parameters; tensors of inference mode have no version."""
     torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
@@ -117,7 +117,7 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise RuntimeError(f"{name} is expanded: several of its elements share memory; make it contiguous")
 
 
-def checked_gradient(
+def validate_gradient(
     name: str, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The gradient of a parameter, with the values in memory that it reads as.
@@ -137,8 +137,8 @@ def checked_gradient(
             f"the gradient of {name} is sparse ({grad.layout}): Flora takes dense gradients; "
             "give sparse=False to its embedding"
         )
-    grad = in_memory(grad)
-    fault = fault_of(grad, shape, grad.dtype if grad.is_floating_point() else dtype)
+    grad = materialize(grad)
+    fault = mismatch(grad, shape, grad.dtype if grad.is_floating_point() else dtype)
     if not fault and grad.device != device:
         fault = f"is on {grad.device}, not on {device}"
     if fault:
@@ -146,7 +146,7 @@ def checked_gradient(
     return grad
 
 
-def checked_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+def validate_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
     """The state of a parameter, each tensor in memory one element after the other.
 
     Args:
@@ -161,12 +161,12 @@ def checked_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str,
         raise RuntimeError(f"state['step'] of {name} is missing: {_STATE_REMEDY}")
     for key, (shape, dtype) in layout.state.items():
         value = state.get(key)
-        fault = fault_of(value, shape, dtype) if key in state else f"of shape {shape} is missing"
+        fault = mismatch(value, shape, dtype) if key in state else f"of shape {shape} is missing"
         if fault:
             raise RuntimeError(f"state[{key!r}] of {name} {fault}: {_STATE_REMEDY}")
         assert isinstance(value, Tensor)
         if is_plain(value) and (not value.is_contiguous() or value.is_neg()):
-            state[key] = in_memory(value).contiguous()
+            state[key] = materialize(value).contiguous()
     return state
 
 
@@ -177,7 +177,7 @@ def check_sketch(name: str, buffers: Mapping[str, Tensor], layout: Layout) -> No
         RuntimeError: Naming the parameter and the buffer.
     """
     for key, (shape, dtype) in layout.state.items():
-        fault = fault_of(buffers.get(key), shape, dtype)
+        fault = mismatch(buffers.get(key), shape, dtype)
         if not fault and not buffers[key].is_contiguous():
             fault = "is not contiguous"
         if fault:
@@ -193,7 +193,7 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
     return chosen or param.dtype
 
 
-def in_memory(tensor: Tensor) -> Tensor:
+def materialize(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory: negated where its negative bit is set, zeros where it has none."""
     if not is_plain(tensor):
         return tensor

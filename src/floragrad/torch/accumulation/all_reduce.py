@@ -1,22 +1,68 @@
-"""Sketches summed over processes, in the bits that they are kept in."""
+"""All-reduce of sketches and windows over processes; sketches are sent in their storage format."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from floragrad.torch.accumulation.entries import ParamEntries
+from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.accumulation.window import Window
 from floragrad.torch.distributed.collectives import BUCKET_BYTES, Ranks
 from floragrad.torch.storage import Block, StoredRows
 
-SUM_ELEMENTS: Final = 2**18
+REDUCE_ELEMENTS: Final = 2**18
 """So many numbers of each rank are float32 at a time while they are summed."""
 
 
-def sum_sketches(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
+def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks) -> bool:
+    """Leave the sum of all ranks' sketches in every rank's, and their number of micro-batches in the window.
+
+    A rank that has had no micro-batch takes part with zeros.
+
+    Args:
+        window: This rank's.
+        entries: The parameters; their sketches are summed.
+        settings: What fixes the sketches.
+        ranks: Who trains.
+
+    Returns:
+        False where no rank has had a micro-batch: there is no window to end.
+
+    Raises:
+        RuntimeError: The ranks do not train the same, on all of them alike.
+        ValueError: Some ranks have given weights and some have not, on all of them alike.
+    """
+    layout = crc32(repr((settings, [(entry.tensor_id, entry.plan) for entry in entries])).encode())
+    said = ranks.all_gather([layout, window.index, window.kept, bool(window.weighted)], entries.device)
+    _check_alike([each[0] for each in said], "parameters or options of the accumulator (as checksums)")
+    begun = [each for each in said if each[2]]
+    # A rank without a micro-batch may have dropped fewer windows: it has nothing that depends on the number.
+    _check_alike([each[1] for each in begun], "the number of the window")
+    if len({each[3] for each in begun}) > 1:
+        raise ValueError(
+            f"weights are given on some ranks only ({[bool(each[3]) for each in said]}): give one for every "
+            "micro-batch of a window on all ranks, or for none"
+        )
+    if not begun:
+        return False
+    window.index, window.weighted = begun[0][1], bool(begun[0][3])
+    window.total = sum(each[2] for each in begun)
+    sketched = [(entry, entry.sketch) for entry in entries if entry.sketch is not None]
+    held = ranks.all_reduce_any([sketch.folds > 0 for _, sketch in sketched], entries.device)
+    joined = [each for each, somewhere in zip(sketched, held, strict=True) if somewhere]
+    for entry, sketch in joined:
+        sketch.fill_zeros(entry.param.device)
+    all_reduce_sketches([sketch for _, sketch in joined], window.index, ranks)
+    return True
+
+
+def all_reduce_sketches(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
     """Leave the sum of all ranks' sketches in every rank's, bit for bit the same; with it go the noises.
 
     What is float32 is all-reduced. What is rounded is sent as it is kept: each rank receives its share of the rows
@@ -29,20 +75,22 @@ def sum_sketches(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) 
         window: Which window; the rounding of the sums is drawn for it.
         ranks: Who sums.
     """
-    sum_rounded(sketches, window, ranks)
+    all_reduce_rounded(sketches, window, ranks)
     kept = {"float32": "data"}  # of what is rounded the sums are there, but not those of their noises
-    ranks.sum_([each.buffers[kept.get(each.plan.state_dtype, "noise")] for each in sketches])
+    ranks.all_reduce_([each.buffers[kept.get(each.plan.state_dtype, "noise")] for each in sketches])
 
 
-def sum_rounded(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
-    """As :func:`sum_sketches`, but only those in few bits, and without their noises."""
-    rounded = [_Rounded(each, each.sums(window)) for each in sketches if each.plan.state_dtype != "float32"]
+def all_reduce_rounded(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
+    """As :func:`all_reduce_sketches`, but only those in few bits, and without their noises."""
+    rounded = [
+        _RoundedSketch(each, each.stored_for_sum(window)) for each in sketches if each.plan.state_dtype != "float32"
+    ]
     for bucket in _buckets(rounded):
         _sum_rows(bucket, ranks)
 
 
 @dataclass(frozen=True)
-class _Rounded:
+class _RoundedSketch:
     """A sketch in few bits, and its rows with the bits that their sums are rounded with."""
 
     sketch: GradientSketch
@@ -68,11 +116,11 @@ class _Rounded:
         return tuple(parts)
 
 
-Piece = tuple[_Rounded, Block]
+Piece = tuple[_RoundedSketch, Block]
 """Some rows of one matrix of a sketch."""
 
 
-def _buckets(rounded: Sequence[_Rounded]) -> Iterator[list[Piece]]:
+def _buckets(rounded: Sequence[_RoundedSketch]) -> Iterator[list[Piece]]:
     """All rows, in lists that have no more bytes than one collective carries, each on one device."""
     bucket: list[Piece] = []
     filled, device = 0, None
@@ -102,12 +150,12 @@ def _share(where: Block, rank: int, size: int) -> Block:
 def _sum_rows(bucket: list[Piece], ranks: Ranks) -> None:
     """Sum one bucket's rows over the ranks."""
     shares = [[(each, _share(where, rank, ranks.size)) for each, where in bucket] for rank in range(ranks.size)]
-    own = shares[ranks.rank]
-    received = ranks.swap([_packed(share) for share in shares], [_bytes(own)] * ranks.size)
-    for each, where, sent in _split(own, received):
+    local = shares[ranks.rank]
+    received = ranks.all_to_all([_packed(share) for share in shares], [_bytes(local)] * ranks.size)
+    for each, where, sent in _split(local, received):
         for block, parts in _blocks(each, where, [each.unpack(part, where) for part in sent]):
-            each.sketch.set_sum(block, parts, each.stored)
-    received = ranks.swap([_packed(own)] * ranks.size, [_bytes(share) for share in shares])
+            each.sketch.write_sum(block, parts, each.stored)
+    received = ranks.all_to_all([_packed(local)] * ranks.size, [_bytes(share) for share in shares])
     for rank, share in enumerate(shares):
         if rank != ranks.rank:
             for each, where, (whole,) in _split(share, [received[rank]]):
@@ -122,7 +170,7 @@ def _bytes(share: list[Piece]) -> int:
     return sum((where[1].stop - where[1].start) * each.row_bytes for each, where in share)
 
 
-def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_Rounded, Block, list[Tensor]]]:
+def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_RoundedSketch, Block, list[Tensor]]]:
     """What came for each piece, of every rank that sent it."""
     first = 0
     for each, where in share:
@@ -133,12 +181,20 @@ def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_Rounde
 
 
 def _blocks(
-    each: _Rounded, where: Block, parts: list[tuple[Tensor, ...]]
+    each: _RoundedSketch, where: Block, parts: list[tuple[Tensor, ...]]
 ) -> Iterator[tuple[Block, list[tuple[Tensor, ...]]]]:
     """A few rows at a time, so that only so many are float32."""
     matrix, rows = where
-    height = max(1, SUM_ELEMENTS // each.stored.width)
+    height = max(1, REDUCE_ELEMENTS // each.stored.width)
     for top in range(rows.start, rows.stop, height):
         block = slice(top, min(top + height, rows.stop))
         local = slice(top - rows.start, block.stop - rows.start)
         yield (matrix, block), [tuple(buffer[:, local] for buffer in part) for part in parts]
+
+
+def _check_alike(said: list[int], what: str) -> None:
+    if len(set(said)) > 1:
+        raise RuntimeError(
+            f"the ranks differ in {what}: {said}; construct their accumulators alike, over the same parameters in "
+            "the same order, and let all of them end, drop and load the same windows"
+        )

@@ -2,13 +2,13 @@
 
 import sys
 
-from torch._compile import _disable_dynamo as untraced  # unlike torch.compiler.disable it does not load dynamo
+from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.compiler.disable it does not load dynamo
 
-__all__ = ["caller_level", "untraced"]
+__all__ = ["caller_stacklevel", "disable_dynamo"]
 
 
-def caller_level() -> int:
-    """Return the ``stacklevel`` that makes a warning point at the caller of an untraced method.
+def caller_stacklevel() -> int:
+    """Return the ``stacklevel`` that makes a warning point at the caller of an disable_dynamo method.
 
     Decorators, hooks and schedulers of torch lie between, in numbers that differ.
     """

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from floragrad.policy import AccumulatorPlan, Kind, matrix_view
-from floragrad.torch.accumulation.advice import Advice
+from floragrad.torch.accumulation.remedies import Remedies
 from floragrad.torch.accumulation.settings import Listed, Settings, listed_parameters
 from floragrad.torch.accumulation.sketch import GradientSketch
-from floragrad.torch.accumulation.window import Slot
-from floragrad.torch.distributed.lockstep import is_sharded
+from floragrad.torch.accumulation.window import ParamEntry
+from floragrad.torch.distributed.collectives import is_sharded
+from floragrad.torch.dynamo import disable_dynamo
 from floragrad.torch.part import Part
-from floragrad.torch.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -31,9 +31,9 @@ _owners: Any = WeakTensorKeyDictionary()
 class Owner(Protocol):
     """The accumulator of some parameters."""
 
-    advice: Advice
+    remedies: Remedies
 
-    def fold(self, slot: Slot) -> None:
+    def fold(self, entry: ParamEntry) -> None:
         """Take in a gradient that has been added to the parameter's ``.grad``."""
         ...
 
@@ -48,8 +48,8 @@ def owners_of(params: Iterable[Tensor]) -> list[Owner]:
     return list(dict.fromkeys(owner for owner in found if owner is not None))
 
 
-class Slots:
-    """One :class:`Slot` for each trainable parameter, with a hook that sees every gradient.
+class ParamEntries:
+    """One :class:`ParamEntry` for each trainable parameter, with a hook that sees every gradient.
 
     The hooks hold the accumulator weakly: once nobody else holds it, :meth:`release` can be called.
 
@@ -61,7 +61,7 @@ class Slots:
         rank: This process among those that train together.
 
     Raises:
-        RuntimeError: A parameter is in other slots already.
+        RuntimeError: A parameter is in other entries already.
         ValueError: A parameter is sharded in a way that cannot be sketched.
     """
 
@@ -78,63 +78,63 @@ class Slots:
         self._sketched = sketched
         self._owner = weakref.ref(owner)
         self._rank = rank
-        self._slots: dict[Tensor, Slot] = {}
-        self.adopt()
+        self._entries: dict[Tensor, ParamEntry] = {}
+        self.sync()
 
-    def __iter__(self) -> Iterator[Slot]:
-        return iter(self._slots.values())
+    def __iter__(self) -> Iterator[ParamEntry]:
+        return iter(self._entries.values())
 
     @property
     def device(self) -> torch.device:
         """Of the first parameter."""
-        return next((param.device for param in self._slots), torch.device("cpu"))
+        return next((param.device for param in self._entries), torch.device("cpu"))
 
     def listed(self) -> Iterator[Listed]:
         """All parameters of the optimizers, the frozen ones too."""
         return listed_parameters(self._optimizers)
 
-    def adopt(self) -> None:
+    def sync(self) -> None:
         """Follow the optimizers between two windows: what is new and trainable is taken in, what is gone let go."""
         listed = {each.param: each for each in self.listed()}
-        new = [each for param, each in listed.items() if param.requires_grad and param not in self._slots]
+        new = [each for param, each in listed.items() if param.requires_grad and param not in self._entries]
         _check_free(new)
-        if not any(slot.sketch is not None and slot.sketch.folds for slot in self):
-            for param in [param for param in self._slots if param not in listed]:
-                self._let_go(param)
-            for param, slot in self._slots.items():
-                slot.renumber(listed[param].index)
-        for slot in [self._slot(each) for each in new]:
-            hook = partial(_call, self._owner, slot)
-            slot.handle = slot.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._slots[slot.param] = slot
-            _owners[slot.param] = self._owner
+        if not any(entry.sketch is not None and entry.sketch.folds for entry in self):
+            for param in [param for param in self._entries if param not in listed]:
+                self._remove(param)
+            for param, entry in self._entries.items():
+                entry.renumber(listed[param].tensor_id)
+        for entry in [self._make_entry(each) for each in new]:
+            hook = partial(_call, self._owner, entry)
+            entry.handle = entry.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._entries[entry.param] = entry
+            _owners[entry.param] = self._owner
 
     def release(self) -> None:
         """Remove the hooks and free the sketches."""
-        for param in list(self._slots):
-            self._let_go(param)
+        for param in list(self._entries):
+            self._remove(param)
 
     def check_listed(self) -> None:
         """Refuse to step a parameter that left its optimizer inside the window.
 
         Raises:
-            RuntimeError: With the way out.
+            RuntimeError: With the remedy.
         """
         listed = {each.param for each in self.listed()}
-        for param, slot in self._slots.items():
+        for param, entry in self._entries.items():
             if param not in listed:
                 raise RuntimeError(
-                    f"{slot.name} left the groups of its optimizer inside a window: zero_grad() drops the window, and "
+                    f"{entry.name} left the groups of its optimizer inside a window: zero_grad() drops the window, and "
                     "the next one follows the groups; change them between two windows"
                 )
 
-    def _let_go(self, param: Tensor) -> None:
-        slot = self._slots.pop(param)
-        if slot.handle is not None:
-            slot.handle.remove()
+    def _remove(self, param: Tensor) -> None:
+        entry = self._entries.pop(param)
+        if entry.handle is not None:
+            entry.handle.remove()
         _owners.pop(param, None)
 
-    def _slot(self, each: Listed) -> Slot:
+    def _make_entry(self, each: Listed) -> ParamEntry:
         settings = self._settings
         param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
         if is_sharded(param):
@@ -142,30 +142,30 @@ class Slots:
         sketch = None
         if self._sketched:
             sketch = GradientSketch(
-                plan, settings.projection, settings.seed, each.index, param.device, self._rank, part, each.name
+                plan, settings.projection, settings.seed, each.tensor_id, param.device, self._rank, part, each.name
             )
-        return Slot(each.index, each.name, param, each.optimizer, plan, sketch, part)
+        return ParamEntry(each.tensor_id, each.name, param, each.optimizer, plan, sketch, part)
 
 
 def _check_free(new: list[Listed]) -> None:
     """Refuse a parameter whose gradients go to another accumulator.
 
     Raises:
-        RuntimeError: With the way out.
+        RuntimeError: With the remedy.
     """
     if not owners_of(each.param for each in new):
         return
     gc.collect()  # one that nobody can reach any more may be waiting in a cycle of references
     for each in new:
         for owner in owners_of([each.param]):
-            raise RuntimeError(f"{each.name} has a GradientAccumulator already: {owner.advice.close}")
+            raise RuntimeError(f"{each.name} has a GradientAccumulator already: {owner.remedies.close}")
 
 
 def _share(name: str, param: "DTensor", plan: AccumulatorPlan, kind: Kind | None) -> tuple[AccumulatorPlan, Part]:
     """What is kept here of a sharded parameter's gradient, and which part of it that is of.
 
     Raises:
-        ValueError: It is split along its columns, with the way out.
+        ValueError: It is split along its columns, with the remedy.
     """
     from floragrad.torch.distributed.shards import part_of
 
@@ -178,8 +178,8 @@ def _share(name: str, param: "DTensor", plan: AccumulatorPlan, kind: Kind | None
     return replace(plan, shape=tuple(param.to_local().shape), view=part.view), part
 
 
-@untraced
-def _call(owner: "weakref.ref[Owner]", slot: Slot, _: Tensor) -> None:
+@disable_dynamo
+def _call(owner: "weakref.ref[Owner]", entry: ParamEntry, _: Tensor) -> None:
     accumulator = owner()
     if accumulator is not None:
-        accumulator.fold(slot)
+        accumulator.fold(entry)

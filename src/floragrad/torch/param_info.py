@@ -11,61 +11,61 @@ from torch import Tensor
 from floragrad._streams import Stream
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, Buffer, TensorPlan
 from floragrad.torch.context import Group, State
-from floragrad.torch.distributed.flat import refuse_flat
-from floragrad.torch.distributed.lockstep import here, is_sharded
-from floragrad.torch.handover import (
-    Layout,
-    check_parameter,
-    check_shape,
-    checked_gradient,
-    checked_state,
-)
-from floragrad.torch.options import layout_of, plan_of
+from floragrad.torch.distributed.collectives import is_sharded, to_local
+from floragrad.torch.distributed.flat import check_not_flat
+from floragrad.torch.options import layout_options, plan_for
 from floragrad.torch.part import Part
 from floragrad.torch.projection import normalise_buckets, random_signs
 from floragrad.torch.random import Philox
+from floragrad.torch.validation import (
+    Layout,
+    check_parameter,
+    check_shape,
+    validate_gradient,
+    validate_state,
+)
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamInfo:
     """Where a parameter stands.
 
     Attributes:
-        index: The number that its random streams are drawn with: at first its position, then what its state says.
+        tensor_id: The number that its random streams are drawn with: at first its position, then what its state says.
         name: For messages and reports.
         group: Its options.
         plan: What is kept for it.
         part: What of it is here.
         layout: Shapes and dtypes of what is here.
-        written: The options that its state was laid out with, which may not change while it is.
+        layout_options: Options that fix the layout of its state; they may not change while there is one.
     """
 
-    index: int
+    tensor_id: int
     name: str
     group: Group
     plan: TensorPlan
     part: Part
     layout: Layout
-    written: Group
+    layout_options: Group
 
 
-def slots_of(group: Group, first: int) -> dict[Tensor, Slot]:
-    """A slot for every parameter of a group.
+def group_infos(group: Group, first: int) -> dict[Tensor, ParamInfo]:
+    """A info for every parameter of a group.
 
     Args:
         group: With all its options.
         first: The number of its first parameter.
 
     Raises:
-        ValueError: One of them cannot be updated, with the way out.
+        ValueError: One of them cannot be updated, with the remedy.
     """
     params = group["params"]
     names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(params))]
-    return new_slots(dict(zip(params, names, strict=True)), group, first)
+    return new_infos(dict(zip(params, names, strict=True)), group, first)
 
 
-def new_slots(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Tensor, Slot]:
-    """Slots with the numbers from ``first`` on; as :func:`slots_of`.
+def new_infos(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Tensor, ParamInfo]:
+    """ParamInfos with the numbers from ``first`` on; as :func:`group_infos`.
 
     Args:
         named: Parameters of the group, and their names.
@@ -73,12 +73,12 @@ def new_slots(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Ten
         first: The number of the first.
 
     Raises:
-        ValueError: One of them cannot be updated, with the way out.
+        ValueError: One of them cannot be updated, with the remedy.
     """
     _check_kinds(named)
-    written = layout_of(group)
+    written = layout_options(group)
     return {
-        param: _slot(number, name, group, param, plan_of(param.shape, group), written)
+        param: _make_info(number, name, group, param, plan_for(param.shape, group), written)
         for number, (param, name) in enumerate(named.items(), first)
     }
 
@@ -87,40 +87,42 @@ def _check_kinds(named: Mapping[Tensor, str]) -> None:
     for param, name in named.items():
         if param.is_complex():
             raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")
-    refuse_flat(list(named.values()), list(named))
+    check_not_flat(list(named.values()), list(named))
 
 
-def _slot(index: int, name: str, group: Group, param: Tensor, plan: TensorPlan, written: Group) -> Slot:
-    return Slot(index, name, group, plan, _part(name, param, plan), _layout(param, plan), written)
+def _make_info(tensor_id: int, name: str, group: Group, param: Tensor, plan: TensorPlan, written: Group) -> ParamInfo:
+    return ParamInfo(tensor_id, name, group, plan, _part(name, param, plan), _layout(param, plan), written)
 
 
-def placed_slot(slot: Slot, group: Group, param: Tensor) -> Slot:
-    """The slot of a parameter that was put in the place of another of its shape."""
-    return _slot(slot.index, slot.name, group, param, slot.plan, slot.written)
+def replacement_info(info: ParamInfo, group: Group, param: Tensor) -> ParamInfo:
+    """The info of a parameter that was put in the place of another of its shape."""
+    return _make_info(info.tensor_id, info.name, group, param, info.plan, info.layout_options)
 
 
-def next_number(slots: Mapping[Tensor, Slot]) -> int:
-    """A number above those of all slots."""
-    return max((slot.index for slot in slots.values()), default=-1) + 1
+def next_tensor_id(infos: Mapping[Tensor, ParamInfo]) -> int:
+    """A number above those of all infos."""
+    return max((info.tensor_id for info in infos.values()), default=-1) + 1
 
 
-def numbered_slots(slots: Mapping[Tensor, Slot], states: Mapping[Any, Mapping[str, Any]]) -> dict[Tensor, Slot]:
-    """The slots with the numbers that their states were written with.
+def with_saved_ids(
+    infos: Mapping[Tensor, ParamInfo], states: Mapping[Any, Mapping[str, Any]]
+) -> dict[Tensor, ParamInfo]:
+    """The infos with the numbers that their states were written with.
 
     A parameter without such a state keeps its number where no other's state has it, and gets an unused one elsewhere.
     """
-    written = {param: int(states[param]["tensor_id"]) for param in slots if "tensor_id" in states.get(param, ())}
-    used, unused = set(written.values()), max([next_number(slots) - 1, *written.values()]) + 1
+    written = {param: int(states[param]["tensor_id"]) for param in infos if "tensor_id" in states.get(param, ())}
+    used, unused = set(written.values()), max([next_tensor_id(infos) - 1, *written.values()]) + 1
     numbered = {}
-    for param, slot in slots.items():
-        index = written.get(param, slot.index)
-        if param not in written and index in used:
-            index, unused = unused, unused + 1
-        numbered[param] = replace(slot, index=index)
+    for param, info in infos.items():
+        tensor_id = written.get(param, info.tensor_id)
+        if param not in written and tensor_id in used:
+            tensor_id, unused = unused, unused + 1
+        numbered[param] = replace(info, tensor_id=tensor_id)
     return numbered
 
 
-def make_scalars_exact(state: State, number: int) -> None:
+def convert_scalars(state: State, number: int) -> None:
     """Make the step and the tensor's number exact integers on the CPU, wherever the state comes from.
 
     States of earlier releases count in float32, and have no number.
@@ -134,14 +136,14 @@ def make_scalars_exact(state: State, number: int) -> None:
 
 @torch.inference_mode(False)
 def initial_state(
-    plan: TensorPlan, group: Group, index: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
+    plan: TensorPlan, group: Group, tensor_id: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
 ) -> State:
     """Return every buffer: zeros, and for ``"adaptive"`` random signs over their bucket's norm.
 
     Args:
         plan: Of the tensor.
         group: Its options.
-        index: The number that its random streams are drawn with.
+        tensor_id: The number that its random streams are drawn with.
         device: Where the buffers are allocated.
         buffers: The local parts of the plan's buffers; None: all of them.
     """
@@ -150,49 +152,49 @@ def initial_state(
         for key, buffer in (plan.buffers if buffers is None else buffers).items()
     }
     # Among fake tensors only what was made of a number knows its value, and every step reads these.
-    for key, value in zip(SCALAR_STATE, (0, index), strict=True):
+    for key, value in zip(SCALAR_STATE, (0, tensor_id), strict=True):
         state[key] = torch.tensor(value, dtype=torch.int64, device="cpu")
     if "projection_weight" in state and device.type != "meta":
         weight = state["projection_weight"]
-        source = Philox(group["seed"], index, 0, Stream.MOMENTUM)
+        source = Philox(group["seed"], tensor_id, 0, Stream.MOMENTUM)
         signs = random_signs(source, weight.shape[-1], device).expand_as(weight)
         weight.copy_(normalise_buckets(signs, plan.width, signs))
     return state
 
 
-def fresh_state(param: Tensor, slot: Slot) -> State:
+def initial_param_state(param: Tensor, info: ParamInfo) -> State:
     """The state of a parameter that has not been stepped, on its device, placed as it is."""
     if not is_sharded(param):
-        return initial_state(slot.plan, slot.group, slot.index, param.device)
+        return initial_state(info.plan, info.group, info.tensor_id, param.device)
     from floragrad.torch.distributed.shards import local_buffers, sharded_state
 
-    buffers = local_buffers(param, slot.plan)
-    local = initial_state(slot.plan, slot.group, slot.index, param.device, buffers)
-    return sharded_state(param, slot.plan, local)
+    buffers = local_buffers(param, info.plan)
+    local = initial_state(info.plan, info.group, info.tensor_id, param.device, buffers)
+    return sharded_state(param, info.plan, local)
 
 
-def live_state(param: Tensor, slot: Slot, state: State) -> State:
+def ensure_state(param: Tensor, info: ParamInfo, state: State) -> State:
     """Return a parameter's state, allocated if it is new, on the device where the parameter is now.
 
     Args:
         param: The parameter.
-        slot: Its plan and options.
+        info: Its plan and options.
         state: As the optimizer keeps it; it is filled in place.
     """
     if state.keys().isdisjoint(STATE_KEYS):
-        state.update(fresh_state(param, slot))
-    make_scalars_exact(state, slot.index)
+        state.update(initial_param_state(param, info))
+    convert_scalars(state, info.tensor_id)
     device = param.device
     # The model may have left the meta device, or moved to another, after the optimizer was made.
-    elsewhere = [key for key in slot.layout.state if key in state and state[key].device != device]
+    elsewhere = [key for key in info.layout.state if key in state and state[key].device != device]
     if any(state[key].is_meta for key in elsewhere):
-        state.update(fresh_state(param, slot))
+        state.update(initial_param_state(param, info))
     for key in elsewhere:
         state[key] = state[key].to(device)
     return state
 
 
-class TensorIds:
+class TensorIdCache:
     """The numbers in parameters' states, each read anew only where it may have changed.
 
     They are the states' own: whoever puts another state in a parameter's place has put its number there too.
@@ -215,13 +217,13 @@ class TensorIds:
         self._known.clear()
 
 
-def placed_state(param: Tensor, slot: Slot, state: State) -> State:
+def distribute_state(param: Tensor, info: ParamInfo, state: State) -> State:
     """A state as the parameter is placed: of a whole tensor what is here, and whole what was sharded."""
     if not is_sharded(param):
         return {key: value.full_tensor() if is_sharded(value) else value for key, value in state.items()}
     from floragrad.torch.distributed.shards import placed
 
-    return {key: placed(key, value, param, slot.plan) for key, value in state.items()}
+    return {key: placed(key, value, param, info.plan) for key, value in state.items()}
 
 
 def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
@@ -245,28 +247,28 @@ def _layout(param: Tensor, plan: TensorPlan) -> Layout:
     return Layout.of(shape, {key: each for key, each in buffers.items() if key not in SCALAR_STATE})
 
 
-def checked_update(param: Tensor, slot: Slot, state: State) -> tuple[Tensor, Tensor, State]:
+def validate_update(param: Tensor, info: ParamInfo, state: State) -> tuple[Tensor, Tensor, State]:
     """What is here of a parameter, its gradient and its state, each as its plan says; no value is changed.
 
     Raises:
         RuntimeError: Naming the tensor that is not.
         TypeError: The gradient of a sharded parameter is a plain tensor.
     """
-    check_shape(slot.name, param.shape, slot.plan.shape)
+    check_shape(info.name, param.shape, info.plan.shape)
     if not is_sharded(param):
         assert param.grad is not None
-        check_parameter(slot.name, param)
-        grad = checked_gradient(slot.name, param.grad, slot.layout.shape, param.dtype, param.device)
-        return param, grad, checked_state(slot.name, state, slot.layout)
+        check_parameter(info.name, param)
+        grad = validate_gradient(info.name, param.grad, info.layout.shape, param.dtype, param.device)
+        return param, grad, validate_state(info.name, state, info.layout)
     from floragrad.torch.distributed.shards import contiguous, local_gradient, stepped_local, stepped_placements
 
     state.update({key: contiguous(value) for key, value in state.items() if is_sharded(value)})
-    local, found = stepped_local(param, slot.plan.view), {key: here(value) for key, value in state.items()}
-    check_shape(f"{slot.name}, on this device,", local.shape, slot.layout.shape)
-    check_parameter(slot.name, local)
-    grad = local_gradient(param, stepped_placements(param, slot.plan.view))
-    grad = checked_gradient(slot.name, grad, slot.layout.shape, param.dtype, local.device)
-    return local, grad, checked_state(slot.name, found, slot.layout)
+    local, found = stepped_local(param, info.plan.view), {key: to_local(value) for key, value in state.items()}
+    check_shape(f"{info.name}, on this device,", local.shape, info.layout.shape)
+    check_parameter(info.name, local)
+    grad = local_gradient(param, stepped_placements(param, info.plan.view))
+    grad = validate_gradient(info.name, grad, info.layout.shape, param.dtype, local.device)
+    return local, grad, validate_state(info.name, found, info.layout)
 
 
 def write_back(param: Tensor, stepped: Tensor, plan: TensorPlan) -> None:
@@ -277,7 +279,7 @@ def write_back(param: Tensor, stepped: Tensor, plan: TensorPlan) -> None:
         shards.write_back(stepped, param, plan.view)
 
 
-def without_repetition(params: Any) -> list[Any]:
+def unique_params(params: Any) -> list[Any]:
     """The parameters in order, each once: tied weights are updated once."""
     if isinstance(params, Tensor):
         return [params]
