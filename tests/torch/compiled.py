@@ -147,7 +147,11 @@ def launches_of(given: Spec) -> list[Launch]:
         launches.application(batch),
     ]
     if given.learns:
-        made += [launches.learning_start(batch), launches.growth(batch), launches.learning_end(batch, is_last=True)]
+        made += [
+            launches.learning_start(batch),
+            launches.power_iteration(batch),
+            launches.learning_end(batch, is_last=True),
+        ]
     if given.is_split:
         made.append(launches.shard_factors(batch))
     return [launch for launch in made if launch is not None]

@@ -10,7 +10,7 @@ from floragrad import Flora, reference
 from floragrad.policy import TensorPlan
 from floragrad.torch.adaptive import adaptive_noise
 from floragrad.torch.context import StepContext
-from floragrad.torch.options import plan_of, resolve_group
+from floragrad.torch.options import plan_for, resolve_group
 from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part
 from tests.torch.cases import Case
@@ -71,7 +71,7 @@ def reference_trajectory(
 ) -> list[np.ndarray]:
     """The parameter after every step, float64, in the shape of its view; ``dtype`` is what it starts in."""
     group = resolve_group(case.all_options(**changes), _defaults())
-    plan = plan_of(torch.Size(case.shape), group)
+    plan = plan_for(torch.Size(case.shape), group)
     view = plan.view or (1, 1, max(1, torch.Size(case.shape).numel()))
     param, *grads = (double(each).reshape(view) for each in (case.parameter(dtype), *gradients))
     return reference_course(plan, group, param, grads, TorchDraws(group))

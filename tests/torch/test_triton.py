@@ -17,7 +17,7 @@ from floragrad.torch import backends
 from floragrad.torch.backends.triton import step as step_module
 from floragrad.torch.backends.triton.step import check_not_capturing, steps
 from floragrad.torch.context import ParamUpdate, StepContext
-from floragrad.torch.options import plan_of, resolve_group
+from floragrad.torch.options import plan_for, resolve_group
 from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part, Sums
 from tests.torch.cases import CASES, Case
@@ -215,7 +215,7 @@ def test_shards_equal_the_whole_tensor(options: dict[str, Any], axis: str, monke
     group = resolve_group(
         case.all_options(state_dtype="int8", kappa=2), dict(Flora([case.parameter()], lr=1.0).defaults)
     )
-    plan = plan_of(torch.Size(case.shape), group)
+    plan = plan_for(torch.Size(case.shape), group)
     device = torch.device("cpu")
     cuts = {"rows": [(slice(0, 3), slice(0, 2)), (slice(0, 3), slice(2, 6))]}.get(
         axis, [(slice(0, 2), slice(0, 6)), (slice(2, 3), slice(0, 6))]
