@@ -12,7 +12,7 @@ from floragrad import Flora, GradientAccumulator
 from floragrad.policy import plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
 from tests.torch.test_checkpoint import through_a_file
-from tests.torch.test_handover import negated
+from tests.torch.test_validation import negated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
 
