@@ -6,11 +6,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from floragrad.torch.accumulation.all_reduce import all_reduce_sketches
 from torch import Tensor, distributed
 
 from floragrad.policy import AccumulatorPlan, plan_accumulator
 from floragrad.torch.accumulation import all_reduce
+from floragrad.torch.accumulation.all_reduce import all_reduce_sketches
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed import collectives
 from floragrad.torch.distributed.collectives import Ranks
