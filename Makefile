@@ -29,8 +29,8 @@ bench-all: $(BENCH_READY)  ## the same with one thread and bfloat16 too, for hou
 PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## every test, on every core; those of several processes one after another
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/distributed --ignore tests/train/test_torchrun.py
-	$(BIN)/python -m pytest tests/distributed tests/train/test_torchrun.py
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/distributed --ignore tests/cli/train/test_torchrun.py
+	$(BIN)/python -m pytest tests/distributed tests/cli/train/test_torchrun.py
 
 test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
 	$(BIN)/python -m pytest -n auto -m slow

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from floragrad import Flora, GradientAccumulator, param_groups
-from floragrad.planning.tracker import MemoryTracker
+from floragrad.cli.plan.tracker import MemoryTracker
 
 CATEGORIES = ("parameters", "optimizer state", "sketches", "gradients", "temporaries", "activations")
 COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#bf616a", "#d08770", "#d8dee9")

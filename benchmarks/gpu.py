@@ -333,7 +333,7 @@ def peak(report: Report) -> None:
     import transformers
 
     from floragrad import Flora, GradientAccumulator, param_groups
-    from floragrad.planning.engine import plan
+    from floragrad.cli.plan.engine import plan
 
     report.table("model", "optimizer", "planned", "measured", "measured / planned")
     sizes = {

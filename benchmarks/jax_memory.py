@@ -28,8 +28,8 @@ import optax
 from flax import nnx
 from optax.microbatching import AccumulationType, microbatch
 
+from floragrad.cli.train.jax.model import Llama, next_token_loss
 from floragrad.jax import compressed_multi_steps, sketch_accumulator
-from floragrad.train.jax.model import Llama, next_token_loss
 
 Scheduler = Literal["memory", "default"]
 Loop = Literal["microbatch", "multi_steps"]

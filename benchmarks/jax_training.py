@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks import quality
-from floragrad.train.folder import RunFolder
+from floragrad.cli.train.folder import RunFolder
 
 BACKENDS, SEEDS = ("torch", "jax"), (0, 1, 2)
 JOB = ("train", "--threads", "1", "--no-keep-checkpoint")

@@ -24,18 +24,18 @@ from benchmarks import quality
 from benchmarks.step.machine import commit
 from benchmarks.step.state import stored_bytes
 from floragrad._text import format_bytes
-from floragrad.train import environment
-from floragrad.train.config import RunConfig
-from floragrad.train.corpus import Corpus
-from floragrad.train.disk import write_text
-from floragrad.train.display import Display
-from floragrad.train.engine import Engine, start
-from floragrad.train.errors import DivergenceError, StoppedError
-from floragrad.train.folder import CONFIG, CORPUS, RunFolder, new_folder
-from floragrad.train.optimizers import state_tensors
-from floragrad.train.processes import Processes
-from floragrad.train.run import train, write_corpus
-from floragrad.train.trainer import TrainerEngine
+from floragrad.cli import machine
+from floragrad.cli.disk import write_text
+from floragrad.cli.errors import DivergenceError, StoppedError
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.corpus import Corpus
+from floragrad.cli.train.display import Display
+from floragrad.cli.train.engine import Engine
+from floragrad.cli.train.folder import CONFIG, CORPUS, RunFolder, new_folder
+from floragrad.cli.train.optimizers import state_tensors
+from floragrad.cli.train.processes import Processes
+from floragrad.cli.train.run import start, train, write_corpus
+from floragrad.cli.train.trainer import TrainerEngine
 
 LRS, EMBEDDING_LR, SEEDS = (5e-4, 1e-3, 2e-3), 1e-2, (0, 1, 2)
 JOB = {"embedding_lr": EMBEDDING_LR, "threads": 1, "eval_every": 500, "save_every": 1000, "keep_checkpoint": False}
@@ -196,7 +196,7 @@ def as_markdown(found: dict[str, Found], arguments: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = quality.parser(__doc__, ROWS).parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # of bitsandbytes' kernels, which do not ask torch
-    environment.prepare("torch", hub=False)
+    machine.prepare("torch", hub=False)
     given.out.mkdir(parents=True, exist_ok=True)
     if not (given.out / CORPUS).is_dir():
         write_corpus(RunConfig.resolve(**JOB), given.out / CORPUS)

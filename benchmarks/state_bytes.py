@@ -9,14 +9,14 @@ Flora and for the two peers.
 import torch
 
 from floragrad import Flora, param_groups
-from floragrad.planning.models import find_model
+from floragrad.cli.plan.models import find_model
 
 MODELS = {
     "GPT-2 small": ("gpt2", torch.float32),
     "Llama 350M": ("llama-350m", torch.float32),
     "Llama-3-8B": ("llama-3-8b", torch.bfloat16),
 }
-"""By their names in floragrad/planning/presets.py, which has the sources."""
+"""By their names in floragrad/cli/plan/presets.py, which has the sources."""
 RANK = 128
 
 

@@ -26,7 +26,7 @@ from benchmarks.step.plan import PARTS, Run, Wanted
 from benchmarks.step.report import cells, heading, markdown, troubles
 from benchmarks.step.shapes import NAMES, largest, parameters
 from floragrad._text import format_table
-from floragrad.train.environment import available_cores
+from floragrad.cli.machine import available_cores
 
 
 def measured(run: Run, progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.step.processes import ROOT
-from floragrad.train.environment import available_cores
+from floragrad.cli.machine import available_cores
 
 PACKAGES: Final = (
     "torch",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from floragrad import param_groups
-from floragrad.planning.models import find_model, planned_model
+from floragrad.cli.plan.models import find_model, planned_model
 from floragrad.policy import Kind
 
 LAYERS: Final = "gpt2-layers"

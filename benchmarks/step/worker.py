@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.step.optimizers import ALL, Group, tensors_of
 from benchmarks.step.state import state_bytes
-from floragrad.planning.tracker import MemoryTracker
+from floragrad.cli.plan.tracker import MemoryTracker
 
 GRADIENT, PARAMETER = 1e-3, 0.02
 """Standard deviations."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from floragrad._version import __version__
 
 if TYPE_CHECKING:
-    from floragrad.planning.engine import plan
+    from floragrad.cli.plan.engine import plan
     from floragrad.torch import Flora, FloraHookState, GradientAccumulator, flora_hook, param_groups
 
 _TORCH = ("Flora", "FloraHookState", "GradientAccumulator", "flora_hook", "param_groups")
@@ -19,7 +19,7 @@ _TORCH = ("Flora", "FloraHookState", "GradientAccumulator", "flora_hook", "param
 __all__ = ["Flora", "FloraHookState", "GradientAccumulator", "__version__", "flora_hook", "param_groups", "plan"]
 
 _HOME = dict.fromkeys(_TORCH, "floragrad.torch")
-_HOME["plan"] = "floragrad.planning.engine"
+_HOME["plan"] = "floragrad.cli.plan.engine"
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from floragrad import Flora
-from floragrad.planning.tracker import MemoryTracker
+from floragrad.cli.plan.tracker import MemoryTracker
 from tests.torch.cases import CASES, Case
 
 ON_BOTH = pytest.mark.parametrize("code", ["eager", "baseline"], indirect=True)

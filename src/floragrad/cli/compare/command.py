@@ -1,0 +1,53 @@
+"""``floragrad compare``: takes its options, and calls what does the work."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from floragrad.cli import machine
+from floragrad.cli.app import app
+from floragrad.cli.compare.grid import Grid, comparison_options
+from floragrad.cli.options import command, options_of, take
+from floragrad.cli.train.config import OPTIONS, RunConfig
+from floragrad.cli.train.place import Place, new_name, refuse_beside_resume, run_fields
+
+HELP = (
+    "Do the same training run with several optimizers, one after another.\n\n"
+    "Everything but the optimizer is the same: weights, batches, schedule, parameter groups. With several "
+    "learning rates each optimizer tries them all on the first seed, and its best goes on to the others. "
+    "Writes one table (table.md, table.json) and one picture (comparison.png), with the runs beside them. "
+    "Ctrl-C saves, and **--resume** continues; runs that are finished are not done again."
+)
+EXAMPLES = (
+    "**floragrad compare** runs Flora, AdamW and Adafactor on the default job.\n\n"
+    "**floragrad compare --lrs 1e-3,2e-3,4e-3 --embedding-lrs 5e-3,1e-2 --seeds 0,1,2** is a fair fight.\n\n"
+    "**floragrad compare --optimizers flora,adamw --model small --text books/** is another job.\n\n"
+    "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison."
+)
+COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
+
+
+@command(app, COMPARE_OPTIONS, help=HELP, epilog=EXAMPLES)
+def compare(given: dict[str, Any]) -> None:
+    """Compare, or continue what stopped."""
+    place, fields = take(Place, given), run_fields(given)
+    if place.resume is not None:
+        refuse_beside_resume(given, "resume")
+    hub = place.resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
+    machine.prepare("torch", hub=hub)
+    from floragrad.cli.compare import compare as comparison
+
+    if place.resume is not None:
+        comparison.compare(place.resume, Console())
+        return
+    plan = comparison.Plan(
+        **{name: given[name] for name in options_of(Grid) if name in given},
+        options={"keep_checkpoint": False, "threads": machine.default_threads(), **fields},
+        command=shlex.join(["floragrad", *sys.argv[1:]]),
+    )
+    out = place.out or new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")
+    comparison.begin(plan, out)
+    comparison.compare(out, Console())

@@ -1,0 +1,248 @@
+"""The same run with several optimizers, one after another."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from floragrad.cli.compare.grid import Grid
+from floragrad.cli.compare.table import Best, as_json, as_markdown
+from floragrad.cli.disk import write_text
+from floragrad.cli.errors import StoppedError, UserError
+from floragrad.cli.figures import Contestant, comparison_figure, save
+from floragrad.cli.options import check_values, option_name, options_of
+from floragrad.cli.train import manifest
+from floragrad.cli.train.config import RunConfig, default_accumulator, needing
+from floragrad.cli.train.display import comparison
+from floragrad.cli.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
+from floragrad.cli.train.interrupt import StopRequest, blocked
+from floragrad.cli.train.run import check_model, write_corpus
+
+TABLE, RESULTS, FIGURE = "table.md", "table.json", "comparison.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Grid):
+    """A comparison.
+
+    Attributes:
+        options: Fields of :class:`RunConfig` that all runs share.
+        command: The command that made this comparison.
+    """
+
+    options: dict[str, Any]
+    command: str
+
+    @property
+    def contestants(self) -> list[dict[str, str]]:
+        """Each optimizer with each way to gather gradients, as fields of :class:`RunConfig`."""
+        ways = [{"accumulator": name} for name in self.accumulators] if self.accumulators else [{}]
+        return [{"optimizer": name, **way} for name in self.optimizers for way in ways]
+
+    def grid(self, contestant: dict[str, str]) -> list[RunConfig]:
+        """Every setting of one contestant, with the first seed.
+
+        Raises:
+            UserError: One of them is not allowed.
+        """
+        foreign = [] if contestant["optimizer"] == "flora" else needing("optimizer")
+        if default_accumulator({**self.options, **contestant}) != "flora":
+            foreign = foreign + needing("accumulator")
+        options = {name: value for name, value in self.options.items() if name not in {each.name for each in foreign}}
+        return [
+            replace(
+                RunConfig.resolve(**options, **contestant, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
+                prepared=f"../../{CORPUS}",
+            )
+            for lr in self.lrs or (None,)
+            for embedding_lr in self.embedding_lrs or (None,)
+        ]
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        settings = len(self.lrs or (None,)) * len(self.embedding_lrs or (None,))
+        return len(self.contestants) * (settings + len(self.seeds) - 1)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """The plan of the comparison in ``folder``.
+
+        Raises:
+            UserError: There is none.
+        """
+        if not (folder / PLAN).is_file():
+            raise UserError(f"--resume {folder} holds no comparison: give a folder that floragrad compare has made")
+        manifest.check(folder, RESTORE)
+        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        for where in (values, values["options"]):
+            where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
+        return cls(**values)
+
+
+def begin(plan: Plan, out: Path) -> None:
+    """Make the folder of a new comparison: its plan, and the text and tokenizer that all its runs share.
+
+    Raises:
+        UserError: The comparison cannot be done; then there is no folder.
+    """
+    check_plan(plan)
+    check_free(out)
+    configs = [config for contestant in plan.contestants for config in plan.grid(contestant)]
+    for config in {config.optimizer: config for config in configs}.values():
+        check_model(config)
+    with new_folder(out) as folder:
+        write_corpus(configs[0], folder / CORPUS)
+        (folder / RUNS).mkdir()
+        write_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        UserError: An optimizer is unknown or named twice, or an option belongs to none of them.
+    """
+    check_values(options_of(Grid), vars(plan))
+    several = (("optimizers", plan.optimizers), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
+    for name, values in several:
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
+    for each in needing("optimizer"):
+        if each.name in plan.options and "flora" not in plan.optimizers:
+            raise UserError(f"{option_name(each.name)} belongs to flora, which is not compared: leave it out")
+    ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
+    for each in needing("accumulator"):
+        if each.name in plan.options and "flora" not in ways:
+            raise UserError(
+                f"{option_name(each.name)} belongs to sketched gradients, which are not compared: leave it out"
+            )
+
+
+def compare(folder: Path, console: Console) -> None:
+    """Do what is left of the comparison in ``folder``, then write its table and its picture.
+
+    Raises:
+        StoppedError: A signal has stopped it; what was done is kept.
+        UserError: A run cannot be done.
+    """
+    plan, stop = Plan.load(folder), StopRequest()
+    runner = _Runner(folder, plan.runs, console, stop)
+    try:
+        with stop.listening():
+            bests = [_best(plan, contestant, runner) for contestant in plan.contestants]
+            _write_results(folder, plan, bests, console)
+    except KeyboardInterrupt:
+        # A second Ctrl-C ends a run at once. Its newest checkpoint and the finished runs are kept.
+        raise StoppedError(folder, "floragrad compare") from None
+
+
+def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console) -> None:
+    """Write the table and the picture, and show the table."""
+    finished = [best for best in bests if best.loss is not None]
+    numbers = as_json(bests, plan.command)
+    write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
+    if finished:
+        save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
+    write_text(folder / TABLE, as_markdown(bests, numbers))
+    comparison(console, numbers["rows"], numbers["step_time_of"])
+    console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
+
+
+def _drawn(best: Best) -> Contestant:
+    return Contestant(
+        best.config.label,
+        best.optimizer,
+        best.config.accumulator,
+        RunFolder(best.first_run).metrics(),
+        best.state_bytes,
+        best.accumulation_bytes,
+    )
+
+
+def _best(plan: Plan, contestant: dict[str, str], runner: "_Runner") -> Best:
+    """Run a contestant's grid, and its best setting on the other seeds."""
+    grid = plan.grid(contestant)
+    results = [runner.run(config) for config in grid]
+    order = sorted(zip(results, grid, strict=True), key=lambda pair: _loss(pair[0]))
+    result, config = order[0]
+    seeds = [result]
+    if result["validation_loss"] is not None:
+        seeds += [runner.run(replace(config, seed=seed)) for seed in plan.seeds[1:]]
+    return Best(config, runner.path(config), plan.seeds, seeds, list(zip(grid, results, strict=True)))
+
+
+def _loss(summary: dict[str, Any]) -> float:
+    loss = summary["validation_loss"]
+    return float("inf") if loss is None else float(loss)
+
+
+class _Runner:
+    """Does the runs that are not done yet, each in a process of its own."""
+
+    def __init__(self, folder: Path, total: int, console: Console, stop: StopRequest) -> None:
+        self._folder = folder
+        self._total = total
+        self._console = console
+        self._stop = stop
+        self._number = 0
+
+    def path(self, config: RunConfig) -> Path:
+        """Where a run lies."""
+        return self._folder / RUNS / _name(config)
+
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        """The summary of a run, which is done first if need be."""
+        self._number += 1
+        path = self.path(config)
+        if not path.is_dir():
+            with new_folder(path) as new:
+                write_text(new / CONFIG, config.to_json())
+        run = RunFolder.open(path)
+        if run.summary() is None:
+            self._train(path, f"{self._number}/{self._total} {_name(config)}")
+        summary = run.summary()
+        assert summary is not None
+        loss = summary["validation_loss"]
+        run.tidy(checkpoints=config.keep_checkpoint and loss is not None)
+        outcome = f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
+        self._console.print(f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False)
+        return summary
+
+    def _train(self, path: Path, title: str) -> None:
+        if self._stop.signum is not None:
+            raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
+        with self._worker(path, title) as process:
+            exit_code = process.wait()
+        if self._stop.signum is not None and exit_code != 0:
+            raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
+        if exit_code != 0:
+            raise UserError(
+                f"the run {path} ended with exit code {exit_code}, and said why above: then continue "
+                f"with floragrad compare --resume {self._folder}"
+            )
+
+    @contextlib.contextmanager
+    def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """A process that trains the run, in a session of its own: signals reach it through us, once."""
+        command = [sys.executable, "-m", "floragrad.cli.compare.worker", str(path), title]
+        with blocked():
+            process = subprocess.Popen(command, start_new_session=True)
+        try:
+            with self._stop.forwarding(process.send_signal):
+                yield process
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+
+def _name(config: RunConfig) -> str:
+    gathered = "" if config.accumulate == 1 else f"-{config.accumulator}"
+    return f"{config.optimizer}{gathered}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"

@@ -1,0 +1,234 @@
+"""The table of a comparison, for people and for programs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, mean, stdev
+from typing import Any
+
+from floragrad._text import format_bytes
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.validation import NOTHING, difference, standard_error, validation_notes
+
+
+@dataclass(frozen=True)
+class Best:
+    """One optimizer's best setting, and everything that was tried for it.
+
+    Attributes:
+        config: The setting, with the first seed.
+        first_run: The folder of its run with the first seed.
+        seeds: The seeds it was run with.
+        summaries: Its summaries, one a seed; only the first where that one diverged.
+        grid: Every setting that was tried on the first seed, and its summary.
+    """
+
+    config: RunConfig
+    first_run: Path
+    seeds: tuple[int, ...]
+    summaries: list[dict[str, Any]]
+    grid: list[tuple[RunConfig, dict[str, Any]]]
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name."""
+        return self.config.optimizer
+
+    @property
+    def title(self) -> str:
+        """The job in a few words."""
+        config = self.config
+        batches = "" if config.accumulate == 1 else f" in {config.accumulate} micro-batches"
+        tokens = config.batch_size * config.accumulate * config.sequence_length
+        return f"{config.model}, {config.steps} steps of {tokens:,} tokens{batches}"
+
+    @property
+    def losses(self) -> list[float]:
+        """The validation losses of the seeds that did not diverge."""
+        return [summary["validation_loss"] for summary in self._finished]
+
+    @property
+    def loss(self) -> float | None:
+        """Their mean; None if a seed diverged."""
+        return mean(self.losses) if len(self.losses) == len(self.summaries) else None
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over the seeds; None of a single one."""
+        return stdev(self.losses) if len(self.losses) > 1 else None
+
+    @property
+    def block_losses(self) -> list[float]:
+        """The loss of each validation block, averaged over the seeds; empty where a run did not record them."""
+        blocks = [summary.get("block_losses") or [] for summary in self._finished]
+        return [fmean(block) for block in zip(*blocks, strict=True)] if all(blocks) else []
+
+    @property
+    def state_bytes(self) -> int:
+        """Measured bytes of the optimizer's state."""
+        return int(self._finished[0]["optimizer_state_bytes"])
+
+    @property
+    def accumulation_bytes(self) -> int:
+        """Bytes that the gradients of earlier micro-batches take."""
+        return int(self._finished[0]["accumulation_bytes"])
+
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes of AdamW's state for the same parameters."""
+        return int(self._finished[0]["adamw_state_bytes"])
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that any of the seeds used."""
+        return max(int(summary["peak_memory_bytes"]) for summary in self._finished)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median time of a step, averaged over the seeds."""
+        return float(mean(summary["step_seconds"] for summary in self._finished))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """A summary that says on what machine this was."""
+        return self._finished[0]
+
+    @property
+    def _finished(self) -> list[dict[str, Any]]:
+        return [summary for summary in self.summaries if summary["validation_loss"] is not None]
+
+
+def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
+    """The table as numbers."""
+    yardstick = _yardstick(bests)
+    return {
+        "command": command,
+        "rows": [_row(best, yardstick) for best in bests],
+        "grid": [
+            {
+                "optimizer": config.optimizer,
+                "accumulator": config.accumulator,
+                "label": config.label,
+                "lr": config.lr,
+                "embedding_lr": config.embedding_lr,
+                "seed": config.seed,
+                "validation_loss": summary["validation_loss"],
+            }
+            for best in bests
+            for config, summary in best.grid
+        ],
+        "step_time_of": yardstick.config.label if yardstick else None,
+        "machine": yardstick.about["machine"] if yardstick else None,
+        "versions": yardstick.about["versions"] if yardstick else None,
+    }
+
+
+def _yardstick(bests: Sequence[Best]) -> Best | None:
+    """Whose step time is 1: AdamW's, or the first one's that did not diverge."""
+    finished = [best for best in bests if best.loss is not None]
+    return next((best for best in finished if best.optimizer == "adamw"), finished[0] if finished else None)
+
+
+def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
+    row = {
+        "optimizer": best.optimizer,
+        "accumulator": best.config.accumulator,
+        "label": best.config.label,
+        "lr": best.config.lr,
+        "embedding_lr": best.config.embedding_lr,
+        "seeds": list(best.seeds),
+        "validation_losses": [summary["validation_loss"] for summary in best.summaries],
+        "validation_loss": best.loss,
+    }
+    if best.loss is None or yardstick is None:
+        return row
+    return {
+        **row,
+        "validation_loss_min": min(best.losses),
+        "validation_loss_max": max(best.losses),
+        "validation_loss_stdev": best.spread,
+        "validation_blocks": len(best.block_losses),
+        "held_out_blocks": best.about.get("held_out_blocks"),
+        "standard_error": standard_error(best.block_losses),
+        **_difference(best, yardstick),
+        "optimizer_state_bytes": best.state_bytes,
+        "state_of_adamw": best.state_bytes / best.adamw_bytes,
+        "accumulation_bytes": best.accumulation_bytes,
+        "peak_memory_bytes": best.peak_memory_bytes,
+        "step_seconds": best.step_seconds,
+        "step_time_ratio": best.step_seconds / yardstick.step_seconds,
+    }
+
+
+def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
+    """The loss beyond the yardstick's, and the standard error of the differences block by block."""
+    if best is yardstick or best.loss is None or yardstick.loss is None:
+        return {"difference": None, "difference_standard_error": None}
+    pairs = zip(best.block_losses, yardstick.block_losses, strict=True)
+    error = standard_error([one - other for one, other in pairs])
+    return {"difference": best.loss - yardstick.loss, "difference_standard_error": error}
+
+
+def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
+    """The table to read, with what it was made of below it.
+
+    Args:
+        bests: What was compared.
+        numbers: What :func:`as_json` makes of it.
+    """
+    of = numbers["step_time_of"] or "adamw"
+    heads = [
+        "optimizer", "lr", "embedding lr", "validation loss", "min – max", "deviation over seeds",
+        "error over blocks", f"minus {of}'s", "optimizer state", "of AdamW's", "gathered gradients", "peak memory",
+        f"step time / {of}'s",
+    ]  # fmt: skip
+    config = bests[0].config
+    lines = [*_table(heads, [_cells(row) for row in numbers["rows"]]), ""]
+    lines += [
+        f"- {bests[0].title}; {len(bests[0].seeds)} seed(s): {', '.join(map(str, bests[0].seeds))}; "
+        f"{config.dtype}; the loss is the mean over the seeds, the state is measured from its tensors",
+        *[f"- {line}" for line in validation_notes(numbers["rows"], of)],
+        f"- `{numbers['command']}`",
+    ]
+    if numbers["machine"] is not None:
+        versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
+        lines.append(f"- {numbers['machine']}; {versions}")
+    grid = [
+        [
+            tried["label"],
+            f"{tried['lr']:g}",
+            f"{tried['embedding_lr']:g}",
+            _number(tried["validation_loss"]),
+        ]
+        for tried in numbers["grid"]
+    ]
+    heads = ["optimizer", "lr", "embedding lr", f"validation loss, seed {config.seed}"]
+    lines += ["", "Everything that was tried:", "", *_table(heads, grid)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
+    if row["validation_loss"] is None:
+        return [*first, "diverged", *[NOTHING] * 9]
+    return [
+        *first,
+        _number(row["validation_loss"]),
+        f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
+        NOTHING if row["validation_loss_stdev"] is None else _number(row["validation_loss_stdev"]),
+        NOTHING if row["standard_error"] is None else _number(row["standard_error"]),
+        difference(row),
+        format_bytes(row["optimizer_state_bytes"]),
+        f"{100 * row['state_of_adamw']:.1f}%",
+        format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,
+        format_bytes(row["peak_memory_bytes"]),
+        f"{row['step_time_ratio']:.2f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:.4f}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]

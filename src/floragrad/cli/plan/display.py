@@ -1,0 +1,115 @@
+"""What ``floragrad plan`` shows on the screen."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from floragrad._text import format_bytes
+from floragrad.cli.plan import result
+from floragrad.cli.plan.result import MemoryPlan, OptimizerName, PlanSettings
+from floragrad.cli.plan.sizes import Size
+from floragrad.cli.plan.verdict import WORDS, verdict
+
+if TYPE_CHECKING:
+    from floragrad.cli.plan.limits import Limits
+    from floragrad.cli.plan.measure import Measurement
+
+WIDTH_WITHOUT_TERMINAL = 200
+"""Columns of a table that no terminal shows: in a file nothing should be wrapped."""
+EVERYWHERE = ("parameters", "gradients", "accumulation", "optimizer_state", "activations", "temporaries")
+
+
+def screen() -> Console:
+    """Where tables go."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[result.Progress]:
+    """A bar that says what is being done; nothing is left of it, and without a terminal there is none."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda doing, done: bar.update(task, description=doing, completed=done)
+
+
+def title(plan: MemoryPlan, reads_text: bool) -> str:
+    """The training step in a few words."""
+    return f"{plan.model}: {', '.join(_settings_in_words(plan.settings, reads_text))}"
+
+
+def _settings_in_words(settings: PlanSettings, reads_text: bool) -> Iterator[str]:
+    yield f"batch {settings.batch} x {settings.sequence:,} tokens" if reads_text else f"batch {settings.batch}"
+    yield settings.dtype
+    if settings.accumulate > 1:
+        yield f"{settings.accumulate} micro-batches"
+    if settings.checkpointing:
+        yield "activations recomputed"
+    for way, devices in (("DDP", settings.ddp), ("FSDP2", settings.fsdp)):
+        if devices > 1:
+            yield f"{way} over {devices} devices"
+
+
+def plan_table(plan: MemoryPlan, heading: str) -> Table:
+    """Bytes of each category and the peak, a line for each optimizer."""
+    distributed = plan.settings.ddp > 1 or plan.settings.fsdp > 1
+    categories = (*EVERYWHERE, "buckets") if distributed else EVERYWHERE
+    table = Table(title=heading, title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    for category in categories:
+        table.add_column(WORDS[category], justify="right")
+    table.add_column("peak", justify="right", style="bold")
+    table.add_column("at the peak", overflow="fold")
+    for name in plan.settings.optimizers:
+        if name in plan.optimizers:
+            row = plan.optimizers[name]
+            sizes = (format_bytes(getattr(row, category)) for category in categories)
+            table.add_row(name, *sizes, format_bytes(row.peak), row.peak_moment)
+        else:
+            table.add_row(name, *[""] * (len(categories) + 1), plan.unavailable[name])
+    return table
+
+
+def fits_table(plan: MemoryPlan, device: Size, limits: Mapping[OptimizerName, "Limits"], reads_text: bool) -> Table:
+    """Whether each optimizer fits a device, with its limits where they were looked for."""
+    table = Table(title=f"on a device of {device.words}", title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("verdict")
+    for head in ("largest batch", "sequence", "rank") if limits else ():
+        table.add_column(head, justify="right")
+    for name, row in plan.optimizers.items():
+        cells = [verdict(name, row, plan.settings, device, reads_text)]
+        if limits:
+            found = limits[name]
+            cells += [_limit(number) for number in (found.batch, found.sequence, found.rank)]
+        table.add_row(name, *cells)
+    return table
+
+
+def measured_table(measurement: "Measurement", reads_text: bool) -> Table:
+    """Predicted above measured, for each optimizer, at the size that was run."""
+    blocks = "1 block" if measurement.blocks == 1 else f"{measurement.blocks} blocks"
+    heading = f"predicted and measured: {title(measurement.predicted, reads_text)}, {blocks}"
+    table = Table(title=heading, title_justify="left")
+    for head in ("optimizer", "bytes"):
+        table.add_column(head, no_wrap=True)
+    for category in EVERYWHERE:
+        table.add_column(WORDS[category], justify="right")
+    table.add_column("peak", justify="right", style="bold")
+    table.add_column("peak's error", justify="right")
+    for name, measured in measurement.measured.items():
+        predicted = measurement.predicted.optimizers[name]
+        for label, kind, row in ((name, "predicted", predicted), ("", "measured", measured)):
+            error = f"{row.peak / measured.peak - 1:+.2%}" if kind == "predicted" else ""
+            sizes = (format_bytes(getattr(row, category)) for category in (*EVERYWHERE, "peak"))
+            table.add_row(label, kind, *sizes, error, end_section=kind == "measured")
+    return table
+
+
+def _limit(number: int | None) -> str:
+    return "" if number is None else f"{number:,}" if number else "none"

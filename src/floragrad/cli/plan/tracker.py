@@ -1,0 +1,255 @@
+"""Live bytes, seen by a dispatch mode: every storage that an operation makes, until it is freed.
+
+The mode works on real and on fake tensors alike, so that what is predicted and what is measured are counted by
+one rule. What a kernel takes and frees inside itself, and what an allocator rounds up, it does not see.
+"""
+
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from floragrad.cli.plan.result import CATEGORIES
+
+_POSITIONS = {category: position for position, category in enumerate(CATEGORIES)}
+
+
+@dataclass
+class _Held:
+    """A live storage: its bytes, what they are for, and the parameter whose values or gradient it holds."""
+
+    storage: "weakref.ref[torch.UntypedStorage]"
+    size: int
+    category: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A stretch of a step, and the most that lived in it.
+
+    Attributes:
+        name: Of the stretch.
+        peak: Live bytes of each category when they were most together.
+        highest: The most bytes of each category by itself.
+    """
+
+    name: str
+    peak: tuple[int, ...]
+    highest: tuple[int, ...]
+
+
+Profiles = dict[Hashable, Moment]
+"""What pieces of work add to the live bytes while they run."""
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages made inside the context, by category and by moment of the step.
+
+    What is made counts as the category of :meth:`phase`, at first ``"temporaries"``, until :meth:`hold` says what
+    it is. Storages that were there before count from when they are held.
+
+    Attributes:
+        peak: The most bytes that lived at once.
+
+    Example:
+        >>> with MemoryTracker() as memory:
+        ...     ones = torch.ones(1000, dtype=torch.float32, device="cpu")
+        ...     del ones
+        >>> memory.live, memory.peak
+        (0, 4000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._by = [0] * len(CATEGORIES)
+        self._known: dict[int, _Held] = {}
+        self._is_paused = False
+        self._category = _POSITIONS["temporaries"]
+        self._follows = False
+        self._word = self._name = ""
+        self._moments: list[Moment] = []
+        self._begin()
+
+    @property
+    def live(self) -> int:
+        """Bytes that live now."""
+        return sum(self._by)
+
+    def bytes_of(self, category: str) -> int:
+        """Bytes of a category that live now."""
+        return self._by[_POSITIONS[category]]
+
+    def cut(self) -> tuple[Moment, ...]:
+        """The moments since the last cut, in order; neighbours of one name are one."""
+        self._finish()
+        merged: list[Moment] = []
+        for moment in self._moments:
+            if merged and merged[-1].name == moment.name:
+                moment = joined([merged.pop(), moment], moment.name)
+            merged.append(moment)
+        self._moments = []
+        self._begin()
+        return tuple(merged)
+
+    def enter(self, name: str) -> None:
+        """What happens from now on happens at this moment."""
+        self._finish()
+        self._name = name
+        self._begin()
+
+    def phase(self, word: str, category: str, *, follow: bool = False) -> None:
+        """What is made from now on is of a category, and happens at a moment.
+
+        Args:
+            word: The moment's name.
+            category: One of :data:`floragrad.cli.plan.result.CATEGORIES`.
+            follow: Whether the moment becomes ``"<word> of <name>"`` with every operation on a storage that is held
+                under a name.
+        """
+        self._word, self._category, self._follows = word, _POSITIONS[category], follow
+        self.enter(word)
+
+    @contextmanager
+    def during(self, word: str, category: str, *, follow: bool = False) -> Iterator[None]:
+        """:meth:`phase` for what is inside; then as before."""
+        before = self._word, self._category, self._follows, self._name
+        self.phase(word, category, follow=follow)
+        try:
+            yield
+        finally:
+            self._word, self._category, self._follows, name = before
+            self.enter(name)
+
+    def hold(self, tensor: Tensor, category: str, name: str = "") -> None:
+        """Count a tensor's storages as a category from now on.
+
+        Args:
+            tensor: Any tensor; subclasses that wrap others count as what they wrap.
+            category: One of :data:`floragrad.cli.plan.result.CATEGORIES`.
+            name: Of the parameter that they belong to.
+        """
+        position = _POSITIONS[category]
+        for storage in _storages(tensor):
+            self._count(storage)
+            held = self._known[id(storage)]
+            self._by[held.category] -= held.size
+            self._by[position] += held.size
+            held.category, held.name = position, name or held.name
+        self._observe(self._by, self._by)
+
+    def add(self, category: str, size: int) -> None:
+        """Count bytes that no storage stands for."""
+        self._by[_POSITIONS[category]] += size
+        self._observe(self._by, self._by)
+
+    def touch(self, *tensors: Any) -> None:
+        """Move on to the moment of the named storage that is worked on, where the phase follows names."""
+        if not self._follows:
+            return
+        for each in tensors:
+            held = self._known.get(id(each.untyped_storage())) if isinstance(each, Tensor) else None
+            if held is not None and held.name:
+                name = f"{self._word} of {held.name}"
+                if name != self._name:
+                    self.enter(name)
+                return
+
+    def repeat(self, profile: Moment) -> None:
+        """Count work that made and freed as much as it did elsewhere."""
+        self._observe(_sum(self._by, profile.peak), _sum(self._by, profile.highest))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is made inside is not counted, and must be freed inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_paused:
+            return func(*args, **(kwargs or {}))
+        # What a wrapper does inside is seen when it has unwrapped itself.
+        if any(hasattr(each, "__tensor_flatten__") for each in types):
+            return NotImplemented
+        self.touch(*args)
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default:
+            # What torch.tensor made is new, though this is how it enters.
+            args = ()
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._notice(tensor, args, kwargs)
+        return result
+
+    def _notice(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
+        """Count what an operation made, unless it gave back what it was given."""
+        for storage in _storages(tensor):
+            if not self._is_known(storage):
+                given = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+                if all(each.untyped_storage() is not storage for each in given):
+                    self._count(storage)
+
+    def _is_known(self, storage: torch.UntypedStorage) -> bool:
+        held = self._known.get(id(storage))
+        return held is not None and held.storage() is storage
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if self._is_known(storage):
+            return
+        key = id(storage)
+
+        def freed(_: Any) -> None:
+            gone = self._known.pop(key)
+            self._by[gone.category] -= gone.size
+
+        held = _Held(weakref.ref(storage, freed), storage.nbytes(), self._category, "")
+        self._known[key] = held
+        self._by[held.category] += held.size
+        self._observe(self._by, self._by)
+
+    def _begin(self) -> None:
+        """Open the stretch of the current moment."""
+        self._total, self._peak, self._highest = -1, [0], list(self._by)
+        self._observe(self._by, self._by)
+
+    def _finish(self) -> None:
+        """Keep the stretch that is open."""
+        self._moments.append(Moment(self._name, tuple(self._peak), tuple(self._highest)))
+
+    def _observe(self, together: Sequence[int], highest: Sequence[int]) -> None:
+        """Take note of live bytes, and of the most of each category by itself."""
+        self._highest = [max(pair) for pair in zip(self._highest, highest, strict=True)]
+        total = sum(together)
+        if total > self._total:
+            self._total, self._peak = total, list(together)
+            self.peak = max(self.peak, total)
+
+
+def joined(moments: Sequence[Moment], name: str) -> Moment:
+    """Several stretches as one."""
+    highest = tuple(max(values) for values in zip(*(moment.highest for moment in moments), strict=True))
+    return Moment(name, max((moment.peak for moment in moments), key=sum), highest)
+
+
+def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages of a tensor, or of what it wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()

@@ -1,0 +1,92 @@
+"""Whether a step fits a device, and what to try where it does not."""
+
+from typing import Any, Final
+
+from floragrad._text import format_bytes
+from floragrad.cli.plan.result import OptimizerPlan, PlanSettings
+from floragrad.cli.plan.sizes import Size
+
+WORDS: Final = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "accumulation": "accumulation buffers",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+    "temporaries": "temporaries",
+    "buckets": "buckets",
+}
+"""The categories as they are called and ordered on the screen."""
+LARGE: Final = 0.25
+"""Of the peak: so much of it is worth shrinking, even where that alone is not enough."""
+ENOUGH: Final = 2
+"""Times what is over: of so much, half is enough."""
+
+
+def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size, reads_text: bool = True) -> str:
+    """One line: how much room is left, or what the peak is and what to try.
+
+    Args:
+        name: The optimizer.
+        row: Its plan.
+        settings: Of the plan.
+        device: The memory there is.
+        reads_text: Whether the model reads sequences of tokens.
+
+    Example:
+        >>> bytes_at_peak = {"parameters": 10_000_000_000, "activations": 20_000_000_000}
+        >>> row = OptimizerPlan(
+        ...     parameters=10_000_000_000, optimizer_state=0, accumulation=0, gradients=0, buckets=0,
+        ...     activations=20_000_000_000, temporaries=0, peak=30_000_000_000, peak_moment="backward",
+        ...     at_peak=bytes_at_peak, timeline=(),
+        ... )
+        >>> verdict("flora", row, PlanSettings(), Size(24_000_000_000, "24 GB"))
+        'does not fit 24 GB, by 6.0 GB: the peak is the activations, try --checkpointing'
+        >>> verdict("flora", row, PlanSettings(), Size(32_000_000_000, "32 GB"))
+        'fits 32 GB with 2.0 GB to spare'
+    """
+    spare = device.nbytes - row.peak
+    if spare >= 0:
+        return f"fits {device.words} with {format_bytes(spare)} to spare"
+    held, way = _way_out(name, row, settings, -spare, reads_text)
+    return (
+        f"does not fit {device.words}, by {format_bytes(-spare)}: the peak is the "
+        f"{' and the '.join(WORDS[category] for category in held)}, try {way}"
+    )
+
+
+def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
+    """The same in plain types."""
+    return {"fits": row.peak <= device.nbytes, "spare": device.nbytes - row.peak}
+
+
+def _way_out(
+    name: str, row: OptimizerPlan, settings: PlanSettings, over: int, reads_text: bool
+) -> tuple[list[str], str]:
+    """The largest category at the peak, the largest one that something can be done about, and what that is."""
+    descending = sorted(row.at_peak, key=lambda category: -row.at_peak[category])
+    worth = min(LARGE * row.peak, ENOUGH * over)
+    for category in descending:
+        for undone, way in _ways(category, name, settings, reads_text):
+            if undone and (row.at_peak[category] >= worth or category == descending[0]):
+                return list(dict.fromkeys((descending[0], category))), way
+    share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
+    # What the accumulator holds is planned for one device.
+    return descending[:1], f"flora with {share}" if name in ("flora+accumulator", "flora+release") else share
+
+
+def _ways(category: str, name: str, settings: PlanSettings, reads_text: bool) -> list[tuple[bool, str]]:
+    """What makes a category smaller, the best first, and whether it is not done yet."""
+    flora = name.startswith("flora")
+    ways = {
+        "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],
+        "gradients": [(name != "flora+release", "flora+release")],
+        "accumulation": [(name != "flora+release" and settings.accumulate == 1, "flora+release")],
+        "optimizer_state": [(not flora, "flora"), (settings.state_dtype != "int4", "--state-dtype int4")],
+        "activations": [
+            (not settings.checkpointing, "--checkpointing"),
+            (settings.batch > 1, "a smaller --batch"),
+            (reads_text, "a shorter --sequence-length"),
+        ],
+        "temporaries": [(not flora, "flora")],
+    }
+    return ways.get(category, [])

@@ -1,0 +1,509 @@
+"""Configuration of a run: every choice, resolved and checked before anything is read or written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, get_args, get_type_hints
+
+from floragrad.cli.errors import UserError
+from floragrad.cli.machine import default_threads
+from floragrad.cli.options import Option, check_values, kinds, option, option_name, options_of
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
+from floragrad.policy import StateDtype
+
+MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
+TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
+_RATES = ", ".join(f"{name} {rates.lr:g}" for name, rates in LEARNING_RATES.items())
+_RATIOS = ", ".join(f"{name} {rates.embedding_lr / rates.lr:g}" for name, rates in LEARNING_RATES.items())
+_GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
+STANDARD_LIBRARY_MEGABYTES: Final = 4.0
+DATASET_MEGABYTES: Final = 200.0
+
+
+def learning_rates(model: str, optimizer: str) -> LearningRates:
+    """Return the default learning rates of an optimizer on a model."""
+    if model in PRESETS:
+        return LEARNING_RATES[optimizer]
+    return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
+
+
+def default_rank(hidden_size: int) -> int:
+    """Return a quarter of the hidden size, as the GaLore paper has it for its larger models."""
+    return max(1, hidden_size // 4)
+
+
+def default_accumulator(given: Mapping[str, Any]) -> str:
+    """Return how gradients are gathered: as given, else in sketches with Flora and exactly with the others."""
+    if given.get("accumulate", 1) == 1:
+        return "none"
+    return str(given.get("accumulator", "flora" if _flora(given) else "exact"))
+
+
+def _flora(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("optimizer", "flora") == "flora")
+
+
+def _of_preset(name: str, otherwise: Any) -> Any:
+    """Return the function that derives a default: the preset's attribute, else the same for every other model."""
+
+    def derive(given: Mapping[str, Any]) -> Any:
+        preset = PRESETS.get(given.get("model", "tiny"))
+        return getattr(preset, name) if preset else otherwise
+
+    return derive
+
+
+def _with(needed: str, default: Any) -> Any:
+    """Return the function that derives a default where ``dataset``, ``flora`` or ``sketches`` are used, else None."""
+
+    def derive(given: Mapping[str, Any]) -> Any:
+        used = {
+            "dataset": "dataset" in given,
+            "optimizer": _flora(given),
+            "accumulator": default_accumulator(given) == "flora",
+        }
+        return (default(given) if callable(default) else default) if used[needed] else None
+
+    return derive
+
+
+def _rates(given: Mapping[str, Any]) -> LearningRates:
+    return learning_rates(given.get("model", "tiny"), given.get("optimizer", "flora"))
+
+
+def _embedding_lr(given: Mapping[str, Any]) -> float:
+    rates = _rates(given)
+    return float(given.get("lr", rates.lr) * (rates.embedding_lr / rates.lr))
+
+
+def _megabytes(given: Mapping[str, Any]) -> float | None:
+    if "dataset" in given:
+        return DATASET_MEGABYTES
+    return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
+
+
+def _rank(given: Mapping[str, Any]) -> int:
+    preset = PRESETS.get(given.get("model", "tiny"))
+    return default_rank(preset.hidden_size) if preset else 128
+
+
+_steps = _of_preset("steps", 1000)
+
+
+def _part_of_steps(part: int, least: int, most: int | None = None) -> Any:
+    """Return the function that derives a default: a part of the steps, between two bounds."""
+
+    def derive(given: Mapping[str, Any]) -> int:
+        steps = max(least, int(given.get("steps", _steps(given))) // part)
+        return steps if most is None else min(most, steps)
+
+    return derive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. Make it with :meth:`resolve`, which fills in the defaults and checks every value.
+
+    Every field but the last is an option of ``floragrad train``, and there is no other place where it is declared. A
+    new one has a constant default, so that the runs of older versions can be continued. ``prepared`` is set by
+    ``floragrad compare`` only: the folder, relative to the run's, whose text and tokenizer it reads.
+    """
+
+    model: str = option(
+        "A Llama by size, or any causal language model of Hugging Face by name or folder, with its weights where it "
+        "has some. 60m to 1b are the sizes of the GaLore paper.",
+        MODEL,
+        default="tiny",
+        metavar="|".join(PRESETS) + "|NAME|FOLDER",
+    )
+    optimizer: str = option(
+        "What trains: Flora, torch's AdamW, or Hugging Face's Adafactor with momentum.",
+        OPTIMIZER,
+        default="flora",
+        choices=tuple(LEARNING_RATES),
+    )
+    text: tuple[str, ...] = option(
+        "Text to train on, UTF-8; may be given several times. Of a folder, everything below it.",
+        MODEL,
+        default=(),
+        shown="the Python source of the standard library on this machine",
+        metavar="FILE|FOLDER|PATTERN",
+    )
+    dataset: str | None = option(
+        "A dataset of the Hugging Face hub, or a folder with its files, instead of --text.", MODEL, default=None
+    )
+    dataset_config: str | None = option("Configuration of the dataset.", MODEL, default=None, needs=("dataset",))
+    dataset_split: str | None = option(
+        "Split of the dataset.", MODEL, derive=_with("dataset", "train"), shown="train", needs=("dataset",)
+    )
+    text_column: str | None = option(
+        "Column of the dataset that holds the text.",
+        MODEL,
+        derive=_with("dataset", "text"),
+        shown="text",
+        needs=("dataset",),
+    )
+    max_megabytes: float | None = option(
+        "Read at most so much text.",
+        MODEL,
+        derive=_megabytes,
+        shown="4 for tiny on the standard library, 200 of a dataset, else everything",
+        above=0,
+        maximum=1e12,
+    )
+    vocab_size: int | None = option(
+        "Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
+        MODEL,
+        derive=_of_preset("vocab_size", None),
+        shown="2048 for tiny, 8192 for small, 32000 above",
+        minimum=257,  # the 256 bytes and the end of a text
+    )
+    sequence_length: int = option(
+        "Tokens of a block.",
+        MODEL,
+        derive=_of_preset("sequence_length", 256),
+        shown="128 for tiny, else 256",
+        minimum=2,
+    )
+    batch_size: int = option(
+        "Blocks at once, in all processes together.",
+        TRAINING,
+        derive=_of_preset("batch_size", 8),
+        shown="8 for tiny, 16 for small, 32 above, else 8",
+        minimum=1,
+    )
+    accumulate: int = option(
+        "Micro-batches of --batch-size blocks whose gradients make one step.", ACCUMULATION, default=1, minimum=1
+    )
+    accumulator: str = option(
+        "How the gradients of --accumulate micro-batches are gathered: as sketches, each freed at once; exactly, which "
+        "keeps them all; or not at all, so that one micro-batch makes a step.",
+        ACCUMULATION,
+        derive=default_accumulator,
+        shown="flora with --optimizer flora, else exact",
+        choices=tuple(_GATHERED),
+    )
+    accumulator_ratio: int | None = option(
+        "Sketched gradients: columns of a hidden matrix that share one element; 1 keeps them all.",
+        ACCUMULATION,
+        derive=_with("accumulator", 1),
+        shown="1",
+        minimum=1,
+        needs=("accumulator",),
+        keyword="ratio",
+    )
+    accumulator_dtype: str | None = option(
+        "Sketched gradients: how they are stored.",
+        ACCUMULATION,
+        derive=_with("accumulator", "int4"),
+        shown="int4",
+        choices=get_args(StateDtype),
+        needs=("accumulator",),
+        keyword="state_dtype",
+    )
+    accumulator_projection: str | None = option(
+        "Sketched gradients: random signs, or the paper's Gaussian.",
+        ACCUMULATION,
+        derive=_with("accumulator", "sign"),
+        shown="sign",
+        choices=("sign", "gaussian"),
+        needs=("accumulator",),
+        keyword="projection",
+    )
+    release: bool | None = option(
+        "Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in .grad "
+        "before the step.",
+        ACCUMULATION,
+        derive=_with("accumulator", lambda given: _flora(given) and given.get("backend") != "jax"),
+        shown="release",
+        negatable=True,
+        needs=("optimizer", "accumulator"),
+    )
+    steps: int = option(
+        "Optimizer steps.",
+        TRAINING,
+        derive=_steps,
+        shown=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
+        minimum=1,
+    )
+    lr: float = option(
+        "Peak learning rate of the hidden matrices and the vectors.",
+        OPTIMIZER,
+        derive=lambda given: _rates(given).lr,
+        shown=f"{_RATES}; 5e-5 for a model of Hugging Face",
+        above=0,
+        maximum=1e37,  # its default multiple for the embedding is a float32 too
+    )
+    embedding_lr: float = option(
+        "Peak learning rate of the embedding and the output head, which want a larger one.",
+        OPTIMIZER,
+        derive=_embedding_lr,
+        shown=f"--lr times so much: {_RATIOS}; 1 for a model of Hugging Face",
+        above=0,
+        maximum=1e38,
+    )
+    warmup_steps: int = option(
+        "Steps until the learning rate has risen to its peak; a cosine takes it to 0 from there.",
+        TRAINING,
+        derive=_part_of_steps(10, least=0),
+        shown="a tenth of --steps",
+        minimum=0,
+    )
+    weight_decay: float = option(
+        "Decoupled, on everything but vectors.", OPTIMIZER, default=0.0, minimum=0, maximum=1e38
+    )
+    max_grad_norm: float = option(
+        "Clip the gradient's global norm to this; 0: never.",
+        TRAINING,
+        default=1.0,
+        minimum=0,
+        maximum=1e38,
+    )
+    rank: int | None = option(
+        "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements.",
+        OPTIMIZER,
+        derive=_with("optimizer", _rank),
+        shown="a quarter of the hidden size; 128 for a model of Hugging Face",
+        minimum=1,
+        needs=("optimizer",),
+        keyword="rank",
+    )
+    kappa: int | None = option(
+        "Flora: steps until the projection is drawn anew.",
+        OPTIMIZER,
+        derive=_with("optimizer", lambda given: 100 if given.get("projection") == "adaptive" else 1000),
+        shown="1000; 100 for adaptive",
+        minimum=1,
+        needs=("optimizer",),
+        keyword="kappa",
+    )
+    projection: str | None = option(
+        "Flora: random signs, weights that are learnt, or the paper's Gaussian.",
+        OPTIMIZER,
+        derive=_with("optimizer", "sign"),
+        shown="sign",
+        choices=("sign", "adaptive", "gaussian"),
+        needs=("optimizer",),
+        keyword="projection",
+    )
+    state_dtype: str | None = option(
+        "Flora: how the sketch is stored.",
+        OPTIMIZER,
+        derive=_with("optimizer", "int8"),
+        shown="int8",
+        choices=get_args(StateDtype),
+        needs=("optimizer",),
+        keyword="state_dtype",
+    )
+    backend: str = option(
+        "The framework: PyTorch with transformers' Trainer, or JAX with flax, optax and orbax.",
+        MODEL,
+        default="torch",
+        choices=("torch", "jax"),
+    )
+    dtype: str = option(
+        "Of the weights and the computation.", MODEL, default="float32", choices=("float32", "bfloat16")
+    )
+    seed: int = option(
+        "Of the weights, the order of the text, and Flora.", TRAINING, default=0, minimum=0, maximum=2**32 - 1
+    )
+    eval_every: int = option(
+        "Steps between two looks at the validation loss; there is one at the start and one at the end.",
+        TRAINING,
+        derive=_part_of_steps(10, least=1, most=1000),
+        shown="a tenth of --steps, at most 1000",
+        minimum=1,
+    )
+    eval_blocks: int = option(
+        "Held-out blocks to validate with, at most; drawn from all held-out documents.",
+        TRAINING,
+        default=128,
+        minimum=1,
+    )
+    save_every: int = option(
+        "Steps between two checkpoints; only the newest is kept.",
+        OUTPUT,
+        derive=_part_of_steps(4, least=1, most=1000),
+        shown="a quarter of --steps, at most 1000",
+        minimum=1,
+    )
+    keep_checkpoint: bool = option(
+        "Keep the trained model when the run is finished.", OUTPUT, default=True, negatable=True
+    )
+    threads: int = option(
+        "Threads to compute with, in each process.",
+        OUTPUT,
+        derive=lambda _: default_threads(),
+        shown="OMP_NUM_THREADS, else the cores there are, at most 8",
+        minimum=1,
+        maximum=4096,
+    )
+    fsdp: bool = option(
+        "Each process keeps a part of every weight, gradient and state (FSDP2), instead of all of them.",
+        PROCESSES,
+        default=False,
+        negatable=True,
+    )
+    timeout: int = option(
+        "Give up when another process does not answer for so long.",
+        PROCESSES,
+        default=600,
+        minimum=1,
+        maximum=10**7,
+        metavar="SECONDS",
+    )
+    prepared: str | None = None
+
+    @classmethod
+    def resolve(cls, **given: Any) -> "RunConfig":
+        """Resolve what the user gave, with a default for everything else.
+
+        Args:
+            **given: Values by field name; None, or nothing, means the default.
+
+        Raises:
+            UserError: A value is out of range, or two options contradict each other.
+        """
+        given = {name: value for name, value in given.items() if value is not None and value != ()}
+        check_values(OPTIONS, given)
+        _check_conflicts(given)
+        if given.get("fsdp"):
+            _check_sharding(given.get("backend", "torch"), given.get("optimizer", "flora"))
+        derived = {name: each.derive(given) for name, each in OPTIONS.items() if each.derive is not None}
+        config = cls(**{**derived, **given})
+        if config.warmup_steps >= config.steps:
+            raise UserError(
+                f"--warmup-steps {config.warmup_steps} leaves none of the {config.steps} steps for the full "
+                f"learning rate: give at most {config.steps - 1}, or more --steps"
+            )
+        return config
+
+    def launched(self, fsdp: bool | None, timeout: int | None) -> "RunConfig":
+        """Return the same run, its processes started in another way; None leaves things as they were.
+
+        Raises:
+            UserError: It cannot be done in that way.
+        """
+        given: dict[str, Any] = {"fsdp": fsdp, "timeout": timeout}
+        given = {name: value for name, value in given.items() if value is not None}
+        check_values(OPTIONS, given)
+        if fsdp:
+            _check_sharding(self.backend, self.optimizer)
+        return replace(self, **given)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.micro_batches * self.sequence_length
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches whose gradients make one optimizer step."""
+        return 1 if self.accumulator == "none" else self.accumulate
+
+    @property
+    def label(self) -> str:
+        """The optimizer, and how gradients are gathered where that was asked for."""
+        if self.accumulate == 1:
+            return self.optimizer
+        return f"{self.optimizer}, {_GATHERED[self.accumulator]}"
+
+    @property
+    def uses_hub(self) -> bool:
+        """Whether the Hugging Face hub may be asked for the model or the text."""
+        names = (self.dataset, None if self.model in PRESETS else self.model)
+        return any(name is not None and not Path(name).is_dir() for name in names)
+
+    def keywords(self, needed: str) -> dict[str, Any]:
+        """Return the arguments of Flora (``"optimizer"``) or of its accumulator (``"accumulator"``), seed included."""
+        chosen = {each.keyword: getattr(self, each.name) for each in needing(needed) if each.keyword is not None}
+        return {**chosen, "seed": self.seed}
+
+    def to_json(self) -> str:
+        """Return the configuration as a JSON object, one field a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: It is no such object, or a value is out of range.
+        """
+        try:
+            values = json.loads(text)
+            config = replace(cls(**values), text=tuple(values["text"]))
+            _check_types(config)
+        except (ValueError, TypeError, KeyError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
+        check_values(OPTIONS, vars(config))
+        return config
+
+
+OPTIONS: Final = options_of(RunConfig)
+
+
+def needing(needed: str) -> list[Option]:
+    """Return the options that have no effect without another one."""
+    return [each for each in OPTIONS.values() if needed in each.needs]
+
+
+def _check_types(config: RunConfig) -> None:
+    """Find a field that holds another type than it is declared with."""
+    for name, declared in get_type_hints(RunConfig).items():
+        allowed, value = kinds(declared), getattr(config, name)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _check_sharding(backend: str, optimizer: str) -> None:
+    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole."""
+    if backend == "jax":
+        raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
+    if optimizer == "adafactor":
+        raise UserError(
+            "--fsdp gives each process a part of every tensor, and Hugging Face's Adafactor takes whole ones only: "
+            "choose --optimizer flora or adamw, or leave --fsdp out"
+        )
+
+
+def _check_conflicts(given: Mapping[str, Any]) -> None:
+    if given.get("backend") == "jax":
+        if given.get("model", "tiny") not in PRESETS:
+            raise UserError(
+                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "
+                "none of them: choose one, or leave --backend out"
+            )
+        if "release" in given:
+            raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
+    if "text" in given and "dataset" in given:
+        raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
+    for each in needing("dataset"):
+        if each.name in given and "dataset" not in given:
+            raise UserError(
+                f"{option_name(each.name)} belongs to --dataset, which is not given: add it, or leave it out"
+            )
+    if "vocab_size" in given and given.get("model", "tiny") not in PRESETS:
+        raise UserError(
+            f"--vocab-size does not apply to --model {given['model']}, which has a tokenizer of its own: leave it out"
+        )
+    optimizer = given.get("optimizer", "flora")
+    for each in needing("optimizer"):
+        if each.name in given and optimizer != "flora":
+            raise UserError(
+                f"{option_name(each.name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
+            )
+    if given.get("accumulator", "none") != "none" and given.get("accumulate", 1) == 1:
+        raise UserError(
+            f"--accumulator {given['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
+            "is 1: give --accumulate 2 or more, or leave it out"
+        )
+    accumulator = default_accumulator(given)
+    for each in needing("accumulator"):
+        if each.name in given and accumulator != "flora":
+            raise UserError(
+                f"{option_name(each.name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
+                "give --accumulator flora and --accumulate 2 or more"
+            )

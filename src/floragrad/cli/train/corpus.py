@@ -1,0 +1,281 @@
+"""Text to numbers: the tokenizer, the held-out part, and blocks of one length."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from floragrad.cli.disk import write_text
+from floragrad.cli.errors import UserError
+from floragrad.cli.presets import PRESETS
+from floragrad.cli.train import manifest
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.sources import MEGABYTE, Documents
+
+END_OF_TEXT = "<|endoftext|>"
+HELD_OUT = 10
+"""Every tenth document is held out; of fewer than ten documents, the last tenth of each."""
+TOKENIZER_SAMPLE = 2 * MEGABYTE
+"""Characters that the tokenizer is trained on, at most: more of them change little and take longer."""
+DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What was prepared, for the summary and for whoever reads the folder later.
+
+    Attributes:
+        source: Where the text comes from.
+        documents: How many texts there are, the held-out ones included.
+        skipped: Files and rows that were left out because they are not text.
+        megabytes: Their size in UTF-8.
+        train_tokens: Tokens to train on.
+        validation_tokens: Tokens held out.
+        vocab_size: Entries of the tokenizer.
+        dtype: How a token is stored.
+        sha256: Of all tokens: two runs with the same one read the same text.
+    """
+
+    source: str
+    documents: int
+    skipped: int
+    megabytes: float
+    train_tokens: int
+    validation_tokens: int
+    vocab_size: int
+    dtype: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared text: where it lies, and what is known of it."""
+
+    folder: Path
+    facts: CorpusFacts
+
+    @classmethod
+    def load(cls, folder: Path) -> "Corpus":
+        """Open what :func:`prepare_corpus` wrote."""
+        values = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        return cls(folder, CorpusFacts(**values))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, as transformers loads it."""
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
+
+    def train_blocks(self, config: RunConfig) -> "Blocks":
+        """What the run reads, batch after batch, to its end."""
+        return Blocks(self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps)
+
+    def validation_blocks(self, config: RunConfig) -> "Blocks":
+        """A sample of the held-out blocks, the same whatever the seed, the backend and the processes."""
+        chosen = sampled(self.held_out_blocks(config), config.eval_blocks)
+        return Blocks(self._tokens("validation"), config.sequence_length, chosen=chosen)
+
+    def held_out_blocks(self, config: RunConfig) -> int:
+        """Count the held-out blocks, of which :meth:`validation_blocks` is a sample."""
+        return self.facts.validation_tokens // config.sequence_length
+
+    def _tokens(self, part: str) -> NDArray[Any]:
+        return np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r")
+
+
+class Blocks:
+    """Blocks of ``length`` tokens: each once and in order, or shuffled anew for every pass.
+
+    The order follows from ``seed`` and the position alone, so that a run may start anywhere in it, and runs
+    with different optimizers read the same batches.
+
+    Args:
+        tokens: All tokens in one row; what does not fill a block is left out.
+        length: Tokens of a block.
+        seed: Of the shuffling; None keeps the order.
+        total: Tokens to serve; more than there are begin a further pass. None serves each block once.
+        chosen: Indices of the blocks to serve, in their order; None serves all.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        length: int,
+        seed: int | None = None,
+        total: int | None = None,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
+        self._blocks = blocks if chosen is None else blocks[chosen]
+        self._count = len(self._blocks) if total is None else total // length
+        self._seed = seed
+        self._pass = -1
+        self._order: NDArray[np.int64] = np.arange(len(self._blocks))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> dict[str, NDArray[np.int64]]:
+        number, index = divmod(position, len(self._blocks))
+        if self._seed is not None and number != self._pass:
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, number]))
+            self._order, self._pass = generator.permutation(len(self._blocks)), number
+        block = self._blocks[self._order[index]].astype(np.int64)
+        return {"input_ids": block, "labels": block}
+
+
+def sampled(blocks: int, count: int) -> NDArray[np.int64]:
+    """Indices of ``count`` of ``blocks`` blocks, drawn without replacement and sorted; all where there are no more.
+
+    The draw is fixed, so that all runs on one text validate with the same blocks, and a larger sample contains
+    the smaller ones. It uses the generator's raw bits, which are the same in every version of NumPy.
+
+    Example:
+        >>> sampled(20, 4), sampled(20, 6)
+        (array([ 0,  2, 11, 17]), array([ 0,  1,  2,  9, 11, 17]))
+    """
+    order = np.argsort(np.random.Philox(key=0).random_raw(blocks), kind="stable")
+    return np.sort(order[:count])
+
+
+def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: int | None = None) -> Corpus:
+    """Tokenize ``documents`` into ``folder``: two files of tokens, the tokenizer, and what is known of them.
+
+    Args:
+        config: Of the run.
+        documents: The texts.
+        folder: An empty one.
+        rows: Of the model's embedding; None where it gets as many as the tokenizer has entries.
+
+    Raises:
+        UserError: The text is too short for one block to train on and one to validate with, or has a token that the
+            model does not know.
+    """
+    train, validation = split(documents.texts)
+    tokenizer = _tokenizer(config, train)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    digest = hashlib.sha256()
+    counts = {}
+    for name, texts in (("train", train), ("validation", validation)):
+        counts[name] = 0
+        with open(folder / f"{name}.bin", "wb") as file:
+            for ids in _encoded(tokenizer, texts):
+                _check_known(config, tokenizer, ids, rows)
+                data = np.asarray(ids, dtype=dtype).tobytes()
+                digest.update(data)
+                counts[name] += len(ids)
+                file.write(data)
+    if min(counts.values()) < config.sequence_length:
+        raise UserError(
+            f"the text is too short: {counts['train']} tokens to train on, {counts['validation']} held out, "
+            f"one block needs {config.sequence_length} of each: give more text or a smaller --sequence-length"
+        )
+    facts = CorpusFacts(
+        source=documents.source,
+        documents=len(documents.texts),
+        skipped=documents.skipped,
+        megabytes=sum(len(text.encode("utf-8")) for text in documents.texts) / MEGABYTE,
+        train_tokens=counts["train"],
+        validation_tokens=counts["validation"],
+        vocab_size=len(tokenizer),
+        dtype=dtype,
+        sha256=digest.hexdigest(),
+    )
+    write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
+    manifest.write(folder, folder.rglob("*"))
+    return Corpus(folder, facts)
+
+
+def _check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:
+    if rows is not None and max(ids, default=0) >= rows:
+        raise UserError(
+            f"--model {config.model} has an embedding of {rows} rows, and its tokenizer makes token {max(ids)} of "
+            f"{len(tokenizer)} from this text: save the tokenizer that belongs to the model, or the model after "
+            "resize_token_embeddings"
+        )
+
+
+def split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The texts to train on, and those held out. It goes by position, never by chance.
+
+    Example:
+        >>> train, validation = split([str(number) for number in range(20)])
+        >>> validation, len(train)
+        (['9', '19'], 18)
+        >>> split(["abcdefghij" * 2])
+        (['abcdefghijabcdefgh'], ['ij'])
+    """
+    if len(texts) >= HELD_OUT:
+        held_out = [text for index, text in enumerate(texts) if index % HELD_OUT == HELD_OUT - 1]
+        return [text for index, text in enumerate(texts) if index % HELD_OUT != HELD_OUT - 1], held_out
+    cuts = [len(text) - len(text) // HELD_OUT for text in texts]
+    return [text[:cut] for text, cut in zip(texts, cuts, strict=True)], [
+        text[cut:] for text, cut in zip(texts, cuts, strict=True)
+    ]
+
+
+def _tokenizer(config: RunConfig, texts: list[str]) -> Any:
+    return own_tokenizer(config.model) if config.vocab_size is None else train_tokenizer(texts, config.vocab_size)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` entries, trained on a sample of ``texts``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def own_tokenizer(model: str) -> Any:
+    """The tokenizer of a model given by name or folder.
+
+    Raises:
+        UserError: It has none that can be loaded.
+    """
+    wrong = UserError(
+        f"--model {model} has no tokenizer that can be loaded: save one beside its configuration, or choose one of "
+        f"{', '.join(PRESETS)}, which train their own"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise wrong from error
+    # Where there are no files, transformers makes an empty tokenizer of the model's kind.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise wrong
+    return tokenizer
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    """The first characters of all texts together, as many as the tokenizer is trained on."""
+    left = TOKENIZER_SAMPLE
+    for text in texts:
+        if left <= 0:
+            return
+        yield text[:left]
+        left -= len(text)
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
+    """The tokens of each text, its end marked; many texts at once are encoded in parallel."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
+        batch = tokenizer(texts[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False)
+        for ids in batch["input_ids"]:
+            yield ids + end

@@ -1,0 +1,158 @@
+"""What a run shows on the screen."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from floragrad._text import format_bytes
+from floragrad.cli.train.validation import difference, validation_notes
+
+LINES_WITHOUT_TERMINAL = 10
+"""A run whose output is no terminal writes so many lines instead of a bar."""
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``"1 h 02 min"``, ``"1 min 34 s"``, ``"12.3 s"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+class Display:
+    """The screen of one run: its opening, its progress, its summary.
+
+    Args:
+        console: Where to write.
+        title: What the progress is labelled with.
+        brief: Show the progress only, and leave nothing behind.
+    """
+
+    def __init__(self, console: Console, title: str = "training", brief: bool = False) -> None:
+        self._console = console
+        self._title = title
+        self._brief = brief
+        self._progress: Progress | None = None
+        self._steps = 0
+
+    def say(self, text: str) -> None:
+        """Write a line or a table of plain text."""
+        if not self._brief:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def begin(self, step: int, steps: int) -> None:
+        """Show the progress from ``step`` on."""
+        self._steps = steps
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console, transient=self._brief)
+            self._progress.add_task(self._title, total=steps, completed=step, numbers="")
+            self._progress.start()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+        """One training step is done."""
+        numbers = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s · {format_bytes(memory)}"
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
+        elif step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
+            self.say(f"step {step}/{self._steps} · {numbers}")
+
+    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
+        """The validation loss was measured."""
+        self.say(f"step {step}/{self._steps} · validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
+
+    def end(self) -> None:
+        """Stop showing the progress."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def summary(self, summary: dict[str, Any], folder: str) -> None:
+        """The last thing of a run that is finished."""
+        if self._brief:
+            return
+        table = Table(show_header=False, title=f"{summary['model']} with {summary['optimizer']}", title_justify="left")
+        for row in _summary_rows(summary):
+            table.add_row(*row)
+        self._console.print(table)
+        self.say(f"everything is in {folder}")
+
+
+def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
+    """The last thing of a comparison: its table, as wide as a terminal."""
+    table = Table()
+    step = "step time" if yardstick is None else f"step / {yardstick}'s"
+    minus = "difference" if yardstick is None else f"minus {yardstick}'s"
+    heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "optimizer" else "right")
+    for row in rows:
+        cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
+        if row["validation_loss"] is None:
+            table.add_row(*cells, "diverged")
+            continue
+        spread = row["validation_loss_stdev"]
+        loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+        share = f"{100 * row['state_of_adamw']:.1f}%"
+        sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
+        table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
+    console.print(table)
+    for line in validation_notes(rows, yardstick or "adamw"):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    first, last = summary["first_validation_loss"], summary["validation_loss"]
+    kept, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
+    change = summary["validation_loss_change"]
+    losses = f"{first:.4f} → {last:.4f} ({abs(100 * change):.1f}% {'lower' if change < 0 else 'higher'})"
+    perplexities = f"{summary['first_perplexity']:,.1f} → {summary['perplexity']:,.1f}"
+    return [
+        ("validation loss", losses),
+        *_blocks(summary),
+        ("perplexity", perplexities),
+        (
+            "optimizer state",
+            f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
+        ),
+        *_shared(summary),
+        *_gathered(summary),
+        ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
+        ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
+        ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
+    ]
+
+
+def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well the validation loss is known. Runs that an earlier version finished do not say."""
+    if summary.get("standard_error") is None:
+        return []
+    count, held_out = len(summary["block_losses"]), summary["held_out_blocks"]
+    return [("standard error", f"{summary['standard_error']:.4f} over {count:,} of {held_out:,} held-out blocks")]
+
+
+def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How several processes trained. Runs that were finished before there could be several do not say."""
+    count = summary.get("processes", 1)
+    if count == 1:
+        return []
+    return [("processes", f"{count}, with {'a part' if summary['fsdp'] else 'all'} of the model each; sizes are one's")]
+
+
+def _gathered(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the gradients of a window take, where there are windows."""
+    if summary["micro_batches"] == 1:
+        return []
+    kept, exact = summary["accumulation_bytes"], summary["gradient_bytes"]
+    share = "" if kept == exact else f"; exact: {format_bytes(exact)} ({exact / kept:.1f} times)"
+    return [("gathered gradients", f"{format_bytes(kept)} over {summary['micro_batches']} micro-batches{share}")]

@@ -1,0 +1,50 @@
+"""What a run asks of the framework that does the arithmetic."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from floragrad.cli.machine import Gpu
+from floragrad.cli.train.recorder import Recorder, Schedule
+
+
+class Engine(Protocol):
+    """A model, its optimizer and the steps, in one framework."""
+
+    @property
+    def libraries(self) -> Sequence[str]:
+        """The distributions whose versions the result depends on."""
+        ...
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that the run uses; None on a CPU."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        ...
+
+    def run(self, schedule: Schedule, recorder: Recorder) -> int:
+        """Train until the last step, a signal, or a loss that is not finite. Returns the steps made."""
+        ...
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """What the optimizer keeps between steps, measured from its arrays after the run."""
+        ...
+
+    @property
+    def adamw_state_bytes(self) -> int:
+        """What AdamW would keep for the same parameters."""
+        ...
+
+    @property
+    def gradient_bytes(self) -> int:
+        """One gradient of every parameter."""
+        ...
+
+    @property
+    def accumulation_bytes(self) -> int:
+        """What the gradients of a step's earlier micro-batches take."""
+        ...

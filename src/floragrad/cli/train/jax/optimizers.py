@@ -1,0 +1,119 @@
+"""The optimizers of ``--optimizer``, as optax has them, with a learning rate for each kind of parameter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from floragrad._report import Report
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.jax.weights import Params, parameter_names
+from floragrad.jax import compressed_multi_steps, flora, flora_report
+from floragrad.jax.precision import in_float32
+from floragrad.policy import Kind
+
+GRADIENT_NORM = "gradient_norm"
+VOCABULARIES = ("embed_tokens", "lm_head")
+
+
+def kinds(params: Params) -> Params:
+    """What every parameter is, in a tree of the same structure, as ``floragrad.param_groups`` has it."""
+    found: Params = jax.tree_util.tree_map_with_path(lambda path, leaf: _kind(path[0].key, leaf), params)
+    return found
+
+
+def learning_rates(config: RunConfig) -> dict[Kind, optax.Schedule]:
+    """Each kind's learning rate over the steps: a linear warm-up, then a cosine to zero."""
+    peaks: dict[Kind, float] = {"matrix": config.lr, "vocabulary": config.embedding_lr, "vector": config.lr}
+    return {
+        kind: optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, config.steps)
+        for kind, peak in peaks.items()
+    }
+
+
+def transformation(config: RunConfig) -> optax.GradientTransformation:
+    """Everything between the gradient and the update, clipping by the global norm included.
+
+    AdamW has torch's defaults. Adafactor has those of Hugging Face's, with momentum, every matrix factored, and
+    learning rates that mean what they mean in AdamW.
+    """
+    rates = learning_rates(config)
+    groups = {kind: _OPTIMIZERS[config.optimizer](config, kind, rate) for kind, rate in rates.items()}
+    clipping = [in_float32(optax.clip_by_global_norm(config.max_grad_norm))] if config.max_grad_norm else []
+    return optax.chain(optax.snapshot(GRADIENT_NORM, _norm), *clipping, optax.partition(groups, kinds))
+
+
+def report(config: RunConfig, params: Params) -> Report:
+    """What Flora keeps for every parameter, under transformers' names."""
+    leaves = zip(*map(jax.tree.leaves, (parameter_names(params), kinds(params), params)), strict=True)
+    parts = [flora_report({name: leaf}, **_compression(config, kind)) for name, kind, leaf in leaves]
+    return Report(tuple(row for part in parts for row in part.rows))
+
+
+def windowed(config: RunConfig, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same for a step of several micro-batches, whose gradients are gathered first."""
+    if config.micro_batches == 1:
+        return inner
+    if config.accumulator == "exact":
+        return optax.MultiSteps(inner, config.micro_batches).gradient_transformation()
+    return compressed_multi_steps(
+        inner,
+        config.micro_batches,
+        **config.keywords("accumulator"),
+    )
+
+
+def _kind(module: str, leaf: jax.Array) -> Kind:
+    if leaf.ndim < 2:
+        return "vector"
+    return "vocabulary" if module in VOCABULARIES else "matrix"
+
+
+def _decay(config: RunConfig, kind: Kind) -> float:
+    return 0.0 if kind == "vector" else config.weight_decay
+
+
+def _adamw(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, weight_decay=_decay(config, kind))
+
+
+def _adafactor(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.GradientTransformation:
+    # optax's own weight decay would not follow the learning rate.
+    decay = _decay(config, kind)
+    return in_float32(
+        optax.chain(
+            optax.adafactor(rate, min_dim_size_to_factor=1, multiply_by_parameter_scale=False, momentum=0.9),
+            optax.add_decayed_weights(lambda count: -decay * rate(count)),
+        )
+    )
+
+
+def _flora(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.GradientTransformation:
+    assert config.kappa is not None
+    return flora(
+        rate,
+        kappa=config.kappa,
+        weight_decay=_decay(config, kind),
+        seed=config.seed,
+        **_compression(config, kind),
+    )
+
+
+def _compression(config: RunConfig, kind: Kind) -> dict[str, Any]:
+    """What Flora compresses of one kind of parameter; vocabulary-like ones keep no momentum, as in PyTorch."""
+    return {
+        "rank": config.rank,
+        "b1": None if kind == "vocabulary" else 0.9,
+        "projection": config.projection,
+        "mu_dtype": config.state_dtype,
+    }
+
+
+_OPTIMIZERS = {"flora": _flora, "adamw": _adamw, "adafactor": _adafactor}
+
+
+def _norm(gradients: optax.Updates) -> jax.Array:
+    """The global norm, in float32 whatever the gradients are in."""
+    norm: jax.Array = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
+    return norm

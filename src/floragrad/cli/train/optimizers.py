@@ -1,0 +1,65 @@
+"""The optimizers of ``--optimizer``, all on the same parameter groups."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.optimization import Adafactor
+
+from floragrad import Flora, param_groups
+from floragrad.cli.train.config import RunConfig
+from floragrad.torch import report
+from floragrad.torch.distributed.collectives import to_local
+
+
+def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and its arguments, as the Trainer takes them.
+
+    AdamW has torch's defaults, in its fused form. Adafactor is Hugging Face's, with momentum, and with
+    learning rates that mean what they mean in AdamW.
+    """
+    groups = param_groups(model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW, {"params": groups, "lr": config.lr, "fused": True}
+    if config.optimizer == "adafactor":
+        settings = {"beta1": 0.9, "scale_parameter": False, "relative_step": False}
+        return Adafactor, {"params": groups, "lr": config.lr, **settings}
+    return Flora, {"params": groups, "lr": config.lr, **config.keywords("optimizer")}
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Every tensor that the optimizer keeps between steps."""
+    states: list[Mapping[str, Any]] = list(optimizer.state.values())
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state in this process, measured from its tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(to_local, state_tensors(optimizer)))
+
+
+def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of one gradient of every parameter, in this process."""
+    return sum(p.numel() * p.element_size() for p in _parameters(optimizer))
+
+
+def accumulation_bytes(config: RunConfig, optimizer: Any) -> int:
+    """Bytes that the gradients of a window's earlier micro-batches take.
+
+    Args:
+        config: Of the run.
+        optimizer: As the Trainer has prepared it.
+    """
+    if config.accumulator == "flora":
+        return int(optimizer.window.report().state_bytes)
+    return gradient_bytes(optimizer) if config.micro_batches > 1 else 0
+
+
+def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that AdamW's state takes for the same parameters, in this process."""
+    return sum(report.adamw_bytes(parameter.shape, parameter.dtype) for parameter in _parameters(optimizer))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What this process has of every parameter."""
+    return [to_local(parameter) for group in optimizer.param_groups for parameter in group["params"]]

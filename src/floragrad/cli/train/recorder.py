@@ -1,0 +1,151 @@
+"""What watches a run, whatever the framework: when to evaluate, save and stop, and what is written down."""
+
+import time
+from collections.abc import Mapping, Sequence
+from math import exp, isfinite
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from floragrad.cli.machine import Gpu, memory_bytes
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.display import Display
+from floragrad.cli.train.folder import RunFolder
+from floragrad.cli.train.interrupt import StopRequest
+from floragrad.cli.train.processes import ALONE, Processes
+from floragrad.cli.train.validation import standard_error
+
+LARGEST_EXPONENT = 700.0
+BLOCK_DIGITS = 6
+"""Decimal places of a block's loss in the metrics."""
+
+
+def perplexity(loss: float) -> float:
+    """E to the loss, bounded by what a float can hold."""
+    return exp(min(loss, LARGEST_EXPONENT))
+
+
+class Due(NamedTuple):
+    """What a step is followed by. Saving comes last, so that a resumed run evaluates nothing twice."""
+
+    evaluate: bool
+    save: bool
+    stop: bool
+
+
+class Schedule:
+    """Decides after each step whether to evaluate, to save, to stop; all processes alike."""
+
+    def __init__(self, config: RunConfig, stop: StopRequest, processes: Processes = ALONE) -> None:
+        self._config = config
+        self._stop = stop
+        self._processes = processes
+
+    def after(self, step: int) -> Due:
+        """What follows a step that is just over."""
+        config, last = self._config, step >= self._config.steps
+        # A signal reaches the processes in different steps, or one of them only.
+        signum = self._processes.largest(self._stop.signum or 0)
+        if signum:
+            self._stop.signum = signum
+        stop = signum > 0 and not last
+        save = (last and config.keep_checkpoint) or step % config.save_every == 0
+        return Due(evaluate=last or step % config.eval_every == 0, save=save or stop, stop=stop)
+
+
+class Recorder:
+    """Writes the metrics, publishes the checkpoints, and keeps the display up to date.
+
+    Of several processes all have one, and the leader's alone writes.
+
+    Attributes:
+        diverged_at: The step at which the loss was no finite number any more; None otherwise.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        tokenizer: Any,
+        display: Display,
+        gpu: Gpu | None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._config = config
+        self._processes = processes
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._display = display
+        self._gpu = gpu
+        earlier = folder.metrics()
+        self._seconds_before = earlier[-1]["seconds"] if earlier else 0.0
+        self._began = self._step_began = time.perf_counter()
+        self.diverged_at: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, in all its sessions."""
+        return float(self._seconds_before + time.perf_counter() - self._began)
+
+    def begin(self, opening: str, step: int) -> None:
+        """Show what the optimizer keeps, then the progress after ``step``."""
+        self._began = time.perf_counter()
+        self._display.say(opening)
+        self._display.begin(step, self._config.steps)
+
+    def step_begins(self) -> None:
+        """Start the step's clock."""
+        self._step_began = time.perf_counter()
+
+    def step(self, step: int, loss: float, rates: Mapping[str, float], grad_norm: float | None) -> None:
+        """Write a training step's line, when its loss has been read and so the step is really over.
+
+        Args:
+            step: Steps made, this one included.
+            loss: The mean over the step's tokens.
+            rates: The learning rate of each kind of parameter that there is.
+            grad_norm: The gradient's norm before it was clipped.
+        """
+        step_seconds = time.perf_counter() - self._step_began
+        memory = memory_bytes(self._gpu)
+        self._write(
+            step,
+            loss=loss,
+            lr=rates.get("matrix"),
+            embedding_lr=rates.get("vocabulary"),
+            grad_norm=grad_norm,
+            step_seconds=step_seconds,
+            memory_bytes=memory,
+        )
+        self._display.step(step, loss, self._config.tokens_per_step / step_seconds, memory)
+        self._look_at(step, loss)
+
+    def evaluation(self, step: int, losses: Sequence[float]) -> None:
+        """Write an evaluation's line, from the loss of each validation block."""
+        loss = fmean(losses)
+        blocks = [round(each, BLOCK_DIGITS) if isfinite(each) else None for each in losses]
+        error = standard_error(losses)
+        self._write(step, validation_loss=loss, perplexity=perplexity(loss), standard_error=error, block_losses=blocks)
+        self._display.evaluation(step, loss, perplexity(loss))
+        self._look_at(step, loss)
+
+    def saved(self, step: int) -> None:
+        """Complete the checkpoint with the tokenizer, then put it in its place when all have written their part."""
+        self._processes.wait()
+        if self._processes.leads:
+            with self._folder.writing():
+                self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
+            self._folder.publish(step)
+        self._processes.wait()
+
+    def _look_at(self, step: int, loss: float) -> None:
+        if not isfinite(loss):
+            self.diverged_at = step
+
+    def _write(self, step: int, **values: float | list[float | None] | None) -> None:
+        if not self._processes.leads:
+            return
+        known = {
+            name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
+        }
+        line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
+        self._folder.append_metrics(line)

@@ -1,0 +1,186 @@
+"""A training run from its beginning to its end."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeAlias
+
+from floragrad.cli import machine
+from floragrad.cli.disk import write_text
+from floragrad.cli.errors import DivergenceError, StoppedError, UserError
+from floragrad.cli.figures import run_figure, save
+from floragrad.cli.presets import PRESETS
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.corpus import Corpus, prepare_corpus
+from floragrad.cli.train.display import Display
+from floragrad.cli.train.engine import Engine
+from floragrad.cli.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder
+from floragrad.cli.train.interrupt import StopRequest
+from floragrad.cli.train.processes import ALONE, Processes
+from floragrad.cli.train.recorder import Recorder, Schedule, perplexity
+from floragrad.cli.train.sources import read_documents
+
+Start: TypeAlias = Callable[[RunConfig, RunFolder, Corpus, int, Processes], Engine]
+"""What makes the engine of a run, as :func:`start` does."""
+
+
+def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> Engine:
+    """The engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
+    if config.backend == "jax":
+        from floragrad.cli.train.jax.loop import JaxEngine
+
+        return JaxEngine(config, folder, corpus, step)
+    from floragrad.cli.train.trainer import TrainerEngine
+
+    return TrainerEngine(config, folder, corpus, step, processes)
+
+
+def begin(config: RunConfig, out: Path) -> RunFolder:
+    """Make the folder of a new run: its configuration, its text and its tokenizer.
+
+    Raises:
+        UserError: The run cannot be done; then there is no folder.
+    """
+    check_free(out)
+    check_model(config)
+    with new_folder(out) as folder:
+        write_corpus(config, folder / CORPUS)
+        write_text(folder / CONFIG, config.to_json())
+    return RunFolder(out)
+
+
+def check_model(config: RunConfig) -> None:
+    """Find out that the model cannot be trained before any text is read.
+
+    Raises:
+        UserError: There is no such model, or the rank compresses none of it.
+    """
+    preset = PRESETS.get(config.model)
+    if preset is not None:
+        widest = preset.hidden_size
+    else:
+        from floragrad.cli.train.models import widest_matrix
+
+        widest = widest_matrix(config)
+    if config.rank is not None and widest < 2 * config.rank:
+        raise UserError(
+            f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "
+            f"{config.model} is {widest}, and a sketch needs half of it or less: give at most {widest // 2}"
+        )
+
+
+def write_corpus(config: RunConfig, folder: Path) -> Corpus:
+    """Read, tokenize and pack the text of a run into a new folder."""
+    documents = read_documents(config)
+    folder.mkdir()
+    if config.model in PRESETS:
+        return prepare_corpus(config, documents, folder)
+    from floragrad.cli.train.models import embedding_rows
+
+    return prepare_corpus(config, documents, folder, embedding_rows(config))
+
+
+def train(folder: RunFolder, display: Display, processes: Processes = ALONE, start: Start = start) -> dict[str, Any]:
+    """Train the run in ``folder`` from where it stands to its end. Returns its summary.
+
+    SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread. Of several processes all call it; the
+    leader alone locks the folder and writes to it.
+
+    Args:
+        folder: Of the run.
+        display: Where to show it.
+        processes: Who trains.
+        start: What makes the engine; the default follows ``--backend``.
+
+    Raises:
+        StoppedError: A signal has stopped it; everything is saved.
+        DivergenceError: The loss is no finite number any more; the newest checkpoint is from before that.
+        UserError: Another process is training the same run.
+    """
+    stop = StopRequest()
+    with contextlib.ExitStack() as held:
+        step = processes.share(lambda: _take(folder, held))
+        display.say(f"run folder: {folder.path}")
+        held.enter_context(stop.listening())
+        config, corpus = folder.config, Corpus.load(folder.corpus)
+        engine = start(config, folder, corpus, step, processes)
+        recorder = Recorder(config, folder, corpus.tokenizer, display, engine.gpu, processes)
+        _introduce(engine, corpus, config, step, display)
+        try:
+            made = engine.run(Schedule(config, stop, processes), recorder)
+        finally:
+            display.end()
+        if recorder.diverged_at is not None:
+            raise DivergenceError(recorder.diverged_at)
+        if stop.signum is not None and made < config.steps:
+            raise StoppedError(folder.path, f"{processes.program} train", stop.signum)
+        return processes.share(lambda: _finish(folder, config, corpus, engine, recorder, processes))
+
+
+def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
+    """Lock the folder, and go back to its newest checkpoint. Returns its step, or 0."""
+    held.enter_context(folder.locked())
+    step = folder.rewind()
+    held.callback(folder.tidy, checkpoints=True)
+    return step
+
+
+def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
+    """Say what is about to happen."""
+    facts, held_out = corpus.facts, corpus.held_out_blocks(config)
+    skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
+    display.say(
+        f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {machine.machine(engine.gpu)}\n"
+        f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
+        f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
+        f"vocabulary {facts.vocab_size:,}\n"
+        f"validation with {min(config.eval_blocks, held_out):,} of {held_out:,} held-out blocks, "
+        "drawn from all held-out documents"
+    )
+    if step:
+        display.say(f"continuing after step {step}")
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, corpus: Corpus, engine: Engine, recorder: Recorder, processes: Processes
+) -> dict[str, Any]:
+    """Write the figure and the summary of a run that has made all its steps."""
+    metrics = folder.metrics()
+    evaluations = [line for line in metrics if "validation_loss" in line]
+    first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
+    with folder.writing():
+        save(run_figure(metrics, f"{Path(config.model).name} with {config.label}"), folder.path / FIGURE)
+    summary = {
+        "model": config.model,
+        "optimizer": config.optimizer,
+        "backend": config.backend,
+        "parameters": engine.parameters,
+        "processes": processes.size,
+        "fsdp": processes.sharded,
+        "steps": config.steps,
+        "tokens": config.steps * config.tokens_per_step,
+        "first_validation_loss": first,
+        "validation_loss": last,
+        "validation_loss_change": last / first - 1,
+        "first_perplexity": perplexity(first),
+        "perplexity": perplexity(last),
+        "standard_error": evaluations[-1].get("standard_error"),
+        "block_losses": evaluations[-1].get("block_losses"),
+        "held_out_blocks": corpus.held_out_blocks(config),
+        "accumulator": config.accumulator,
+        "micro_batches": config.micro_batches,
+        "accumulation_bytes": engine.accumulation_bytes,
+        "gradient_bytes": engine.gradient_bytes,
+        "optimizer_state_bytes": engine.optimizer_state_bytes,
+        "adamw_state_bytes": engine.adamw_state_bytes,
+        "peak_memory_bytes": machine.peak_memory_bytes(engine.gpu),
+        "peak_memory_of": "process" if engine.gpu is None else "GPU",
+        "seconds": recorder.seconds,
+        "step_seconds": median(line["step_seconds"] for line in metrics if "step_seconds" in line),
+        "machine": machine.machine(engine.gpu),
+        "versions": machine.versions(engine.libraries),
+    }
+    folder.write_summary(summary)
+    folder.tidy(checkpoints=config.keep_checkpoint)
+    return summary

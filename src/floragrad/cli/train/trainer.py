@@ -1,0 +1,276 @@
+"""The PyTorch backend: transformers' Trainer, fed and watched by us."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from floragrad import Flora
+from floragrad.cli.machine import Gpu, configure_torch, torch_gpu
+from floragrad.cli.presets import PRESETS
+from floragrad.cli.train.callbacks import BLOCK_LOSSES, RecorderCallback, ScheduleCallback
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.corpus import Blocks, Corpus
+from floragrad.cli.train.folder import RunFolder
+from floragrad.cli.train.models import build_model, rebuild_model, trained_model
+from floragrad.cli.train.opening import opening
+from floragrad.cli.train.optimizers import accumulation_bytes, adamw_bytes, gradient_bytes, optimizer_class, state_bytes
+from floragrad.cli.train.processes import Processes
+from floragrad.cli.train.recorder import Recorder, Schedule
+from floragrad.torch.integrations import AccumulationOptions
+from floragrad.torch.integrations.transformers import FloraTrainerMixin
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""What the Trainer calls them."""
+
+
+class TrainerEngine:
+    """A run with torch and transformers' Trainer; see :class:`floragrad.cli.train.engine.Engine`.
+
+    Args:
+        config: Of the run.
+        folder: Its folder, with the checkpoint to go on from.
+        corpus: Its text.
+        step: The step of that checkpoint; 0 begins.
+        processes: Who trains; all make an engine.
+    """
+
+    libraries = ("torch", "transformers", "tokenizers")
+
+    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> None:
+        configure_torch(config.threads)
+        set_seed(config.seed)
+        self._config, self._folder, self._corpus = config, folder, corpus
+        self._step, self._processes = step, processes
+        self._checkpoint = folder.checkpoints()[-1][1] if step else None
+        self._model = self._sharded_model() if processes.sharded else self._whole_model()
+        self._optimizer: Any = None
+        self.accumulation_bytes = 0
+
+    def _whole_model(self) -> Any:
+        """The model at its start, or one that the Trainer will load the checkpoint's weights into."""
+        if self._checkpoint is None:
+            return build_model(self._config, self._corpus.facts.vocab_size)
+        return rebuild_model(self._config, self._checkpoint)
+
+    def _sharded_model(self) -> Any:
+        """The model with its weights, which cannot be loaded any more once it is cut."""
+        from floragrad.cli.train.sharding import shard
+
+        trained = self._checkpoint
+        model = self._whole_model() if trained is None else trained_model(self._config, trained)
+        shard(model, self._processes)
+        return model
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that torch sees."""
+        return torch_gpu()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """What trains: its class and its arguments. Override it to put another one to the same job."""
+        return optimizer_class(self._config, self._model)
+
+    def run(self, schedule: Schedule, recorder: Recorder) -> int:
+        """Let the Trainer train. Returns the steps made."""
+        sketched = self._config.accumulator == "flora"
+        trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
+            folder=self._folder,
+            processes=self._processes,
+            model=self._model,
+            args=_arguments(self._config, self._folder, self._processes, begins=self._checkpoint is None),
+            train_dataset=self._corpus.train_blocks(self._config),
+            eval_dataset=self._corpus.validation_blocks(self._config),
+            data_collator=default_data_collator,
+            optimizer_cls_and_kwargs=self.optimizer(),
+            callbacks=[ScheduleCallback(schedule), RecorderCallback(recorder, self._opened)],
+            **({"accumulation": _accumulation(self._config)} if sketched else {}),
+        )
+        trainer.remove_callback(PrinterCallback)
+        # All blocks are as long, so the mean over batches is the mean over tokens. The Trainer's own count of tokens
+        # depends on its version: some count the first one of a block too, which nothing predicts.
+        trainer.model_accepts_loss_kwargs = False
+        if self._processes.size > 1 or self._step:
+            # Every process draws numbers of its own; where the checkpoint has some for it, it goes on with those.
+            torch.manual_seed(_seed(self._config.seed, self._processes.rank, self._step))
+        trainer.train(resume_from_checkpoint=None if self._checkpoint is None else str(self._checkpoint))
+        return int(trainer.state.global_step)
+
+    def _opened(self, optimizer: Any) -> str:
+        """What to say of the optimizer that the Trainer has prepared."""
+        self._optimizer = optimizer.optimizer
+        self.accumulation_bytes = accumulation_bytes(self._config, optimizer)
+        report = self._optimizer.report() if isinstance(self._optimizer, Flora) else None
+        return opening(self._config, report, self)
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """What the optimizer keeps, measured from its tensors."""
+        return state_bytes(self._optimizer)
+
+    @property
+    def adamw_state_bytes(self) -> int:
+        """What AdamW would keep."""
+        return adamw_bytes(self._optimizer)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """One gradient of every parameter."""
+        return gradient_bytes(self._optimizer)
+
+
+class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """The Trainer, but for its shuffling: the blocks come in their final order, each batch divided over processes.
+
+    Args:
+        folder: Of the run.
+        processes: Who trains.
+        **kwargs: Of the Trainer.
+    """
+
+    control: Any
+
+    def __init__(self, folder: RunFolder, processes: Processes, **kwargs: Any) -> None:
+        self._folder, self._processes = folder, processes
+        super().__init__(**kwargs)
+        if self.args.world_size != processes.size:
+            raise RuntimeError(f"the Trainer trains in {self.args.world_size} of {processes.size} processes")
+        if processes.sharded:
+            # The model brings its own communication: no DistributedDataParallel around it.
+            self.accelerator.prepare_model = _as_it_is
+
+    def _get_train_sampler(self, train_dataset: Blocks | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        """The loss of each validation block, however they are divided over processes, and their mean."""
+        self.model.eval()
+        losses = [0.0] * len(self.eval_dataset)
+        for part in _parts(len(losses), self.args.per_device_eval_batch_size, self._processes):
+            # Who has nothing left takes part with a block that does not count: shards are gathered from all.
+            rows = [self.eval_dataset[position] for position in part or [0]]
+            tokens = self._prepare_inputs(self.data_collator(rows))["input_ids"]
+            with torch.no_grad():
+                found = _block_losses(self.model(input_ids=tokens).logits, tokens)
+            losses[part.start : part.stop] = found.tolist()[: len(part)]
+        losses = self._processes.total(*losses)
+        metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, or say in one line why the disk refuses it."""
+        with self._folder.writing():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save whole weights."""
+        if self._processes.sharded:
+            from floragrad.cli.train.sharding import whole_weights
+
+            state_dict = whole_weights(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save a whole state."""
+        if not self._processes.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from floragrad.cli.train.sharding import whole_state
+
+        state = whole_state(self.optimizer.optimizer, self._processes)
+        if self._processes.leads:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, but for a model that has been cut: that has them already."""
+        if not self._processes.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load a whole state."""
+        if not self._processes.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from floragrad.cli.train.sharding import load_state
+
+        load_state(self.optimizer.optimizer, torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu"))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER))
+
+
+class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
+    """The same, with the gradients of a step's micro-batches kept as sketches."""
+
+    def __init__(self, processes: Processes, **kwargs: Any) -> None:
+        super().__init__(processes=processes, **kwargs)
+        if processes.size > 1:
+            # Sketches are what is summed over the processes: no DistributedDataParallel, which sums gradients.
+            self.accelerator.prepare_model = _as_it_is
+
+
+def _as_it_is(model: Any, **_kwargs: Any) -> Any:
+    return model
+
+
+def _block_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats and float32, of every token but the first of each block (batch, length)."""
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1).mean(1)
+
+
+def _parts(blocks: int, share: int, processes: Processes) -> Iterator[range]:
+    """The blocks of each batch that are this process's, as many times on all of them."""
+    for first in range(0, blocks, share * processes.size):
+        begin = first + share * processes.rank
+        yield range(min(begin, blocks), min(begin + share, blocks))
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _accumulation(config: RunConfig) -> AccumulationOptions:
+    """Of the sketches."""
+    return cast(AccumulationOptions, {**config.keywords("accumulator"), "release": config.release})
+
+
+def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begins: bool) -> TrainingArguments:
+    """The Trainer's settings. Evaluating, saving and logging are ours."""
+    share = config.batch_size // processes.size
+    return TrainingArguments(
+        output_dir=str(folder.staging),
+        max_steps=config.steps,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=share,
+        gradient_accumulation_steps=config.micro_batches,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        eval_on_start=begins,
+        save_strategy="no",
+        use_cpu=processes.size > 1 and not torch.cuda.is_available(),  # it takes no other for a group of processes
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to="none",
+        # A model by name may leave out parameters in a pass, as mixtures of experts do; our Llamas do not.
+        ddp_find_unused_parameters=config.model not in PRESETS,
+    )

@@ -1,0 +1,215 @@
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from floragrad.cli.compare import compare as comparison
+from floragrad.cli.compare.compare import Plan, begin, compare
+from floragrad.cli.errors import StoppedError, UserError
+from floragrad.cli.train.folder import RunFolder, new_folder
+from floragrad.cli.train.validation import difference
+from tests.cli.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
+
+QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
+
+
+def plan(texts: Path, *optimizers: str, **changes: Any) -> Plan:
+    options = {**QUICK, "text": (str(texts),), **changes.pop("options", {})}
+    values = {"accumulators": None, "seeds": (0,), "lrs": None, "embedding_lrs": None}
+    values |= {"options": options, "command": "floragrad compare"}
+    return Plan(optimizers=optimizers, **{**values, **changes})
+
+
+def done(plan: Plan, out: Path) -> dict[str, Any]:
+    """Do a comparison, and read its table."""
+    begin(plan, out)
+    compare(out, Console(quiet=True))
+    return read_json(out / "table.json")
+
+
+def test_the_best_of_the_grid_goes_on_to_the_other_seeds(texts: Path, tmp_path: Path, here: Here) -> None:
+    lrs, embedding_lrs = (1e-6, 3e-3), (2e-2, 1e-5)
+    made = plan(texts, "adamw", "flora", seeds=(3, 1), lrs=lrs, embedding_lrs=embedding_lrs)
+    table = done(made, tmp_path / "out")
+    assert len(here.titles) == made.runs == 10
+    assert here.titles[0] == "1/10 adamw-lr1e-06-embedding0.02-seed3"
+    for row in table["rows"]:
+        grid = [tried for tried in table["grid"] if tried["optimizer"] == row["optimizer"]]
+        assert [(tried["lr"], tried["embedding_lr"]) for tried in grid] == [
+            (lr, embedding_lr) for lr in lrs for embedding_lr in embedding_lrs
+        ]
+        assert {tried["seed"] for tried in grid} == {3}
+        best = min(grid, key=lambda tried: tried["validation_loss"])
+        assert (row["lr"], row["embedding_lr"]) == (best["lr"], best["embedding_lr"])
+        losses = row["validation_losses"]
+        assert losses[0] == best["validation_loss"]
+        assert len(losses) == 2
+        assert losses[0] != losses[1]
+        assert row["validation_loss"] == pytest.approx(mean(losses))
+        assert row["validation_loss_stdev"] == pytest.approx(stdev(losses))
+        assert (row["validation_loss_min"], row["validation_loss_max"]) == (min(losses), max(losses))
+
+
+def test_a_row_says_what_its_runs_say(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    table = done(plan(texts, "flora", "adamw", options={"rank": 8}), out)
+    summaries = {path.name.partition("-")[0]: read_json(path / "summary.json") for path in (out / "runs").iterdir()}
+    for row in table["rows"]:
+        summary = summaries[row["optimizer"]]
+        assert row["validation_loss"] == summary["validation_loss"]
+        assert row["optimizer_state_bytes"] == summary["optimizer_state_bytes"]
+        assert row["state_of_adamw"] == (summary["optimizer_state_bytes"] / summaries["adamw"]["optimizer_state_bytes"])
+        assert row["peak_memory_bytes"] == summary["peak_memory_bytes"]
+        assert row["step_time_ratio"] == summary["step_seconds"] / summaries["adamw"]["step_seconds"]
+    assert {path.name.partition("-")[0]: RunFolder.open(path).config.rank for path in (out / "runs").iterdir()} == {
+        "flora": 8,
+        "adamw": None,
+    }
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| flora", "| adamw"]
+    assert f"{table['rows'][0]['validation_loss']:.4f}" in lines[2]
+    assert "- `floragrad compare`" in lines
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_are_paired_by_validation_block(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    flora, adamw = done(plan(texts, "flora", "adamw", seeds=(0, 1)), out)["rows"]
+    blocks = {
+        name: [read_json(path / "summary.json")["block_losses"] for path in (out / "runs").glob(f"{name}-*")]
+        for name in ("flora", "adamw")
+    }
+    means = {name: [mean(block) for block in zip(*losses, strict=True)] for name, losses in blocks.items()}
+    assert flora["standard_error"] == pytest.approx(stdev(means["flora"]) / 4**0.5)
+    paired = [one - other for one, other in zip(means["flora"], means["adamw"], strict=True)]
+    assert flora["difference"] == flora["validation_loss"] - adamw["validation_loss"]
+    assert flora["difference"] == pytest.approx(mean(paired), abs=1e-6)
+    assert flora["difference_standard_error"] == pytest.approx(stdev(paired) / 4**0.5)
+    assert flora["difference_standard_error"] < flora["standard_error"]
+    assert (adamw["difference"], adamw["difference_standard_error"]) == (None, None)
+    text = (out / "table.md").read_text()
+    assert f"| {flora['standard_error']:.4f} | {difference(flora)} |" in text
+    assert "- validated on 4 of " in text
+
+
+def test_a_difference_in_words() -> None:
+    assert difference({"difference": -0.0287, "difference_standard_error": 0.0083}) == "−0.0287 ± 0.0083"
+    assert difference({"difference": 0.5, "difference_standard_error": None}) == "+0.5000"
+
+
+def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here: Here) -> None:
+    gathering = {"batch_size": 1, "accumulate": 3, "accumulator_dtype": "float32"}
+    made = plan(texts, "flora", "adamw", accumulators=("exact", "flora", "none"), options=gathering)
+    out = tmp_path / "out"
+    rows = {(row["optimizer"], row["accumulator"]): row for row in done(made, out)["rows"]}
+    assert list(rows) == [(name, way) for name in ("flora", "adamw") for way in ("exact", "flora", "none")]
+    for name in ("flora", "adamw"):
+        exact, sketched, none = (rows[name, way] for way in ("exact", "flora", "none"))
+        # At float32 and a ratio of 1 a sketch is the exact sum.
+        assert sketched["validation_loss"] == pytest.approx(exact["validation_loss"], rel=1e-5)
+        assert sketched["accumulation_bytes"] == exact["accumulation_bytes"] > 0
+        assert none["accumulation_bytes"] == 0
+        assert none["validation_loss"] != pytest.approx(exact["validation_loss"], rel=1e-5)
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[2].startswith("| flora, exact gradients | ")
+    assert lines[4].split(" | ")[10] == "–"
+    tokens = {path.name: RunFolder.open(path).metrics()[-1]["tokens"] for path in (out / "runs").iterdir()}
+    assert {name.split("-")[1]: count for name, count in tokens.items()} == {"exact": 144, "flora": 144, "none": 48}
+
+
+def test_a_run_of_a_comparison_is_the_run_itself(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    done(plan(texts, "adafactor"), out)
+    (path,) = (out / "runs").iterdir()
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "loss.png",
+        "manifest.json",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    alone = run(fast_config(texts, optimizer="adafactor", steps=3), tmp_path / "alone")
+    assert timeless(RunFolder.open(path)) == timeless(alone)
+
+
+def test_finished_runs_are_not_done_again(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    made = plan(texts, "adamw", "adafactor", lrs=(1e-3, 2e-3))
+    begin(made, out)
+    here.stop_before = 3
+    with pytest.raises(StoppedError):
+        compare(out, Console(quiet=True))
+    assert not (out / "table.md").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert len(before) == 3
+    here.stop_before = None
+    compare(out, Console(quiet=True))
+    assert len(here.titles) == made.runs == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    table = (out / "table.md").read_text()
+    compare(out, Console(quiet=True))
+    assert len(here.titles) == 4
+    assert (out / "table.md").read_text() == table
+
+
+def test_what_diverges_loses(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    options = {"max_grad_norm": 0.0, "warmup_steps": 1, "steps": 5}
+    table = done(plan(texts, "adamw", lrs=(1e30, 1e-3), seeds=(0, 1), options=options), out)
+    (row,) = table["rows"]
+    assert row["lr"] == 1e-3
+    assert [tried["validation_loss"] is None for tried in table["grid"]] == [True, False]
+    assert len(here.titles) == 3
+    assert "| adamw | 1e+30 | 1e+31 | diverged |" in (out / "table.md").read_text()
+
+
+def test_a_comparison_where_all_diverge_still_says_so(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    options = {"max_grad_norm": 0.0, "warmup_steps": 1, "steps": 5}
+    table = done(plan(texts, "adamw", lrs=(1e30,), seeds=(0, 1), options=options), out)
+    (row,) = table["rows"]
+    assert row["validation_loss"] is None
+    assert not (out / "comparison.png").exists()
+    assert "| adamw | 1e+30 | 1e+31 | diverged | – |" in (out / "table.md").read_text()
+
+
+def test_a_plan_is_read_as_it_was_written(texts: Path, tmp_path: Path) -> None:
+    made = plan(texts, "flora", lrs=(1e-3,), options={"rank": 8})
+    begin(made, tmp_path / "out")
+    assert Plan.load(tmp_path / "out") == made
+
+
+def test_another_comparison_is_never_written_over(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "flora"), out)
+    before = tree(out)
+    with pytest.raises(UserError, match="holds another run: continue that one with floragrad compare --resume"):
+        begin(plan(texts, "adamw"), out)
+    with pytest.raises(UserError, match="holds another run"), new_folder(out):
+        pass
+    assert tree(out) == before
+
+
+def test_a_worker_that_fails_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "adamw"), out)
+    monkeypatch.setattr(comparison.sys, "executable", "false")
+    with pytest.raises(UserError, match=r"adamw-lr.* ended with exit code 1, .* floragrad compare --resume"):
+        compare(out, Console(quiet=True))
+    assert not (out / "table.md").exists()
+
+
+def test_the_command_makes_a_table_and_a_picture(
+    texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    fast = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    assert command("compare", "--optimizers", "flora", "--text", texts, "--out", out, *fast) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "1/1 flora-lr" in said.out
+    (row,) = read_json(out / "table.json")["rows"]
+    assert f"{row['validation_loss']:.4f}" in said.out
+    assert (out / "comparison.png").is_file()

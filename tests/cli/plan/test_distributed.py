@@ -1,0 +1,66 @@
+"""What several devices add and take."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from floragrad.cli.plan.engine import plan_subject
+from floragrad.cli.plan.result import OptimizerPlan, PlanSettings
+from floragrad.cli.plan.trace import bucket_bytes
+from floragrad.cli.plan.tracker import MemoryTracker
+from tests.cli.plan.engine_cases import SMALL, subject
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_buckets_are_those_of_ddp() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 8))
+    model[0].bias.requires_grad_(False)
+    with MemoryTracker() as memory:
+        wrapped = DistributedDataParallel(model)
+        made = memory.live
+        assert wrapped is not None
+    assert bucket_bytes(model) <= made <= bucket_bytes(model) + 256, "and some counters"
+    assert bucket_bytes(model) == 4 * (64 * 96 + 96 * 8 + 8)
+
+
+def row(settings: PlanSettings) -> OptimizerPlan:
+    return plan_subject(subject("llama", 3), settings).optimizers["flora"]
+
+
+def test_ddp_adds_a_copy_of_the_gradients() -> None:
+    settings = replace(SMALL, optimizers=("flora",))
+    alone, beside = row(settings), row(replace(settings, ddp=4))
+    assert beside.buckets == beside.gradients == alone.gradients
+    assert beside.peak == alone.peak + alone.gradients
+
+
+def test_fsdp_shares_what_lasts() -> None:
+    settings = replace(SMALL, optimizers=("flora",), dtype="bfloat16")
+    alone, shared = row(settings), row(replace(settings, fsdp=4))
+    for category in ("parameters", "optimizer_state", "gradients"):
+        quarter = getattr(alone, category) / 4
+        assert quarter <= getattr(shared, category) <= 1.02 * quarter + 1
+    assert shared.activations == alone.activations
+    assert shared.buckets > 0
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_the_accumulators_row_says_why_it_is_not_there(way: str) -> None:
+    settings = replace(SMALL, optimizers=("flora+accumulator",), **{way: 2})
+    found = plan_subject(subject("llama", 3), settings)
+    assert not found.optimizers
+    assert "one process" in found.unavailable["flora+accumulator"]
+
+
+def test_a_module_without_gradients_has_no_buckets() -> None:
+    assert bucket_bytes(nn.Linear(2, 2).requires_grad_(False)) == 0
