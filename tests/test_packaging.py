@@ -52,11 +52,19 @@ def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path
         packed = {name.partition("/")[2] for name in file.getnames()}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("src", "docs", "tests", "benchmarks")
+        for folder in ("src", "dev", "docs", "tests", "benchmarks")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md", ".png", ".json", ".cpp", ".hpp", ".typed")
     }
     assert len(wanted) > 200
     assert wanted <= packed
-    assert {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md"} <= packed
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "README.md",
+        "SECURITY.md",
+    } <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
