@@ -1,4 +1,4 @@
-"""Adaptive projections: the weights of the buckets follow the momentum by power iterations."""
+"""Adaptive projections: power iterations on the momentum learn the weights of the buckets."""
 
 from collections.abc import Callable
 from typing import Final
@@ -34,7 +34,7 @@ def power_iteration_step(
         grad: G, (..., rows, n).
         scales: Its factors.
         momentum: M of those rows, float32.
-        previous: What M is decoded with.
+        previous: Decoder of M.
         learner: w.
         beta1: β₁.
     """
@@ -59,7 +59,7 @@ def adaptive_noise(ctx: StepContext, words: Tensor | None = None) -> Tensor:
 
     Args:
         ctx: The step.
-        words: As drawn already, n words of its stream; None draws them.
+        words: n drawn words of its stream; None draws them.
     """
     assert ctx.plan.view is not None
     n = ctx.plan.view.columns
@@ -76,11 +76,11 @@ def learn_weights(
     Args:
         ctx: The step.
         weight: The old weights, (batch, 1, n); the new ones are written into them.
-        power_products: Makes of weights what they power_products to in one power iteration, summed over the local rows.
-        words: Of the noise, as drawn already; None draws them.
+        power_products: Returns Vᵀ(V w) of weights w, summed over the local rows.
+        words: Drawn words of the noise; None draws them.
 
     Yields:
-        The product, which has to be that of all rows when the generator goes on.
+        The product, to be summed over all rows before the generator resumes.
     """
     learner = perturbed(weight, adaptive_noise(ctx, words), ctx.plan.width)
     for _ in range(POWER_ITERATIONS):

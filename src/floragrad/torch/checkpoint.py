@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on before its state is read, and how its tensors come back."""
+"""Checks of a checkpoint before it is loaded, and the loading of its tensors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -16,7 +16,7 @@ _MOMENTUM_STATE: Final = ("exp_avg", "exp_avg_scale", "projection_weight")
 
 
 def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The packed groups, those with Gaussian projections with their kind of device recorded."""
+    """Return the packed groups; those with Gaussian projections record their kind of device."""
     return [
         {**packed, "device_type": device_types(group)} if group["projection"] == "gaussian" else packed
         for packed, group in zip(saved, groups, strict=True)
@@ -26,10 +26,10 @@ def saved_groups_with_device(saved: Sequence[Group], groups: Sequence[Group]) ->
 def check_loadable(
     state_dict: Mapping[str, Any], groups: Sequence[Group], plans: Mapping[Tensor, TensorPlan]
 ) -> dict[Tensor, Mapping[str, Any]]:
-    """The saved state of each parameter; a state that would be misread is refused.
+    """Return the saved state of each parameter; refuse a state that would be misread.
 
     Raises:
-        ValueError: Naming the option or tensor that differs, both values, and what to do.
+        ValueError: Naming the option or tensor that differs, both values and the remedy.
     """
     states: dict[Tensor, Mapping[str, Any]] = {}
     for number, saved in enumerate(state_dict["param_groups"]):
@@ -47,12 +47,12 @@ def check_loadable(
 
 
 def flora_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Flora's entries of a parameter's state, without those of wrappers."""
+    """Return Flora's entries of a parameter's state, without those of wrappers."""
     return {key: value for key, value in state.items() if key in STATE_KEYS}
 
 
 def restore_state(saved: Mapping[str, Any], device: torch.device, plan: TensorPlan) -> dict[str, Any]:
-    """Copies of Flora's tensors in the dtypes of their plan, on ``device`` (scalars on the CPU).
+    """Copy Flora's tensors to ``device`` (scalars to the CPU) in the dtypes of their plan.
 
     A state without ``tensor_id`` was written by version 0.1, and its int4 payload is packed anew.
     """
@@ -76,7 +76,7 @@ def _repacked(payload: Tensor, width: int) -> Tensor:
 
 
 def _as_tensor(value: Any, dtype: torch.dtype) -> Tensor:
-    """A saved value as a tensor; a number, as early optimizers of torch counted steps with, exactly in ``dtype``."""
+    """Return a saved value as a tensor; numbers, from early optimizers of torch, exactly in ``dtype``."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
 
 
@@ -113,14 +113,14 @@ def check_written_by_flora(where: str, saved: Group) -> None:
 
 
 def lacks_momentum(saved: Mapping[str, Any], plan: TensorPlan) -> bool:
-    """Whether a state is the plan's but for a momentum: an earlier rule took the tensor for an embedding."""
+    """Return whether a state lacks only the plan's momentum: earlier versions took the tensor for an embedding."""
     expected = {name: buffer.shape for name, buffer in plan.buffers.items()}
     without_momentum = {name: shape for name, shape in expected.items() if name not in _MOMENTUM_STATE}
     return _shapes(saved) == without_momentum != expected
 
 
 def _shapes(saved: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    # States of earlier releases have no number: it is the position.
+    # States of earlier releases have no id: it is the position.
     return {"tensor_id": ()} | {name: tuple(getattr(value, "shape", ())) for name, value in flora_state(saved).items()}
 
 
@@ -128,7 +128,7 @@ def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
     """Refuse the state of another tensor, and one whose low-bit storage was cast.
 
     Raises:
-        ValueError: Naming the parameter, what it has and what is needed.
+        ValueError: Naming the parameter, its saved shapes and those of the plan.
     """
     expected, found = {name: buffer.shape for name, buffer in plan.buffers.items()}, _shapes(saved)
     if lacks_momentum(saved, plan):
@@ -149,7 +149,7 @@ def check_tensors(key: int, saved: Mapping[str, Any], plan: TensorPlan) -> None:
 
 
 def _check_dtype(what: str, found: torch.dtype, planned: torch.dtype) -> None:
-    """Floats are cast back to another floating dtype; the integers of low-bit storage mean nothing in another."""
+    """Refuse a cast of low-bit integers; floating-point tensors are cast back."""
     if found != planned and not (found.is_floating_point and planned.is_floating_point):
         raise ValueError(
             f"{what} is {found}, this optimizer keeps {planned}, whose bytes cannot be had from it: "
@@ -158,5 +158,5 @@ def _check_dtype(what: str, found: torch.dtype, planned: torch.dtype) -> None:
 
 
 def device_types(group: Group) -> str:
-    """The kinds of device that a group's parameters are on."""
+    """Return the kinds of device of a group's parameters."""
     return ",".join(sorted({param.device.type for param in group["params"]}))

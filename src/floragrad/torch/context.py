@@ -1,4 +1,4 @@
-"""The context of one step of one tensor: its plan, options, step and random streams."""
+"""Context of one step of one tensor: its plan, options, step and random streams."""
 
 import math
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepContext:
-    """One tensor at one step.
+    """Context of one tensor at one step.
 
     Attributes:
         plan: The policy's plan for the tensor.
         group: The options of its parameter group.
-        tensor_id: The number that the tensor's random streams are drawn with.
+        tensor_id: Key of the tensor's random streams.
         step: t, from 1.
         device: The parameter's.
         part: The local part of the tensor.
@@ -41,37 +41,37 @@ class StepContext:
 
     @property
     def resample_index(self) -> int:
-        """⌊t/κ⌋: projections are resampled where it changes."""
+        """Index ⌊t/κ⌋ of the projection."""
         return int(self.step // self.group["kappa"])
 
     @property
     def is_resample_step(self) -> bool:
-        """Whether the projection of this step differs from that of the step before."""
+        """True if the projection of this step differs from that of the previous step."""
         return self.step % int(self.group["kappa"]) == 0
 
     @property
     def is_sketched(self) -> bool:
-        """Whether the momentum is kept as a sketch."""
+        """True if the momentum is a sketch."""
         return self.plan.momentum == "sketch"
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether the projection is the paper's."""
+        """True if the projection is Gaussian."""
         return self.is_sketched and self.plan.projection == "gaussian"
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the projection's weights are learnt, not drawn."""
+        """True if the projection's weights are learned, not drawn."""
         return self.is_sketched and self.plan.projection == "adaptive"
 
     @property
     def learns_weights(self) -> bool:
-        """Whether they are learnt in this step: on resample steps, and in the first one."""
+        """True if this step learns the weights: on resample steps, and in the first one."""
         return self.is_adaptive and (self.is_resample_step or self.step == 1)
 
     @property
     def lr(self) -> float | Tensor:
-        """The learning rate of this step, before the parameter's scale."""
+        """Learning rate of this step, before the parameter's scale."""
         group = self.group
         if not group["relative_step"]:
             rate: float | Tensor = group["lr"]
@@ -80,13 +80,13 @@ class StepContext:
 
     @property
     def step_lr(self) -> float | Tensor:
-        """The same, a scalar on the parameter's device where it is a tensor."""
+        """Learning rate of this step; a tensor becomes a scalar on the parameter's device."""
         lr = self.lr
         return lr.to(self.device, torch.float32).reshape(()) if isinstance(lr, Tensor) else lr
 
     @property
     def sign(self) -> float:
-        """Sign of the step along D: all of it is odd in G, so with ``maximize`` M is kept as of G, and W goes up."""
+        """Sign of the step along D, −1 with ``maximize``: D is odd in G, so the state needs no sign."""
         return -1.0 if self.group["maximize"] else 1.0
 
     @property
@@ -96,40 +96,40 @@ class StepContext:
 
     @property
     def view(self) -> MatrixView:
-        """The local part as (batch, rows, columns)."""
+        """Local part as (batch, rows, columns)."""
         return self.part.view
 
     @property
     def numel(self) -> int:
-        """Elements of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return math.prod(self.plan.shape)
 
     @property
     def splits_sketch(self) -> bool:
-        """Whether a row's sketch is a sum over parts."""
+        """True if a row's sketch is a sum over parts."""
         return self.is_sketched and "columns" in self.part.split
 
     @property
     def state_dtype(self) -> StateDtype:
-        """Storage format of the momentum: tensors without a view keep their own in float32."""
+        """Storage format of the momentum; float32 for tensors without a view."""
         return self.plan.state_dtype if self.plan.view else "float32"
 
     @property
     def sketch_columns(self) -> slice:
-        """The local columns of the momentum: all of a sketch, wherever its rows are."""
+        """Local columns of the momentum; sketches have all of them."""
         return slice(None) if self.is_sketched else self.part.columns
 
     def rounds_state(self, state: State) -> bool:
-        """Whether the momentum is rounded when it is stored."""
+        """Return whether the momentum is rounded when it is stored."""
         return "exp_avg" in state and self.state_dtype != "float32"
 
     def rounds_parameter(self, dtype: torch.dtype) -> bool:
-        """Whether a parameter of this dtype is rounded stochastically."""
+        """Return whether a parameter of this dtype is rounded stochastically."""
         return dtype == torch.bfloat16 and bool(self.group["stochastic_rounding"])
 
     @property
     def parameter_width(self) -> int:
-        """Elements of a row of the parameter that have random words of their own."""
+        """Number of a parameter row's elements with random words of their own."""
         return self.plan.view.columns if self.plan.view else 1
 
     def share(self, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
@@ -145,7 +145,7 @@ class StepContext:
 
         Args:
             resample_index: ⌊t/κ⌋.
-            signs: As drawn already, float32 of (columns,).
+            signs: Drawn signs, float32 of (columns,); None draws them.
         """
         assert self.plan.view is not None
         local = self.part.columns if self.splits_sketch else None
@@ -153,7 +153,7 @@ class StepContext:
         return draw_projection(self.plan.projection, self.plan.view, self.plan.width, source, self.device, local, signs)
 
     def stored(self, state: State, rounding: RoundingBits | None = None) -> StoredRows:
-        """Return the momentum's buffers, with the words that they are rounded with."""
+        """Return the momentum's buffers with their rounding words."""
         batch, rows, columns = self.view
         keys = [key for key in ("exp_avg", "exp_avg_scale") if key in state]
         buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
@@ -165,7 +165,7 @@ class StepContext:
 
 
 class ParamUpdate(NamedTuple):
-    """A parameter that is to be updated, its gradient, its state, and the context of the step."""
+    """Parameter to update with its gradient, its state, and the context of the step."""
 
     param: Tensor
     grad: Tensor

@@ -1,4 +1,4 @@
-"""A saved state for an optimizer of other options: its momentum decoded as it was written, and encoded anew."""
+"""Conversion of a saved state to other options: the momentum is decoded and encoded again."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ _ALL = (slice(None), slice(None))
 def converted_state(
     state_dict: Mapping[str, Any], groups: Sequence[Group], infos: Mapping[Tensor, ParamInfo]
 ) -> dict[str, Any]:
-    """The state dictionary in the layout of an optimizer; the given one is left as it is.
+    """Return a state dictionary in the layout of an optimizer; the given one is unchanged.
 
     Args:
         state_dict: Of another Flora over the same parameters.
@@ -71,7 +71,7 @@ def converted_state(
 
 
 def _converted_group(saved: Group, group: Group) -> Group:
-    """The saved options, with the layout of the group that they are for."""
+    """Return the saved options with the layout options of a group."""
     layout = layout_options(group)
     if bool(saved["beta1"]) == bool(group["beta1"]):
         del layout["beta1"]
@@ -81,10 +81,10 @@ def _converted_group(saved: Group, group: Group) -> Group:
 
 
 class _Conversion:
-    """The state of one tensor, between two plans.
+    """Conversion of one tensor's state between two plans.
 
     Attributes:
-        losses: Why its momentum starts anew, with its name; empty where it does not.
+        losses: Names of tensors whose momentum starts anew, with the reason.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class _Conversion:
         self._elsewhere = saved.get("device_type", device.type) != device.type
 
     def keeps(self, key: str) -> bool:
-        """Whether the converted state has an entry: its own, or one of a wrapper."""
+        """Return whether the converted state keeps an entry: its own, or one of a wrapper."""
         return key in self._new or key not in STATE_KEYS
 
     def state(self) -> State:
-        """The converted entries; those of a tensor that was never stepped begin anew."""
+        """Return the converted entries; initial ones for a tensor that was never stepped."""
         if self._new["step"] > 0:
             self._convert_second_moment()
             loss = self._convert_momentum() if self._new_plan.momentum != "none" else ""
@@ -139,7 +139,7 @@ class _Conversion:
         self._new["col_var"].copy_(variance.mean(-2).view(self._new["col_var"].shape))
 
     def _variance(self) -> Tensor:
-        """The second moment of every element, of a factored one row · column / mean(row)."""
+        """Return the second moment of every element; of a factored one row · column / mean(row)."""
         view = self._old_plan.view
         if not self._old_plan.factored or view is None:
             return self._old["variance"]
@@ -147,7 +147,7 @@ class _Conversion:
         return rows / rows.mean(-2, keepdim=True) * columns
 
     def _convert_momentum(self) -> str:
-        """Encode the momentum; or why it cannot be."""
+        """Encode the momentum; return the reason if that is impossible, else an empty string."""
         old, new = self._old_plan, self._new_plan
         if lacks_momentum(self._old, old) or old.momentum == "none":
             return "none was saved"
@@ -171,12 +171,12 @@ class _Conversion:
         return ""
 
     def _rows(self) -> Tensor:
-        """The momentum as it was written, in float32."""
+        """Return the saved momentum in float32."""
         stored = self._written.stored(self._old)
         return load(stored.read(_ALL), stored.dtype, stored.width)
 
     def _dense(self) -> Tensor | str:
-        """The momentum of every element; or why it cannot be had."""
+        """Return the momentum of every element, or the reason why it cannot be decoded."""
         rows, view = self._rows(), self._old_plan.view
         if self._old_plan.momentum == "whole" or view is None:
             return rows
@@ -188,7 +188,7 @@ class _Conversion:
         return decode(rows.new_zeros(view), rows)
 
     def _same_basis(self) -> bool:
-        """Whether the sketch stays the same numbers, stored as they may be."""
+        """Return whether the momentum keeps its values, in any storage format."""
         old, new = self._old_plan, self._new_plan
         if old.view != new.view:
             return False
@@ -205,12 +205,12 @@ class _Conversion:
 
 
 def _factors(view: MatrixView) -> tuple[tuple[str, tuple[int, int]], tuple[str, tuple[int, int]]]:
-    """The factors of a second moment, and their rows and columns."""
+    """Return the keys of a factored second moment with their shapes."""
     return ("row_var", (view.rows, 1)), ("col_var", (1, view.columns))
 
 
 def _projection(ctx: StepContext, state: State) -> Projection:
-    """The projection that the momentum of a step is encoded with once the step is over."""
+    """Return the projection of the momentum at the end of a step."""
     if ctx.is_adaptive:
         return BucketProjection.normalised(ctx.adaptive_weight(state), ctx.plan.width)
     return ctx.projection(ctx.resample_index)

@@ -1,4 +1,4 @@
-"""Groups changed after the optimizer was made: known tensors are kept, new ones adopted, missing ones dropped."""
+"""Synchronization with parameter groups that were changed after the optimizer was constructed."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from floragrad.torch.param_info import (
 
 
 def is_in_sync(infos: Mapping[Tensor, ParamInfo], groups: Sequence[Group]) -> bool:
-    """Whether every parameter is still in its place, and in its group."""
+    """Return whether every parameter is still in its place, and in its group."""
     listed = [(param, group) for group in groups for param in group["params"]]
     return len(listed) == len(infos) and all(
         param is known and group is info.group
@@ -33,17 +33,17 @@ def is_in_sync(infos: Mapping[Tensor, ParamInfo], groups: Sequence[Group]) -> bo
 def sync_infos(
     states: MutableMapping[Tensor, State], infos: Mapping[Tensor, ParamInfo], groups: Sequence[Group], defaults: Group
 ) -> dict[Tensor, ParamInfo]:
-    """Return the infos of the parameters that the groups have now; states move along, appear and go.
+    """Return the infos of the groups' current parameters; move, add and drop their states.
 
     Args:
         states: Of the optimizer, changed in place.
-        infos: Of the parameters that the groups had.
+        infos: Infos of the former parameters.
         groups: Options that are missing are filled in, as ``add_param_group`` does.
         defaults: Of the optimizer.
 
     Raises:
         ValueError: A new parameter cannot be updated, one stands in the groups twice, or an option was changed.
-        RuntimeError: Matrices were exchanged for a flat vector.
+        RuntimeError: A flat vector replaced the matrices.
     """
     current = current_infos(infos, groups, defaults)
     check_options_unchanged(current)
@@ -65,16 +65,16 @@ def sync_infos(
 def current_infos(
     infos: Mapping[Tensor, ParamInfo], groups: Sequence[Group], defaults: Group
 ) -> dict[Tensor, ParamInfo]:
-    """The infos of the parameters that the groups have now.
+    """Return the infos of the groups' current parameters.
 
     Args:
-        infos: Of the parameters that they had.
+        infos: Infos of the former parameters.
         groups: Options that are missing are filled in, as ``add_param_group`` does.
         defaults: Of the optimizer.
 
     Raises:
         ValueError: A new parameter cannot be updated, or one stands in the groups twice.
-        RuntimeError: Matrices were exchanged for a flat vector.
+        RuntimeError: A flat vector replaced the matrices.
     """
     predecessors = _resharded(infos, groups)
     current: dict[Tensor, ParamInfo] = {}
@@ -99,7 +99,7 @@ def current_infos(
 
 
 def replaced_params(infos: Mapping[Tensor, ParamInfo], current: Mapping[Tensor, ParamInfo]) -> dict[Tensor, Tensor]:
-    """The parameters whose places new ones have taken, by their numbers."""
+    """Return the former parameter of each new one that has its id."""
     gone = {info.tensor_id: param for param, info in infos.items() if param not in current}
     return {
         param: gone[info.tensor_id] for param, info in current.items() if param not in infos and info.tensor_id in gone
@@ -121,7 +121,7 @@ def check_options_unchanged(infos: Mapping[Tensor, ParamInfo]) -> None:
 
 
 def check_option_unchanged(info: ParamInfo) -> None:
-    """As :func:`check_options_unchanged`, of one parameter."""
+    """Refuse a changed option of one parameter; see :func:`check_options_unchanged`."""
     option = changed_option(info.layout_options, info.group)
     if option:
         before = info.layout_options[option]
@@ -133,9 +133,9 @@ def check_option_unchanged(info: ParamInfo) -> None:
 
 
 def _resharded(infos: Mapping[Tensor, ParamInfo], groups: Sequence[Group]) -> dict[Tensor, Tensor]:
-    """New parameters that are shards of old ones, or wholes of shards, in their places.
+    """Return the former parameter of each new one that is its shard, or of which it was a shard.
 
-    Accelerate's FSDP2 exchanges the parameters of an optimizer for shards of them.
+    Accelerate's FSDP2 replaces the parameters of an optimizer by their shards.
     """
     params = [param for group in groups for param in group["params"]]
     if [param.shape for param in params] != [param.shape for param in infos]:

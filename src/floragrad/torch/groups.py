@@ -1,4 +1,4 @@
-"""Sorting a model's parameters: hidden matrices, vocabulary-like tensors, vectors."""
+"""Parameter groups of a model: hidden matrices, vocabulary-like tensors, vectors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, get_args
@@ -30,14 +30,14 @@ def param_groups(
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`floragrad.Flora`, or any other optimizer of torch's kind.
+    """Return parameter groups for :class:`floragrad.Flora`, or any other ``torch.optim`` optimizer.
 
     Sorts by the module that owns a parameter, never by its aspect ratio:
 
     * ``"vocabulary"``: embeddings and the model's output head (tied to an embedding, of the shape of a tall one,
-      or what ``get_output_embeddings()`` returns). They want a learning rate of their own.
+      or the result of ``get_output_embeddings()``). They want a learning rate of their own.
     * ``"vector"``: scalars, biases and norms of any shape, gains of weight normalization, class tokens and position
-      tables outside ``nn.Embedding``, ``A_log`` and ``D`` of state-space layers, and what is marked with a true
+      tables outside ``nn.Embedding``, ``A_log`` and ``D`` of state-space layers, and parameters with a true
       ``_no_weight_decay``: no weight decay.
     * ``"convolution"``: kernels whose last dimension, 32 or more, would look like a stack of matrices.
     * ``"matrix"``: everything else: linear layers, other convolutions, experts, routers, adapters.
@@ -96,7 +96,7 @@ def _check_names(options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
 
 
 def widest_matrix(model: nn.Module) -> int:
-    """The largest smaller side of a model's hidden matrices, which bounds every rank; 0 where it has none.
+    """Return the largest smaller side of a model's hidden matrices, which bounds every rank; 0 without any.
 
     Example:
         >>> widest_matrix(nn.Sequential(nn.Embedding(1000, 512), nn.Linear(64, 48), nn.Linear(16, 16)))
@@ -107,13 +107,13 @@ def widest_matrix(model: nn.Module) -> int:
 
 
 class _Owned(NamedTuple):
-    """A trainable parameter: the module that computes with it, its name there, and whether it is a gain.
+    """Trainable parameter with its module, its name there, and whether it is a gain.
 
     Attributes:
         module: Its module; of a parametrized tensor, the module that has the parametrization.
         name: Its name there; of a parametrized tensor, the tensor's.
         param: The parameter.
-        gain: Whether it only scales a weight that is stored beside it, as weight normalization's magnitudes.
+        gain: True if it only scales a weight that is stored beside it, as weight normalization's magnitudes.
     """
 
     module: nn.Module
@@ -123,7 +123,7 @@ class _Owned(NamedTuple):
 
 
 def _kinds(model: nn.Module) -> dict[Tensor, Kind]:
-    """The kind of every trainable parameter; vocabulary wins where owners disagree."""
+    """Return the kind of every trainable parameter; vocabulary wins where owners disagree."""
     declared = _declared(model)
     vocabularies = _vocabulary_shapes(model, declared)
     kinds: dict[Tensor, Kind] = {}
@@ -168,18 +168,18 @@ def _kind(owned: _Owned, declared: "_Declared", vocabularies: set[tuple[int, ...
 
 
 def _is_vector_by_name(name: str) -> bool:
-    """Whether a parameter is added or scales, by its own name: stacked biases, position tables, state-space decays."""
+    """Return whether a name is that of a bias, scale, position table or state-space decay."""
     return name in _STATE_SPACE_NAMES or not _VECTOR_WORDS.isdisjoint(name.split("_"))
 
 
 def _is_vector_by_shape(shape: Sequence[int]) -> bool:
-    """Whether a parameter of an unknown module holds vectors: one row or column, or a table that is broadcast."""
+    """Return whether a parameter of an unknown module is one row or column, or a table that is broadcast."""
     view = matrix_view(shape)
     return view is None or min(view.rows, view.columns) == 1 or (len(shape) > 2 and shape[0] == 1)
 
 
 class _Declared(NamedTuple):
-    """The embeddings that Hugging Face models declare.
+    """Embeddings that Hugging Face models declare.
 
     Attributes:
         inputs: The input embedding; for images and sounds it may be any module.
@@ -190,7 +190,7 @@ class _Declared(NamedTuple):
     outputs: tuple[nn.Module, ...]
 
     def has(self, module: nn.Module, name: str) -> bool:
-        """Whether a tensor is the declared embedding's table or a declared head's weight."""
+        """Return whether a tensor is the declared embedding's table or a declared head's weight."""
         if not name.startswith("weight"):
             return False
         is_table = module is self.inputs and not isinstance(module, _MATRIX_MODULES)
@@ -204,7 +204,7 @@ def _declared(model: nn.Module) -> _Declared:
 
 
 def _returned(model: nn.Module, getter: str) -> nn.Module | None:
-    """What a model's getter returns; None where it has none, or where its class says that there is nothing to get."""
+    """Return the result of a model's getter; None if it is missing or raises NotImplementedError."""
     get = getattr(model, getter, None)
     try:
         module = get() if callable(get) else None
@@ -214,7 +214,7 @@ def _returned(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _vocabulary_shapes(model: nn.Module, declared: _Declared) -> set[tuple[int, ...]]:
-    """Shapes of the tall embeddings that undeclared heads may have; of the declared one alone where there is one."""
+    """Return the shapes of tall embeddings, which undeclared heads share; of the declared one alone if there is one."""
     if declared.outputs:
         return set()
     modules = [declared.inputs] if isinstance(declared.inputs, _EMBEDDINGS) else model.modules()

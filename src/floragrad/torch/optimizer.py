@@ -1,4 +1,4 @@
-"""The optimizer class: when the update runs and where its state lives."""
+"""The optimizer class: the order of a step, and its state."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,7 @@ class Flora(torch.optim.Optimizer):
     M is m x k with k ≈ n·rank / min(m, n): the only large state. Compression is along the last dimension of
     the tensor's matrix view; vectors are kept whole, and embeddings and output heads keep no momentum unless asked to.
     :func:`floragrad.param_groups` finds those by the model's modules; without it, only matrices above 8,192 long and at
-    least 8 times as long as wide are taken for them. :meth:`report` says what happened to each tensor, and why.
+    least 8 times as long as wide are taken for them. :meth:`report` shows the plan of each tensor and its reason.
 
     Args:
         params: Tensors, (name, tensor) pairs, or groups of either; see :func:`floragrad.param_groups`. Any
@@ -47,7 +47,7 @@ class Flora(torch.optim.Optimizer):
             ``"convolution"``, ``"vocabulary"`` or ``"vector"``), where their shapes would be a guess.
         lr: Learning rate, a number or a tensor of one element, in AdamW's units (see ``scale_parameter``).
             None with ``relative_step``.
-        rank: r of the paper; ρ = min(m, n) // r columns share one number of the momentum.
+        rank: r of the paper; ρ = min(m, n) // r columns share one element of the momentum.
         kappa: Steps between two projections. ``"adaptive"`` wants a smaller one: 100.
         eps: Added to squared gradients; least parameter scale.
         clip_threshold: Bound on the root mean square of an update.
@@ -59,12 +59,12 @@ class Flora(torch.optim.Optimizer):
         relative_step: Derive the step size from the step: min(1e-2, 1/√t). Schedulers run, and change nothing.
         warmup_init: With ``relative_step``: min(1e-6·t, 1/√t).
         factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
-        seed: Of projections and of rounding. The same seed gives the same numbers.
+        seed: Of projections and of rounding. The same seed gives the same results.
         ratio: ρ itself, the same for every tensor; instead of ``rank``.
-        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more), ``"gaussian"`` (the paper's).
+        projection: ``"sign"``, ``"adaptive"`` (learned weights, n floats more), ``"gaussian"`` (the paper's).
         residual: Momentum inside the sketched subspace and the fresh gradient outside it, as above; False is
             the paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
-        embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"``, ``"compressed"``.
+        embedding_momentum: Momentum of vocabulary-like tensors: ``"none"``, ``"full"``, ``"compressed"``.
         state_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, the
             last three rounded stochastically, so that the average stays unbiased.
         stochastic_rounding: Round bfloat16 parameters stochastically; float16 ones round to nearest.
@@ -95,7 +95,7 @@ class Flora(torch.optim.Optimizer):
     """
 
     _warned_of_lr = False
-    """Whether the user knows which learning rate is used where ``relative_step`` derives it."""
+    """True once the user was told that ``relative_step`` ignores a scheduler's learning rate."""
 
     def __init__(
         self,
@@ -197,11 +197,11 @@ class Flora(torch.optim.Optimizer):
             closure: Computes the gradients anew and returns the loss.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
 
         Raises:
             RuntimeError: A gradient is sparse, a parameter unknown, or a tensor (parameter, gradient, state) is
-                missing or not of the shape and dtype that were planned for; nothing has been updated then.
+                missing or not of the planned shape and dtype; nothing has been updated then.
         """
         loss = None
         if closure is not None:
@@ -243,9 +243,9 @@ class Flora(torch.optim.Optimizer):
 
     @disable_dynamo
     def report(self) -> Report:
-        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
+        """Report each tensor's state, its bytes and the reason for its plan; ``print`` shows a table.
 
-        The bytes are those of the state that is there: frozen tensors have none until they are unfrozen.
+        Frozen tensors have no state until they are unfrozen.
 
         Example:
             >>> optimizer = Flora([torch.nn.Parameter(torch.zeros(512, 512))], lr=1e-3, rank=64)
@@ -257,14 +257,14 @@ class Flora(torch.optim.Optimizer):
         return make_report(self._infos, self.state)
 
     def tensor_ids(self) -> dict[Tensor, int]:
-        """The number of each parameter, which its random streams are drawn with, and which is saved with its state."""
+        """Return the id of each parameter: the key of its random streams, saved with its state."""
         self._sync_groups()
         states = {param: self.state.get(param, {}) for param in self._infos}
         return {param: int(states[param].get("tensor_id", info.tensor_id)) for param, info in self._infos.items()}
 
     @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The state as ``torch.optim`` gives it; Gaussian groups record their kind of device as well."""
+        """Return the state as ``torch.optim`` does; Gaussian groups record their kind of device as well."""
         self._sync_groups()
         saved = super().state_dict()
         return {**saved, "param_groups": saved_groups_with_device(saved["param_groups"], self.param_groups)}
@@ -281,7 +281,7 @@ class Flora(torch.optim.Optimizer):
                 ``projection``, … than this one's, or a tensor cannot be cast back; nothing has been changed then.
             RuntimeError: A parameter was resized after the optimizer was made.
         """
-        # Registered last, so that it sees what the caller's own hooks have made of the state.
+        # Registered last, so that it sees the result of the caller's own hooks.
         last = self.register_load_state_dict_pre_hook(lambda _, given: self._check_incoming(given))
         try:
             super().load_state_dict(state_dict)
@@ -359,7 +359,7 @@ class Flora(torch.optim.Optimizer):
         return ensure_state(param, self._infos[param], self.state[param])
 
     def _sync_groups(self) -> None:
-        """Take over what was changed in the groups: parameters known, new, gone, or put in the places of others."""
+        """Follow changes of the groups: new, removed and replaced parameters."""
         if is_in_sync(self._infos, self.param_groups):
             check_options_unchanged(self._infos)
             return
@@ -367,16 +367,16 @@ class Flora(torch.optim.Optimizer):
         self._ids.forget()
 
     def _validated(self, param: Tensor) -> tuple[Tensor, Tensor, State]:
-        """What is here of a parameter, its gradient and its state, held against its plan; nothing is changed."""
+        """Return the local parameter, gradient and state, checked against the plan; nothing is changed."""
         return param_info.validate_update(param, self._infos[param], self._ensure_state(param))
 
-    def _begin_step(self, param: Tensor, here: Tensor, grad: Tensor, state: State) -> ParamUpdate:
-        """Count a step of a parameter; what is here of it, and what the step goes by."""
+    def _begin_step(self, param: Tensor, local: Tensor, grad: Tensor, state: State) -> ParamUpdate:
+        """Count a step of a parameter, and return its update."""
         info = self._infos[param]
         step = int(state["step"].item()) + 1
         state["step"].fill_(step)  # a third of what adding 1 takes
         ctx = StepContext(info.plan, info.group, self._ids.of(param, state), step, param.device, info.part)
-        return ParamUpdate(here, grad, flora_state(state), ctx)
+        return ParamUpdate(local, grad, flora_state(state), ctx)
 
     def _update(self, updates: Mapping[Tensor, ParamUpdate]) -> None:
         """Run a step that has begun."""
@@ -385,15 +385,15 @@ class Flora(torch.optim.Optimizer):
             param_info.write_back(param, update.param, update.ctx.plan)
 
     def _sync_schedulers(self, group: Group) -> None:
-        """Read what schedulers have written into a group."""
+        """Read a group's values from schedulers."""
         scheduling.adopt_momentum(group)
         if not self._warned_of_lr and scheduling.ignores_scheduler_lr(group):
             self._warned_of_lr = True
             scheduling.warn_ignored_lr(group, caller_stacklevel())
 
     def _get_lr(self, group: Group, state: Mapping[str, Any]) -> float:
-        """The step size of a group's first parameter; transformers' ``AdafactorSchedule`` asks for it by this name."""
-        self._warned_of_lr = True  # what it writes into the group is read from here
+        """Return the step size of a group's first parameter; transformers' ``AdafactorSchedule`` calls this."""
+        self._warned_of_lr = True  # the scheduler's learning rate is this one
         param = group["params"][0].detach()
         rms = float(param.float().square().mean().sqrt()) if group["scale_parameter"] else 1.0
         return scheduling.step_size(group, max(int(state["step"]), 1), rms)

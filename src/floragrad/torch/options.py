@@ -1,4 +1,4 @@
-"""The options of a parameter group: their checks, and what follows from them."""
+"""Options of a parameter group: checks, defaults and plans."""
 
 import math
 import warnings
@@ -39,7 +39,7 @@ LAYOUT_OPTIONS: Final[dict[str, str]] = {
     "kind": _OTHER_LAYOUT,
     "beta1": "one of them keeps a momentum, the other none",
 }
-"""Options that fix the shape and the basis of the state, and why a state of another value cannot be read."""
+"""Options that fix the layout of the state, with the reason why another value cannot read it."""
 
 _PLAN_OPTIONS: Final = (
     "rank",
@@ -85,12 +85,12 @@ _CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
 
 
 def option_names() -> tuple[str, ...]:
-    """All options that a group of parameters may have."""
+    """Return all options of a parameter group."""
     return tuple(_CHECKS)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that another is a misspelling of, as a question in brackets; empty where there is none.
+    """Return the known name that another misspells, as a question in brackets; empty if there is none.
 
     Example:
         >>> did_you_mean("embeding_lr", ("lr", "embedding_lr")), did_you_mean("initial_lr", ("lr", "rank"))
@@ -104,13 +104,13 @@ def check_option(name: str, value: Any) -> None:
     """Refuse a wrong value of one option.
 
     Raises:
-        ValueError: Naming the option, the value and what is allowed.
+        ValueError: Naming the option, the value and the allowed ones.
     """
     check_value(name, value, _CHECKS[name])
 
 
 def drop_compile(group: dict[str, Any], stacklevel: int) -> dict[str, Any]:
-    """The group without ``compile``, which is accepted for one release, warned of and changes nothing.
+    """Return the group without ``compile``, which is deprecated and has no effect.
 
     Args:
         group: Options as the user gave them.
@@ -137,12 +137,12 @@ def warn_compile_deprecated(stacklevel: int) -> None:
 
 
 def state_dtype_name(value: Any) -> Any:
-    """``torch.float32`` and ``torch.bfloat16`` by their names; anything else as it is."""
+    """Return the name of ``torch.float32`` or ``torch.bfloat16``; any other value as it is."""
     return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(value, value)
 
 
 def relative_lr(group: dict[str, Any], step: int) -> float:
-    """The learning rate that ``relative_step`` derives from the step."""
+    """Return the learning rate that ``relative_step`` derives from the step."""
     return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
 
 
@@ -157,7 +157,7 @@ def check_relative_lr(lr: Any) -> None:
 
 
 def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The group with every option filled in and checked.
+    """Return the group with every option filled in and checked.
 
     A ``rank`` or ``ratio`` of the group's own replaces either of the constructor's.
 
@@ -165,11 +165,11 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
         ValueError: An option is misspelt or has a wrong value, or two options contradict each other.
     """
     for name in group.keys() - defaults.keys() - {"kind", "params", "param_names"}:
-        # Schedulers and users keep entries of their own in groups; misspelt options are not among them.
+        # Schedulers and users may add keys to groups; misspelt options are refused.
         meant = did_you_mean(name, option_names())
         if meant:
             raise ValueError(f"a group has {name}={group[name]!r}, which is no option of Flora{meant}")
-    # Further defaults are for schedulers to find.
+    # Further defaults are for schedulers.
     resolved = {name: defaults[name] for name in option_names() if name in defaults} | {"kind": None, **group}
     if "lr" not in group and defaults["relative_step"]:
         resolved["lr"] = None  # the default is for schedulers to read
@@ -194,7 +194,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
 
 
 def as_integers(options: Mapping[str, Any], *names: str) -> dict[str, int | None]:
-    """Checked options as Python's integers, which a file that is loaded with ``weights_only`` may hold."""
+    """Return checked options as Python integers, which ``torch.load(weights_only=True)`` allows."""
     return {name: None if options[name] is None else int(options[name]) for name in names}
 
 
@@ -215,14 +215,14 @@ def _check_contradictions(group: dict[str, Any]) -> None:
 
 
 def layout_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a group's state is laid out with."""
+    """Return the options that fix the layout of a group's state."""
     return {name: group[name] for name in LAYOUT_OPTIONS}
 
 
 def changed_option(written: Mapping[str, Any], group: Mapping[str, Any]) -> str:
-    """The first option of a layout that a group has another value of; empty where there is none.
+    """Return the first layout option with another value in the group; empty if there is none.
 
-    ``beta1`` may change as long as there is a momentum, or none, with both.
+    ``beta1`` may change unless the change adds or removes a momentum.
     """
     for name in LAYOUT_OPTIONS:
         before, now = written[name], group[name]
@@ -232,5 +232,5 @@ def changed_option(written: Mapping[str, Any], group: Mapping[str, Any]) -> str:
 
 
 def plan_for(shape: torch.Size, group: dict[str, Any]) -> TensorPlan:
-    """The policy's plan for a tensor of a resolved group."""
+    """Return the policy's plan for a tensor of a resolved group."""
     return plan_tensor(shape, **{name: group[name] for name in _PLAN_OPTIONS})

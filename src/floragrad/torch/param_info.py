@@ -1,4 +1,4 @@
-"""The parameters of an optimizer: what is decided of each, and its state, whole or in shards."""
+"""Plan and state of each parameter of an optimizer, whole or sharded."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ from floragrad.torch.validation import (
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """Where a parameter stands.
+    """Group, plan and layout of one parameter.
 
     Attributes:
-        tensor_id: The number that its random streams are drawn with: at first its position, then what its state says.
+        tensor_id: Key of its random streams: its position, or the id in a loaded state.
         name: For messages and reports.
         group: Its options.
-        plan: What is kept for it.
-        part: What of it is here.
-        layout: Shapes and dtypes of what is here.
+        plan: Plan of its state.
+        part: Its local part.
+        layout: Shapes and dtypes of the local parameter and state.
         layout_options: Options that fix the layout of its state; they may not change while there is one.
     """
 
@@ -50,11 +50,11 @@ class ParamInfo:
 
 
 def group_infos(group: Group, first: int) -> dict[Tensor, ParamInfo]:
-    """A info for every parameter of a group.
+    """Return the infos of a group's parameters.
 
     Args:
         group: With all its options.
-        first: The number of its first parameter.
+        first: Id of its first parameter.
 
     Raises:
         ValueError: One of them cannot be updated, with the remedy.
@@ -65,20 +65,20 @@ def group_infos(group: Group, first: int) -> dict[Tensor, ParamInfo]:
 
 
 def new_infos(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Tensor, ParamInfo]:
-    """ParamInfos with the numbers from ``first`` on; as :func:`group_infos`.
+    """Return infos with ids from ``first`` on.
 
     Args:
         named: Parameters of the group, and their names.
         group: With all its options.
-        first: The number of the first.
+        first: Id of the first.
 
     Raises:
         ValueError: One of them cannot be updated, with the remedy.
     """
     _check_kinds(named)
-    written = layout_options(group)
+    fixed = layout_options(group)
     return {
-        param: _make_info(number, name, group, param, plan_for(param.shape, group), written)
+        param: _make_info(number, name, group, param, plan_for(param.shape, group), fixed)
         for number, (param, name) in enumerate(named.items(), first)
     }
 
@@ -90,45 +90,45 @@ def _check_kinds(named: Mapping[Tensor, str]) -> None:
     check_not_flat(list(named.values()), list(named))
 
 
-def _make_info(tensor_id: int, name: str, group: Group, param: Tensor, plan: TensorPlan, written: Group) -> ParamInfo:
-    return ParamInfo(tensor_id, name, group, plan, _part(name, param, plan), _layout(param, plan), written)
+def _make_info(tensor_id: int, name: str, group: Group, param: Tensor, plan: TensorPlan, fixed: Group) -> ParamInfo:
+    return ParamInfo(tensor_id, name, group, plan, _part(name, param, plan), _layout(param, plan), fixed)
 
 
 def replacement_info(info: ParamInfo, group: Group, param: Tensor) -> ParamInfo:
-    """The info of a parameter that was put in the place of another of its shape."""
+    """Return the info of a parameter that replaces another of its shape."""
     return _make_info(info.tensor_id, info.name, group, param, info.plan, info.layout_options)
 
 
 def next_tensor_id(infos: Mapping[Tensor, ParamInfo]) -> int:
-    """A number above those of all infos."""
+    """Return an id above those of all infos."""
     return max((info.tensor_id for info in infos.values()), default=-1) + 1
 
 
 def with_saved_ids(
     infos: Mapping[Tensor, ParamInfo], states: Mapping[Any, Mapping[str, Any]]
 ) -> dict[Tensor, ParamInfo]:
-    """The infos with the numbers that their states were written with.
+    """Return the infos with the ids in their states.
 
-    A parameter without such a state keeps its number where no other's state has it, and gets an unused one elsewhere.
+    A parameter without a saved id keeps its own unless another's state has it; then it gets an unused one.
     """
-    written = {param: int(states[param]["tensor_id"]) for param in infos if "tensor_id" in states.get(param, ())}
-    used, unused = set(written.values()), max([next_tensor_id(infos) - 1, *written.values()]) + 1
+    saved = {param: int(states[param]["tensor_id"]) for param in infos if "tensor_id" in states.get(param, ())}
+    used, unused = set(saved.values()), max([next_tensor_id(infos) - 1, *saved.values()]) + 1
     numbered = {}
     for param, info in infos.items():
-        tensor_id = written.get(param, info.tensor_id)
-        if param not in written and tensor_id in used:
+        tensor_id = saved.get(param, info.tensor_id)
+        if param not in saved and tensor_id in used:
             tensor_id, unused = unused, unused + 1
         numbered[param] = replace(info, tensor_id=tensor_id)
     return numbered
 
 
-def convert_scalars(state: State, number: int) -> None:
-    """Make the step and the tensor's number exact integers on the CPU, wherever the state comes from.
+def convert_scalars(state: State, tensor_id: int) -> None:
+    """Convert ``step`` and ``tensor_id`` to int64 on the CPU.
 
-    States of earlier releases count in float32, and have no number.
+    States of earlier releases have a float32 step and no id.
     """
     if "tensor_id" not in state:
-        state["tensor_id"] = torch.tensor(number, dtype=torch.int64, device="cpu")
+        state["tensor_id"] = torch.tensor(tensor_id, dtype=torch.int64, device="cpu")
     for key in SCALAR_STATE:
         if key in state and (state[key].dtype != torch.int64 or not state[key].is_cpu):
             state[key] = state[key].to("cpu", torch.int64)
@@ -138,12 +138,12 @@ def convert_scalars(state: State, number: int) -> None:
 def initial_state(
     plan: TensorPlan, group: Group, tensor_id: int, device: torch.device, buffers: Mapping[str, Buffer] | None = None
 ) -> State:
-    """Return every buffer: zeros, and for ``"adaptive"`` random signs over their bucket's norm.
+    """Return the initial state: zeros, and for ``"adaptive"`` random signs over their bucket's norm.
 
     Args:
         plan: Of the tensor.
         group: Its options.
-        tensor_id: The number that its random streams are drawn with.
+        tensor_id: Key of its random streams.
         device: Where the buffers are allocated.
         buffers: The local parts of the plan's buffers; None: all of them.
     """
@@ -151,7 +151,7 @@ def initial_state(
         key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
         for key, buffer in (plan.buffers if buffers is None else buffers).items()
     }
-    # Among fake tensors only what was made of a number knows its value, and every step reads these.
+    # A fake tensor knows its value only if it was made from a number, and every step reads these.
     for key, value in zip(SCALAR_STATE, (0, tensor_id), strict=True):
         state[key] = torch.tensor(value, dtype=torch.int64, device="cpu")
     if "projection_weight" in state and device.type != "meta":
@@ -163,7 +163,7 @@ def initial_state(
 
 
 def initial_param_state(param: Tensor, info: ParamInfo) -> State:
-    """The state of a parameter that has not been stepped, on its device, placed as it is."""
+    """Return the initial state of a parameter, on its device and in its placements."""
     if not is_sharded(param):
         return initial_state(info.plan, info.group, info.tensor_id, param.device)
     from floragrad.torch.distributed.shards import local_buffers, sharded_state
@@ -174,12 +174,12 @@ def initial_param_state(param: Tensor, info: ParamInfo) -> State:
 
 
 def ensure_state(param: Tensor, info: ParamInfo, state: State) -> State:
-    """Return a parameter's state, allocated if it is new, on the device where the parameter is now.
+    """Return a parameter's state, allocated if it is new, on the parameter's current device.
 
     Args:
         param: The parameter.
         info: Its plan and options.
-        state: As the optimizer keeps it; it is filled in place.
+        state: Its state in the optimizer, filled in place.
     """
     if state.keys().isdisjoint(STATE_KEYS):
         state.update(initial_param_state(param, info))
@@ -195,16 +195,13 @@ def ensure_state(param: Tensor, info: ParamInfo, state: State) -> State:
 
 
 class TensorIdCache:
-    """The numbers in parameters' states, each read anew only where it may have changed.
-
-    They are the states' own: whoever puts another state in a parameter's place has put its number there too.
-    """
+    """Cache of the ids in parameters' states, keyed by the version of their tensors."""
 
     def __init__(self) -> None:
         self._known: dict[Tensor, tuple[Tensor, int | None, int]] = {}
 
     def of(self, param: Tensor, state: State) -> int:
-        """Return the number in a parameter's state."""
+        """Return the id in a parameter's state."""
         kept = state["tensor_id"]
         version = None if kept.is_inference() else kept._version
         known = self._known.get(param)
@@ -213,21 +210,21 @@ class TensorIdCache:
         return known[2]
 
     def forget(self) -> None:
-        """Read all numbers anew."""
+        """Clear the cache."""
         self._known.clear()
 
 
 def distribute_state(param: Tensor, info: ParamInfo, state: State) -> State:
-    """A state as the parameter is placed: of a whole tensor what is here, and whole what was sharded."""
+    """Return a state in the placements of the parameter: sharded for a DTensor, else whole."""
     if not is_sharded(param):
         return {key: value.full_tensor() if is_sharded(value) else value for key, value in state.items()}
-    from floragrad.torch.distributed.shards import placed
+    from floragrad.torch.distributed.shards import distribute_state_tensor
 
-    return {key: placed(key, value, param, info.plan) for key, value in state.items()}
+    return {key: distribute_state_tensor(key, value, param, info.plan) for key, value in state.items()}
 
 
 def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
-    """What of a parameter is here."""
+    """Return the local part of a parameter."""
     if not is_sharded(param):
         return Part.whole(plan.shape, plan.view)
     from floragrad.torch.distributed.shards import check_columns, part_of, stepped_placements
@@ -238,7 +235,7 @@ def _part(name: str, param: Tensor, plan: TensorPlan) -> Part:
 
 
 def _layout(param: Tensor, plan: TensorPlan) -> Layout:
-    """Shapes and dtypes of what is here of a parameter and its state."""
+    """Return shapes and dtypes of the local parameter and state."""
     buffers, shape = plan.buffers, tuple(param.shape)
     if is_sharded(param):
         from floragrad.torch.distributed.shards import local_buffers, stepped_shape
@@ -248,10 +245,10 @@ def _layout(param: Tensor, plan: TensorPlan) -> Layout:
 
 
 def validate_update(param: Tensor, info: ParamInfo, state: State) -> tuple[Tensor, Tensor, State]:
-    """What is here of a parameter, its gradient and its state, each as its plan says; no value is changed.
+    """Return the local parameter, gradient and state, checked against the plan; no value is changed.
 
     Raises:
-        RuntimeError: Naming the tensor that is not.
+        RuntimeError: Naming the tensor that differs from its plan.
         TypeError: The gradient of a sharded parameter is a plain tensor.
     """
     check_shape(info.name, param.shape, info.plan.shape)
@@ -263,12 +260,12 @@ def validate_update(param: Tensor, info: ParamInfo, state: State) -> tuple[Tenso
     from floragrad.torch.distributed.shards import contiguous, local_gradient, stepped_local, stepped_placements
 
     state.update({key: contiguous(value) for key, value in state.items() if is_sharded(value)})
-    local, found = stepped_local(param, info.plan.view), {key: to_local(value) for key, value in state.items()}
+    local, local_state = stepped_local(param, info.plan.view), {key: to_local(value) for key, value in state.items()}
     check_shape(f"{info.name}, on this device,", local.shape, info.layout.shape)
     check_parameter(info.name, local)
     grad = local_gradient(param, stepped_placements(param, info.plan.view))
     grad = validate_gradient(info.name, grad, info.layout.shape, param.dtype, local.device)
-    return local, grad, validate_state(info.name, found, info.layout)
+    return local, grad, validate_state(info.name, local_state, info.layout)
 
 
 def write_back(param: Tensor, stepped: Tensor, plan: TensorPlan) -> None:
@@ -280,7 +277,7 @@ def write_back(param: Tensor, stepped: Tensor, plan: TensorPlan) -> None:
 
 
 def unique_params(params: Any) -> list[Any]:
-    """The parameters in order, each once: tied weights are updated once."""
+    """Return the parameters in order without duplicates, so that tied weights are updated once."""
     if isinstance(params, Tensor):
         return [params]
     if isinstance(params, set):

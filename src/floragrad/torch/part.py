@@ -1,4 +1,4 @@
-"""Which part of a tensor is on this device: all of it, or a shard."""
+"""Local part of a tensor: all of it, or a shard."""
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ EVERYWHERE: tuple[Axis, ...] = ("batch", "rows", "columns")
 
 @dataclass(frozen=True)
 class Part:
-    """The local part of a tensor's matrix view.
+    """Local part of a tensor's matrix view.
 
     Attributes:
         view: Its (batch, rows, columns).
@@ -31,7 +31,7 @@ class Part:
         columns: The local columns.
         split: Mesh dimensions by the axis of the view that they split; axes that are whole are missing.
         column_parts: Number of parts along the columns.
-        mesh: The devices that the tensor is spread over; None where it is whole.
+        mesh: Device mesh of the tensor; None where it is whole.
     """
 
     view: MatrixView
@@ -56,12 +56,12 @@ class Part:
 
     @cached_property
     def row_count(self) -> int:
-        """Rows of the whole tensor, over all matrices."""
+        """Number of rows of the whole tensor, over all matrices."""
         return prod(self.shape)
 
     @cached_property
     def row_words(self) -> tuple[int, int] | None:
-        """Number of the first local row among all, and rows from one local matrix to the next; None where they vary.
+        """Index of the first local row, and the stride in rows of local matrices; None where it varies.
 
         Local rows of one matrix are neighbours, and local matrices at equal distances, as FSDP2 and tensor parallelism
         along one dimension leave them.
@@ -76,7 +76,7 @@ class Part:
 
     @property
     def irregularity(self) -> str:
-        """Why kernels, which work on whole rows at regular distances, cannot take the part; empty where they can."""
+        """Reason why kernels, which need whole rows at a regular stride, do not support the part; else empty."""
         if "columns" in self.split:
             return "split along its columns"
         return "split unevenly" if self.row_words is None else ""
@@ -100,8 +100,8 @@ class Part:
         """
         drawn = halves(words, self.row_count + width)
         rows = drawn[: self.row_count].view(self.shape)
-        here = rows[self.leading] if self.split else rows
-        return RoundingBits(here.reshape(self.view.batch, self.view.rows, 1), drawn[self.row_count :][columns])
+        local = rows[self.leading] if self.split else rows
+        return RoundingBits(local.reshape(self.view.batch, self.view.rows, 1), drawn[self.row_count :][columns])
 
     def draw_rounding(self, source: Philox, width: int, columns: slice, device: "torch.device") -> RoundingBits:
         """Draw the words and return them as :meth:`rounding` does."""
@@ -110,13 +110,13 @@ class Part:
 
 
 class ShardSum(NamedTuple):
-    """A part's share of a sum over all parts of a tensor: to be replaced, in place, by the sum.
+    """Local share of a sum over all parts of a tensor, replaced in place by the sum.
 
     Attributes:
         value: The share.
-        over: The axes of the view along which parts add to it.
+        over: Axes of the view to sum over.
         part: The part.
-        order: Number of the tensor: devices add up their shares in this order.
+        order: Id of the tensor, the order of shares in a collective.
     """
 
     value: Tensor
@@ -126,9 +126,9 @@ class ShardSum(NamedTuple):
 
 
 Sums = Generator[list[ShardSum], None, None]
-"""The passes over some tensors: shares of sums, which are to be added up when the generator goes on.
+"""Passes over some tensors, yielding shares of sums, to be added up before the generator resumes.
 
-Statistics (row and column sums of G², ‖W‖² where the step is in its units); product twice, where adaptive projections
-learn their weights; the sketches, where columns are split; ‖D‖². Every backend yields the same sums of a tensor in the
-same order, so that devices may differ in the backends that they use.
+Statistics (row and column sums of G², ‖W‖² where the step is in its units); two products of power iterations,
+where adaptive projections learn their weights; the sketches, where columns are split; ‖D‖². Every backend yields the
+same sums of a tensor in the same order, so that devices may use different backends.
 """

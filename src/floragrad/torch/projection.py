@@ -1,4 +1,4 @@
-"""Projections of rows: encode n columns as k, decode k as n, carry a sketch from one projection to the next.
+"""Projections of rows: encode n columns as k, decode k as n, transfer a sketch to another projection.
 
 All of them act on the last dimension alone: rows never mix, so a shard of rows is projected by itself.
 """
@@ -20,7 +20,7 @@ from floragrad.torch.random import Philox
 
 
 class Projection(Protocol):
-    """P, k x n, with E[PᵀP] = I or orthonormal rows. The update takes one of these, never a seed."""
+    """Interface of a projection P, k x n, with E[PᵀP] = I or orthonormal rows."""
 
     def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
         """X Pᵀ: (..., n) to (..., k); ``workspace`` is memory of X's shape, X's own too."""
@@ -39,14 +39,14 @@ class Projection(Protocol):
         ...
 
     def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
-        """Z, written under ``previous``, as this projection would have written it.
+        """Transfer a sketch of ``previous`` to this projection.
 
-        Decodes with ``previous`` (orthogonally: with its (P Pᵀ)⁻¹) and encodes with this one.
+        It is decoded with ``previous`` (orthogonally: with its (P Pᵀ)⁻¹) and encoded with this one.
         """
         ...
 
     def matrix(self) -> Tensor:
-        """P as a dense float32 matrix, (..., k, n), for tests and for looking at."""
+        """Return P as a dense float32 matrix, (..., k, n), for tests and inspection."""
         ...
 
 
@@ -64,18 +64,18 @@ def bucket_sizes(n: int, k: int, device: torch.device) -> Tensor:
 
 
 def _cut(values: Tensor, columns: slice) -> Tensor:
-    """Some columns; all of them are what they were, which spares an operation."""
+    """Return some columns; for all columns the tensor itself, without an operation."""
     return values if columns == slice(0, values.shape[-1]) else values[..., columns]
 
 
 class _Run(NamedTuple):
-    """Neighbouring slices of columns, each of them dealt into the same buckets.
+    """Neighbouring slices of columns that fall into the same buckets.
 
     Attributes:
         first: The first column.
-        slices: How many slices.
-        buckets: Those that each of them goes to.
-        weight: Of the columns, (..., slices, columns of one).
+        slices: Number of slices.
+        buckets: Buckets of each slice.
+        weight: Weights of the columns, (..., slices, columns per slice).
     """
 
     first: int
@@ -84,30 +84,30 @@ class _Run(NamedTuple):
     weight: Tensor
 
     def of(self, rows: Tensor) -> Tensor:
-        """The columns in rows, (..., slices, columns of one), without a copy."""
+        """Return the columns in rows, (..., slices, columns per slice), without a copy."""
         count = self.weight.shape[-1]
         columns = _cut(rows, slice(self.first, self.first + self.slices * count))
         return columns.view(*rows.shape[:-1], self.slices, count)
 
     def buckets_of(self, sketch: Tensor) -> Tensor:
-        """The buckets in a sketch, (..., 1, columns of one)."""
+        """Return the buckets in a sketch, (..., 1, columns per slice)."""
         return _cut(sketch, self.buckets).unsqueeze(-2)
 
 
 @dataclass(frozen=True)
 class BucketProjection:
-    """Columns dealt into k buckets, bucket(j) = j mod k; P[bucket(j), j] = weight[j].
+    """Projection of columns to k buckets, bucket(j) = j mod k; P[bucket(j), j] = weight[j].
 
     With random signs for weights this is a balanced count sketch: P Pᵀ is the diagonal of bucket sizes, and
-    encoding is a signed sum of contiguous slices of the row, decoding a signed tiling. With learnt weights
+    encoding is a signed sum of contiguous slices of the row, decoding a signed tiling. With learned weights
     of norm 1 in each bucket the rows of P are orthonormal. No matrix is built, no product taken.
 
     Attributes:
         weight: (n,), or (batch, 1, n) where every matrix of a batch has its own.
         gram: The diagonal of P Pᵀ, (k,): bucket sizes for signs, ones for weights of norm 1.
-        part: The columns that :meth:`encode`, :meth:`decode` and :meth:`add_decoded_` are given, where a
-            matrix is split along them: then ``encode`` gives this part's share of a sum. None: all.
-        has_signs: Whether weights are signs, which leave squares as they are.
+        part: Local columns of a matrix that is split along them, for :meth:`encode`, :meth:`decode` and
+            :meth:`add_decoded_`; ``encode`` then returns the local share of a sum. None: all columns.
+        has_signs: True if weights are signs, which do not change squares.
     """
 
     weight: Tensor
@@ -117,16 +117,16 @@ class BucketProjection:
 
     @classmethod
     def signs(cls, n: int, k: int, signs: Tensor, part: slice | None = None) -> "BucketProjection":
-        """Of +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
+        """Return the projection with weights +1 and -1: E[PᵀP] = I, P Pᵀ the bucket sizes."""
         return cls(signs, bucket_sizes(n, k, signs.device), part, has_signs=True)
 
     @classmethod
     def normalised(cls, weight: Tensor, k: int) -> "BucketProjection":
-        """Of weights with norm 1 in each bucket: orthonormal rows."""
+        """Return the projection with weights of norm 1 in each bucket: orthonormal rows."""
         return cls(weight, torch.ones(k, dtype=torch.float32, device=weight.device))
 
     def _runs(self) -> Iterator["_Run"]:
-        """What is here of the columns: the rest of a slice of k columns, whole slices, the start of another."""
+        """Yield the local columns as runs: the rest of a slice of k columns, whole slices, the start of another."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         first, end = (0, n) if self.part is None else (self.part.start, self.part.stop)
         column = first
@@ -141,7 +141,7 @@ class BucketProjection:
 
     @property
     def columns(self) -> Tensor:
-        """The weights of the columns that are here."""
+        """Weights of the local columns."""
         return self.weight if self.part is None else self.weight[..., self.part]
 
     def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
@@ -149,7 +149,7 @@ class BucketProjection:
         return self.sum_buckets(torch.mul(rows, self.columns, out=workspace))
 
     def sum_buckets(self, rows: Tensor) -> Tensor:
-        """X Pᵀ of rows whose columns have been multiplied by their weights."""
+        """X Pᵀ, given rows whose columns are multiplied by their weights."""
         sketch: Tensor | None = None
         k = self.gram.shape[-1]
         for run in self._runs():
@@ -180,8 +180,8 @@ class BucketProjection:
         return self.add_decoded_(rows, sketch / self.gram)
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
-        """Z as this projection would have written it."""
-        # P_new P_oldᵀ is diagonal: both deal the columns into the same buckets.
+        """Transfer a sketch of ``previous`` to this projection."""
+        # P_new P_oldᵀ is diagonal: both have the same buckets.
         assert isinstance(previous, BucketProjection)
         overlap = replace(self, part=None).encode(previous.weight)
         return sketch * (overlap / previous.gram if orthogonal else overlap)
@@ -194,21 +194,21 @@ class BucketProjection:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products in float32, whatever the caller has autocast to: a step may stand inside the forward pass's block."""
+    """Disable autocast, which a caller may have on around a step, so that products are float32."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 @dataclass(frozen=True)
 class GaussianProjection:
-    """The paper's P ~ N(0, 1/k), regenerated on ``device`` piece by piece whenever it is used.
+    """Gaussian projection of the paper, P ~ N(0, 1/k), drawn again on ``device`` in pieces whenever it is used.
 
     Attributes:
         n: Columns of a row.
         k: Columns of a sketch.
-        seed: Seeds the device's generator, whose numbers differ between kinds of device.
-        device: Where the pieces are drawn.
-        piece: Rows of P that may exist at a time; a P of no more rows is drawn once and kept.
+        seed: Seed of the device's generator, whose stream differs between kinds of device.
+        device: Device of the pieces.
+        piece: Rows of P in memory at a time; a P of no more rows is drawn once and kept.
         part: As in :class:`BucketProjection`.
     """
 
@@ -256,11 +256,11 @@ class GaussianProjection:
         return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """Refused: Gaussian rows are not orthogonal."""
+        """Raise NotImplementedError: Gaussian rows are not orthogonal."""
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 
     def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
-        """Z as this projection would have written it."""
+        """Transfer a sketch of ``previous`` to this projection."""
         if orthogonal:
             raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
         assert isinstance(previous, GaussianProjection)
@@ -286,10 +286,10 @@ def draw_projection(
         kind: ``"sign"`` or ``"gaussian"``.
         view: The tensor as (batch, rows, columns).
         width: k.
-        source: Of one tensor at one epoch; of ``"gaussian"`` it is only the seed.
-        device: Where the projection is used.
+        source: Stream of one tensor at one resample index; ``"gaussian"`` uses it as a seed.
+        device: Device of the projection.
         part: The local columns, where the matrix is split along them.
-        signs: As drawn from ``source`` already, float32 of (columns,); None draws them.
+        signs: Signs drawn from ``source``, float32 of (columns,); None draws them.
     """
     if kind == "gaussian":
         piece = max(1, view.batch * view.rows // 8)
@@ -300,7 +300,7 @@ def draw_projection(
 
 
 def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
-    """Vᵀ(V w) in every bucket, summed over the rows: (..., rows, n) to (..., 1, n).
+    """Return Vᵀ(V w) in every bucket, summed over the rows: (..., rows, n) to (..., 1, n).
 
     The sums of row blocks (or of shards) add up to that of the whole matrix.
     """
@@ -310,11 +310,11 @@ def power_iteration(rows: Tensor, projection: BucketProjection) -> Tensor:
 
 
 def normalise_buckets(weight: Tensor, k: int, fallback: Tensor) -> Tensor:
-    """``weight`` (..., n) with norm 1 in each of k buckets; ``fallback`` in buckets that are zero."""
+    """Scale ``weight`` (..., n) to norm 1 in each of k buckets; use ``fallback`` in buckets that are zero."""
     n = weight.shape[-1]
-    infos = ceil(n / k)
-    padded = torch.nn.functional.pad(weight, (0, infos * k - n)).reshape(*weight.shape[:-1], infos, k)
-    # Of numbers around 1, whose squares neither overflow nor vanish.
+    slices = ceil(n / k)
+    padded = torch.nn.functional.pad(weight, (0, slices * k - n)).reshape(*weight.shape[:-1], slices, k)
+    # Scaled to magnitudes around 1, whose squares neither overflow nor underflow.
     largest = padded.abs().amax(-2, keepdim=True)
     around_one = padded / largest
     norm = torch.linalg.vector_norm(around_one, dim=-2, keepdim=True)

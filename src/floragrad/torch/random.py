@@ -1,8 +1,8 @@
-"""Counter-based random numbers: any stream of a tensor at any step, on any device, without what came before.
+"""Counter-based random numbers: any stream of a tensor at any step, on any device, without earlier draws.
 
 Philox4x64-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in NumPy's order of
-words. On the CPU NumPy draws them; elsewhere PyTorch's operations do, for many streams at once, so that nothing is
-copied from the host but which streams they are.
+words. On the CPU NumPy draws them; elsewhere PyTorch's operations do, for many streams at once, so that only
+the keys of the streams are copied from the host.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ _LOW: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Philox:
-    """One stream of a tensor's random words.
+    """Stream of a tensor's random words.
 
     The words depend on the four fields alone: not on the device, the order of calls, or how many devices share the
     tensor.
 
     Attributes:
         seed: The optimizer's seed, 0 to 2**63 - 1.
-        tensor_id: The number that the tensor's random streams are drawn with.
+        tensor_id: Key of the tensor's random streams.
         counter: The resample index for projections, the step for rounding.
-        stream: Which of the tensor's streams.
+        stream: Purpose of the stream.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class Philox:
         """Return the first ``count`` words, drawn by NumPy."""
         key = np.array([self.seed, self.tensor_id], dtype=np.uint64)
         counter = np.array([0, self.counter, int(self.stream), 0], dtype=np.uint64)
-        # A generator of its own would take four times as long to make.
+        # The construction of a generator would take four times as long.
         with _GENERATING:
             _GENERATOR.state = {
                 "bit_generator": "Philox",
@@ -69,7 +69,7 @@ class Philox:
 
 
 class Request(NamedTuple):
-    """The first words of a stream.
+    """Request for the first words of a stream.
 
     Attributes:
         source: The stream.
@@ -81,7 +81,7 @@ class Request(NamedTuple):
 
 
 def draw_words(requests: Sequence[Request], device: torch.device) -> list[Tensor]:
-    """Return 64-bit words as int64 tensors of (count,), all of them drawn together where they are not on the CPU."""
+    """Return 64-bit words as int64 tensors of (count,), drawn together on accelerators."""
     if device.type == "cpu":
         return [torch.from_numpy(each.source.words(each.words).view(np.int64)) for each in requests]
     return philox_words(requests, device) if requests else []
@@ -107,7 +107,7 @@ def philox_words(requests: Sequence[Request], device: torch.device) -> list[Tens
 
 
 def _philox(key: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    """Ten rounds on words 0 and 2, and 1 and 3, of each block, both (2, blocks); (blocks, 4)."""
+    """Run ten rounds on words 0 and 2, and 1 and 3, of each block, both (2, blocks); return (blocks, 4)."""
     device = key.device
     multiplier, step = (_constants(each, device) for each in (_MULTIPLIERS, _KEY_STEPS))
     for _ in range(_ROUNDS):
@@ -118,7 +118,7 @@ def _philox(key: Tensor, even: Tensor, odd: Tensor) -> Tensor:
 
 
 def _constants(values: tuple[int, int], device: torch.device) -> Tensor:
-    """Two unsigned words as int64 of (2, 1), filled on the device."""
+    """Return two unsigned words as int64 of (2, 1), filled on the device."""
     signed = [value - (value >> 63 << 64) for value in values]
     return torch.stack([torch.full((1,), value, dtype=torch.int64, device=device) for value in signed])
 
@@ -133,7 +133,7 @@ def _multiplied(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a small host tensor to a device without waiting for it."""
+    """Copy a small host tensor to a device without synchronization."""
     if device.type == "cuda" and torch.cuda.is_available():
         table = table.pin_memory()
     return table.to(device, non_blocking=True)

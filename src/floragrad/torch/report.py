@@ -1,4 +1,4 @@
-"""The report's rows of PyTorch's parameters, and what they say of compression."""
+"""Report of a PyTorch optimizer, and the warning where it compresses little."""
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from math import prod
@@ -16,22 +16,22 @@ from floragrad.torch.part import Part
 
 
 def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state: bool) -> ReportRow:
-    """The row of one parameter; of a sharded one, with the bytes on this device.
+    """Return the row of one parameter; of a sharded one, with the bytes on this device.
 
     Args:
         name: The parameter's.
         param: The parameter.
         plan: Of its global shape.
         part: Its local part.
-        has_state: Whether it has one; a frozen parameter has none, here and in its peers.
+        has_state: True if it has a state; a frozen parameter has none, as in AdamW and Adafactor.
     """
     if not has_state:
         return ReportRow(name, plan.shape, plan.view, 1, "none", 0, 0, 0, FROZEN)
-    buffers, here = plan.buffers, plan.shape
+    buffers, shape = plan.buffers, plan.shape
     if is_sharded(param):
         from floragrad.torch.distributed.shards import local_buffers
 
-        buffers, here = local_buffers(param, plan), tuple(param.to_local().shape)
+        buffers, shape = local_buffers(param, plan), tuple(param.to_local().shape)
     return ReportRow(
         name=name,
         shape=plan.shape,
@@ -39,8 +39,8 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state
         ratio=plan.ratio,
         momentum=plan.momentum,
         state_bytes=sum(buffer.nbytes for buffer in buffers.values()),
-        adamw_bytes=adamw_bytes(here, param.dtype),
-        adafactor_bytes=adafactor_bytes(here, param.dtype),
+        adamw_bytes=adamw_bytes(shape, param.dtype),
+        adafactor_bytes=adafactor_bytes(shape, param.dtype),
         reason=plan.reason,
         path=path_of(to_local(param), plan, part),
     )
@@ -65,9 +65,9 @@ def make_report(infos: Mapping[Tensor, ParamInfo], states: MutableMapping[Tensor
 
 
 def low_compression_warning(rows: Iterable[tuple[ReportRow, Group]]) -> str:
-    """Why less than half of the momentum of hidden tensors is kept as sketches; empty where more is.
+    """Return a warning if less than half of the momentum of hidden tensors is compressed, else an empty string.
 
-    Left out are frozen tensors, those that are declared as vocabulary, and groups that want no sketch.
+    Frozen tensors, declared vocabulary, and groups without compression do not count.
 
     Args:
         rows: The tensors of an optimizer with their groups.
@@ -92,12 +92,12 @@ def low_compression_warning(rows: Iterable[tuple[ReportRow, Group]]) -> str:
 
 
 def adamw_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of ``torch.optim.AdamW``'s state for one parameter: two numbers for each of its own, and a step."""
+    """Return the bytes of ``torch.optim.AdamW``'s state for one parameter: two moments and a step."""
     return 2 * prod(shape) * dtype.itemsize + 4
 
 
 def adafactor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of Hugging Face's ``Adafactor(beta1=0.9)``'s momentum and second moment for one parameter."""
+    """Return the bytes of Hugging Face's ``Adafactor(beta1=0.9)``'s momentum and second moment for one parameter."""
     itemsize = max(4, dtype.itemsize)
     second = prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape)
     return itemsize * (prod(shape) + second)

@@ -1,4 +1,4 @@
-"""What learning-rate schedulers read and write in the options of an optimizer."""
+"""Options that learning-rate schedulers read and write."""
 
 import warnings
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ Group = dict[str, Any]
 
 
 def scheduler_defaults(defaults: Group, groups: Iterable[Group]) -> Group:
-    """The defaults that schedulers look for, as they are named in ``torch.optim``.
+    """Return the defaults that schedulers read, with their names in ``torch.optim``.
 
     ``lr`` is the first group's where the constructor was given none. ``momentum`` says that ``OneCycleLR`` and
     ``CyclicLR`` may cycle it; it is β₁, where any group keeps a momentum.
@@ -22,7 +22,7 @@ def scheduler_defaults(defaults: Group, groups: Iterable[Group]) -> Group:
 
 
 def adopt_momentum(group: Group) -> None:
-    """Take the ``momentum`` that a scheduler has written into a group as its β₁, which is live from then on.
+    """Set β₁ of a group to the ``momentum`` that a scheduler has written into it.
 
     Raises:
         ValueError: It is no decay of a momentum that is kept.
@@ -39,13 +39,13 @@ def adopt_momentum(group: Group) -> None:
 
 
 def step_size(group: Group, step: int, rms: float) -> float:
-    """The step size α of a group's parameter at a step, of whose elements ``rms`` is the root mean square."""
+    """Return the step size α of a parameter with root mean square ``rms``."""
     lr = relative_lr(group, step) if group["relative_step"] else float(group["lr"])
     return lr * max(group["eps"][1], rms) if group["scale_parameter"] else lr
 
 
 def ignores_scheduler_lr(group: Group) -> bool:
-    """Whether a scheduler has set a learning rate where ``relative_step`` derives it from the step.
+    """Return whether a scheduler has set a learning rate that ``relative_step`` ignores.
 
     0 is not counted: ``AdafactorSchedule`` begins with it, and so does a warm-up.
     """

@@ -1,9 +1,9 @@
-"""The driver of a step: statistics → (all-reduce) → direction → (all-reduce) → apply, on whichever backend.
+"""Driver of a step: statistics → (all-reduce) → direction → (all-reduce) → apply, on any backend.
 
 Whole tensors are stepped one batch after the other, so that only one batch's temporaries exist. Sharded tensors are
-stepped side by side, so that all of them share every collective: two for all parameters under FSDP2, the columns'
-statistics and the updates' norms, and two more where adaptive projections learn their weights; a second mesh dimension
-as many again; and tensors split along their columns one for the sketches of whole rows.
+interleaved, so that all of them share every collective: two for all parameters under FSDP2, the columns'
+statistics and the updates' norms, and two more where adaptive projections learn their weights; as many for each
+further mesh dimension; and for tensors split along their columns one for the sketches of whole rows.
 """
 
 from collections import deque

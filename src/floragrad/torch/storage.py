@@ -1,6 +1,6 @@
-"""How rows of elements are stored in few bits, and rounded without bias; and the blocks of rows that are worked on.
+"""Low-bit storage of rows with unbiased rounding, and their division into blocks.
 
-Only one block of rows is ever float32.
+Only one block of rows is float32 at a time.
 """
 
 from collections.abc import Iterator
@@ -16,29 +16,29 @@ from floragrad.policy import QUANTIZATION_BLOCK, MatrixView, StateDtype
 LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
 BLOCK_ELEMENTS: Final = 2**20
-"""Elements of a block of rows on the CPU: 4 MiB of float32; less would be launches, more would leave the cache."""
+"""Elements of a block of rows on the CPU, 4 MiB of float32: few launches that stay in the cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
-"""The same elsewhere, where a launch costs more than a pass over memory."""
+"""Elements of a block of rows on accelerators, where launches cost more."""
 MIN_BLOCKS: Final = 3
-"""Blocks that a tensor is cut into at least, so that a workspace as large as a block stays small beside it."""
+"""Least number of blocks of a tensor, so that a workspace of one block stays small beside it."""
 SMALL_TENSOR_ELEMENTS: Final = 2**14
-"""A tensor of up to so many elements is one block: its temporaries cost less than its launches."""
+"""Elements up to which a tensor is one block: its temporaries cost less than more launches."""
 
 _MULTIPLIER: Final = 0x9E3779B1 - 2**32
 
 Block = tuple[slice, slice]
-"""Some matrices of a view, and some of their rows."""
+"""Range of matrices of a view, and of their rows."""
 
 
 def block_elements(elements: int, device: torch.device) -> int:
-    """Return how many of a tensor's elements are worked on at a time: all of a small one's."""
+    """Return the number of elements of a tensor's blocks; a small tensor is one block."""
     if elements <= SMALL_TENSOR_ELEMENTS:
         return elements
     return min(max_block_elements(device), ceil(elements / MIN_BLOCKS))
 
 
 def max_block_elements(device: torch.device) -> int:
-    """Return the same of a large tensor."""
+    """Return the number of elements of a large tensor's blocks."""
     return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
 
 
@@ -48,7 +48,7 @@ def row_blocks(view: MatrixView, elements: int, *, gaussian: bool = False) -> It
     Args:
         view: The tensor as (batch, rows, columns).
         elements: Elements of a block, up to a row more.
-        gaussian: As few blocks as two buffers allow: a Gaussian projection is drawn again for each.
+        gaussian: Eight blocks, since a Gaussian projection is drawn again for each.
     """
     batch, rows, columns = view
     height = max(1, ceil(rows / 8) if gaussian else min(rows, ceil(elements / columns)))
@@ -61,8 +61,8 @@ def row_blocks(view: MatrixView, elements: int, *, gaussian: bool = False) -> It
 class RoundingBits(NamedTuple):
     """Random words for stochastic rounding: one for each row and one for each column of some rows.
 
-    Drawing costs rows + columns instead of rows · columns, and a part of a tensor has the bits that it has in
-    the whole tensor, however the tensor is cut or sharded.
+    They cost rows + columns draws instead of rows · columns, and a part of a tensor has the bits that it has in
+    the whole tensor, in any division or sharding.
 
     Attributes:
         rows: (batch, rows, 1), int32.
@@ -77,12 +77,12 @@ class RoundingBits(NamedTuple):
         return RoundingBits(self.rows[where], self.columns)
 
     def integers(self) -> Tensor:
-        """Integers, uniform over -32768 ... 32767, any two of them independent: int32 of (batch, rows, columns).
+        """Return uniform integers from -32768 to 32767, pairwise independent: int32 of (batch, rows, columns).
 
         The upper half of h(a + b) with h(w) = (w xor w >> 16) · 0x9E3779B1, a bijection of 32 bits: so each
-        number's bits are uniform, and those of two numbers independent, exactly. Without h the sum of a row's and
-        a column's word would do for that too, but rounding errors would be a matrix of low rank (of five
-        singular values 80% of its squared norm), which an update should not have.
+        integer is uniform, and any two are independent, exactly. Without h the sum of a row's and a column's word
+        would do for that too, but rounding errors would be a matrix of low rank (five singular values with 80% of
+        its squared norm), which an update should not have.
         """
         words = self.rows + self.columns
         words.bitwise_xor_(words >> 16)
@@ -90,7 +90,7 @@ class RoundingBits(NamedTuple):
 
 
 def _blocks(values: Tensor) -> list[Tensor]:
-    """(..., k) as views (..., blocks, 64) of the whole blocks and (..., 1, rest) of a short last one."""
+    """Return views of (..., k): (..., blocks, 64) of the whole blocks and (..., 1, rest) of a short last one."""
     whole = values.shape[-1] // QUANTIZATION_BLOCK
     cut = whole * QUANTIZATION_BLOCK
     views = []
@@ -102,7 +102,7 @@ def _blocks(values: Tensor) -> list[Tensor]:
 
 
 def _per_block(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the blocks with their scales, (..., blocks, 1)."""
+    """Yield views of the blocks with their scales, (..., blocks, 1)."""
     first = 0
     for block in _blocks(values):
         count = block.shape[-2]
@@ -111,10 +111,10 @@ def _per_block(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Store float32 rows in 8 or 4 bits; the mean over ``bits`` of what is stored is ``values``.
+    """Quantize float32 rows to 8 or 4 bits; the mean of the result over ``bits`` is ``values``.
 
-    q = ⌊x / scale + u⌋ with u uniform in (0, 1), so E[q]·scale = x and Var[q·scale] ≤ scale²/4. What is not
-    finite makes its block not finite.
+    q = ⌊x / scale + u⌋ with u uniform in (0, 1), so E[q]·scale = x and Var[q·scale] ≤ scale²/4. An element that
+    is not finite makes its block not finite.
 
     Args:
         values: (..., k), float32.
@@ -126,7 +126,7 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
         (..., ceil(k/64)). Byte j of ``int4`` holds column 2j in its low half and 2j + 1 in its high one.
     """
     largest = LARGEST[state_dtype]
-    # Twenty times faster than the vector norm on a CPU, and as small: no absolute values are written.
+    # Twenty times as fast as the vector norm on a CPU, without a temporary of absolute values.
     norms = [torch.maximum(block.amax(-1), -block.amin(-1)) for block in _blocks(values)]
     scale = torch.cat(norms, dim=-1).div_(largest)
     # A block of zeros has scale 0: divide it by 1 instead.
@@ -139,7 +139,7 @@ def quantize(values: Tensor, state_dtype: StateDtype, bits: Tensor) -> tuple[Ten
 
 
 def dequantize(payload: Tensor, scale: Tensor, state_dtype: StateDtype, width: int) -> Tensor:
-    """The float32 rows (..., width) that :func:`quantize` stored."""
+    """Return the float32 rows (..., width) that :func:`quantize` stored."""
     integers = payload if state_dtype == "int8" else _unpack(payload, width)
     values = integers.float()
     for block, factor in _per_block(values, scale):
@@ -167,10 +167,10 @@ def repacked_int4(payload: Tensor, width: int) -> Tensor:
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """Float32 rounded to one of its two bfloat16 neighbours, unbiased.
+    """Round float32 to one of its two bfloat16 neighbours, without bias.
 
     Adding 16 random bits below the last bit that bfloat16 keeps, then cutting, rounds up with a probability
-    equal to the part that is cut off. NaN and infinities stay what they are.
+    equal to the part that is cut off. NaN and infinities are unchanged.
 
     Args:
         values: float32, any shape.
@@ -178,13 +178,13 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """
     noise = bits.to(torch.int32) & 0xFFFF
     kept = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
-    # Infinities have no bits to carry from; a NaN has, into its sign, or loses what told it from an infinity.
+    # The addition may carry into a NaN's sign, or the cut turn it into an infinity; infinities are unchanged.
     return kept.masked_fill_(values.isnan(), torch.nan).bfloat16()
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The buffers of some rows, read and written a block at a time.
+    """Buffers of some rows, read and written a block at a time.
 
     Attributes:
         buffers: ``data``, (batch, rows, ...), and ``scale`` where it is low-bit; none where nothing is kept.
@@ -213,7 +213,7 @@ class StoredRows:
 
 
 def load(kept: tuple[Tensor, ...], dtype: StateDtype, width: int) -> Tensor:
-    """Return the float32 rows that :func:`save` stored; of float32 storage the very tensor that was given."""
+    """Return the float32 rows that :func:`save` stored; for float32 storage the tensor itself."""
     if dtype in ("int8", "int4"):
         payload, scale = kept
         return dequantize(payload, scale, dtype, width)

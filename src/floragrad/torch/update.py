@@ -1,4 +1,4 @@
-"""The update as functions of tensors: what is computed, not when, nor how its state is stored.
+"""The update as pure functions of tensors, independent of storage and order.
 
 Each function takes any number of rows of a matrix view, (..., rows, n), so a tensor can be put through in
 blocks of rows. All maths is float32 (float64 parameters keep their own precision when they are written).
@@ -15,20 +15,20 @@ from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.storage import round_to_bfloat16
 
 BALANCE: Final = 2.0**36
-"""Factor of C whose inverse is in R: so V² = (G · C)² neither vanishes in rows far below the others nor overflows."""
+"""Factor of C, and its inverse of R, so that V² = (G · C)² neither underflows in small rows nor overflows."""
 LARGEST_MEAN: Final = 2.0**96
 """Bound on the mean of the rows' averages, so that U² stays finite: a root mean square of 2.8e14."""
 LARGEST_FLOAT: Final = torch.finfo(torch.float32).max
 
 
 def add_square_sums_(grad: Tensor, rows: Tensor, columns: Tensor, workspace: Tensor) -> None:
-    """Put the sums of G² along the rows into ``rows``, and add those along the columns to ``columns``.
+    """Write the sums of G² along the rows to ``rows``, and add those along the columns to ``columns``.
 
     Args:
         grad: G, (..., rows, n).
         rows: (..., rows, 1).
         columns: (..., 1, n).
-        workspace: Where the squares may be written: float32 memory of G's shape.
+        workspace: float32 memory of G's shape, for the squares.
     """
     values = grad.float() if grad.dtype == torch.float32 else workspace.copy_(grad)
     squares = torch.mul(values, values, out=workspace)
@@ -42,7 +42,7 @@ def average_(average: Tensor, sums: Tensor, count: int, beta: float, eps: float)
 
 
 def saturate_(average: Tensor) -> Tensor:
-    """Make averages finite that squares beyond float32 have made infinite, so that fresh ones can pull them down."""
+    """Clamp infinite averages to the largest float, so that later squares can decrease them."""
     return average.clamp_(max=LARGEST_FLOAT)
 
 
@@ -59,12 +59,12 @@ class Scales(NamedTuple):
 
 
 def factored_scales(row_var: Tensor, row_mean: Tensor, col_var: Tensor) -> Scales:
-    """The scales of a factored second moment: √mean(row) / √row and 1 / √col, no quotient of which overflows.
+    """Return the scales of a factored second moment: √mean(row) / √row and 1 / √col, without overflow.
 
     Args:
         row_var: (..., rows, 1); infinite averages are made finite.
         row_mean: Their mean over rows, (..., 1, 1); it is written over.
-        col_var: (..., 1, n); where squares overflow it is infinite, and its columns do not move.
+        col_var: (..., 1, n); infinite where squares overflow, which leaves those columns unchanged.
     """
     root = row_mean.clamp_(max=LARGEST_MEAN).sqrt_().div_(BALANCE)
     return Scales(saturate_(row_var).rsqrt().mul_(root), col_var.rsqrt().mul_(BALANCE))
@@ -77,27 +77,27 @@ def normalise(grad: Tensor, scales: Scales) -> Tensor:
 
 
 def scale_columns(grad: Tensor, scale: Tensor, workspace: Tensor | None = None) -> Tensor:
-    """V, in float32: U but for the rows' factors; written into ``workspace`` where it is given."""
+    """V = G · C in float32, without the rows' factors; written into ``workspace`` if given."""
     # bfloat16 and float16 gradients are promoted by the float32 scale, in the same pass.
     return torch.mul(grad.float() if grad.dtype == torch.float64 else grad, scale, out=workspace)
 
 
 class Estimator(NamedTuple):
-    """Update of a sketched momentum, and the direction of a step: D = a U + decode(X) with a correction X.
+    """Update rule of a sketched momentum, and the direction of a step: D = a U + decode(X) with a correction X.
 
     With ``residual``, momentum inside the sketched subspace and the fresh gradient outside it::
 
         M ← β₁ transfer(M) + (1 − β₁) encode(U)        D = U + decode((M − encode(U)) (P Pᵀ)⁻¹)
 
-    otherwise the paper's unbiased estimator, M read in the basis that it was written in::
+    otherwise the paper's unbiased estimator, with M decoded by the projection that encoded it::
 
         D = (1 − β₁) U + decode_old(β₁ M)              M ← β₁ transfer(M) + (1 − β₁) encode(U)
 
     Attributes:
         projection: P of this step.
-        previous: P of the step before where this step opens a new epoch, else None.
+        previous: P of the previous step on resample steps, else None.
         beta1: β₁.
-        residual: Which estimator.
+        residual: True for the first estimator.
     """
 
     projection: Projection
@@ -107,12 +107,12 @@ class Estimator(NamedTuple):
 
     @property
     def update_weight(self) -> float:
-        """a: the weight of U in D."""
+        """Weight a of U in D."""
         return 1.0 if self.residual else 1 - self.beta1
 
     @property
     def decoder(self) -> Projection:
-        """The projection that X is decoded with."""
+        """Projection that decodes X."""
         return self.projection if self.residual or self.previous is None else self.previous
 
     def correction(
@@ -144,14 +144,14 @@ class Estimator(NamedTuple):
         assert isinstance(self.projection, BucketProjection)
         del momentum
         change = transferred - sketch
-        del transferred  # what is made from here on may take its place
+        del transferred  # frees its memory
         next_momentum = torch.add(sketch, change, alpha=self.beta1)
         correction = change.mul_(self.beta1 / self.projection.gram)
         return correction, next_momentum, torch.add(sketch, next_momentum, out=workspace).mul_(correction).sum()
 
     @property
     def has_closed_form_norm(self) -> bool:
-        """Whether ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ diagonal."""
+        """True if ‖D‖² follows from sketches: decode is the transpose of encode, and P Pᵀ is diagonal."""
         return self.decoder is self.projection and isinstance(self.projection, BucketProjection)
 
 
@@ -166,7 +166,7 @@ def square_norm(values: Tensor, rows: Tensor | None = None) -> Tensor:
     """‖R · values‖² in float32, without a tensor of squares.
 
     Args:
-        values: Any numbers, or (..., rows, n) where there is R.
+        values: Any shape, or (..., rows, n) with R.
         rows: R, (..., rows, 1); None: 1.
     """
     dtype = promote_types(values.dtype, torch.float32)
@@ -184,7 +184,7 @@ def parameter_scale(norm: Tensor, numel: int | Tensor, least: float) -> Tensor:
 
 def clipped_step_size(alpha: float | Tensor, square: Tensor, numel: int | Tensor, threshold: float) -> Tensor:
     """α / max(1, RMS(D) / threshold), of ‖D‖²; of one tensor, or of several at once."""
-    # Rounding may make ‖D‖² of next to nothing negative.
+    # Rounding may make a tiny ‖D‖² negative.
     rms = square.clamp(min=0).div_(numel).sqrt_()
     return alpha / rms.div_(threshold).clamp_(min=1.0)
 
@@ -195,9 +195,9 @@ def descend_(param: Tensor, direction: Tensor, keep: Tensor | None, size: Tensor
     Args:
         param: W.
         direction: D, or D without a factor of its rows.
-        keep: What weight decay leaves of W; None: all.
+        keep: Factor of W from weight decay; None: 1.
         size: α over the clipping, times that factor.
-        bits: What a bfloat16 parameter is rounded with; None: to the nearest.
+        bits: Random bits for a bfloat16 parameter; None rounds to nearest.
     """
     exact = param.to(promote_types(param.dtype, torch.float32))
     if keep is not None:

@@ -1,4 +1,4 @@
-"""Tensors held against their plan before a step or a fold, by the kernels or by PyTorch's code, touches them."""
+"""Validation of parameters, gradients, states and sketches against their plans, before a step or a fold."""
 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final, NamedTuple
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import Buffer
 
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
-"""Classes of tensors without a behaviour of their own."""
+"""Tensor classes without overridden behaviour."""
 
 _STATE_REMEDY: Final = (
     "leave the optimizer's state as it is; load_state_dict() restores a saved one, and "
@@ -21,7 +21,7 @@ _REAL: Final = PLAIN - {FakeTensor}
 
 
 class Layout(NamedTuple):
-    """The part of a parameter and of its state that is here.
+    """Layout of the local part of a parameter and of its state.
 
     Attributes:
         shape: Of the parameter.
@@ -33,17 +33,17 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], buffers: Mapping[str, Buffer]) -> "Layout":
-        """The layout of a parameter with these buffers."""
+        """Return the layout of a parameter with these buffers."""
         return cls(shape, {key: (each.shape, getattr(torch, each.dtype)) for key, each in buffers.items()})
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass with a behaviour of its own."""
+    """Return whether a tensor's class overrides no behaviour."""
     return type(tensor) in PLAIN
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether all elements lie in the tensor's storage, which its owner may have freed or shortened."""
+    """Return whether the tensor's storage holds all its elements; its owner may have freed or resized it."""
     if type(tensor) not in _REAL:
         return True
     first = tensor.storage_offset() * tensor.itemsize
@@ -55,7 +55,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def mismatch(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """What differs from the expected shape and dtype, as the end of a sentence; empty where nothing does."""
+    """Return the difference from the expected shape and dtype as the end of a sentence; empty without one."""
     if not isinstance(tensor, Tensor):
         return f"is of class {type(tensor).__name__}, not a tensor of shape {shape}"
     if tensor.shape != shape or tensor.dtype is not dtype:
@@ -64,11 +64,11 @@ def mismatch(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 def unsupported_memory(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
-    """Return why a kernel cannot work on a tensor at its address; empty where it can.
+    """Return why a kernel cannot access a tensor by its address; empty if it can.
 
     Args:
         tensor: A parameter or a gradient.
-        dtypes: Those that the kernel takes.
+        dtypes: Dtypes that the kernel supports.
     """
     if not is_plain(tensor):
         return type(tensor).__name__
@@ -80,7 +80,7 @@ def unsupported_memory(tensor: Tensor, dtypes: Container[torch.dtype]) -> str:
 
 
 def increment_versions(params: Iterable[Tensor]) -> None:
-    """Let autograd see that kernels have written parameters; tensors of inference mode have no version."""
+    """Increment the versions of parameters that kernels have written; inference tensors have none."""
     torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
 
@@ -120,13 +120,13 @@ def check_parameter(name: str, param: Tensor) -> None:
 def validate_gradient(
     name: str, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The gradient of a parameter, with the values in memory that it reads as.
+    """Return the gradient of a parameter with its values in memory.
 
     Args:
         name: Of the parameter.
-        grad: As backward left it.
-        shape: Of the part that is here.
-        dtype: Of the parameter; another floating one is taken too, by PyTorch's code.
+        grad: Its ``.grad``.
+        shape: Of the local part.
+        dtype: Of the parameter; other floating-point dtypes are supported too, by the eager backend.
         device: Of the parameter.
 
     Raises:
@@ -147,7 +147,7 @@ def validate_gradient(
 
 
 def validate_state(name: str, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
-    """The state of a parameter, each tensor in memory one element after the other.
+    """Return the state of a parameter with contiguous tensors.
 
     Args:
         name: Of the parameter.
@@ -188,13 +188,13 @@ def check_sketch(name: str, buffers: Mapping[str, Tensor], layout: Layout) -> No
 
 
 def gradient_dtype(param: Tensor) -> torch.dtype:
-    """The dtype that a parameter's ``.grad`` has: its own, or another one that was set for it."""
+    """Return the dtype of a parameter's ``.grad``: its own, or the one set by ``grad_dtype``."""
     chosen: torch.dtype | None = getattr(param, "grad_dtype", None)  # of torch from 2.10 on
     return chosen or param.dtype
 
 
 def materialize(tensor: Tensor) -> Tensor:
-    """The tensor with its values in memory: negated where its negative bit is set, zeros where it has none."""
+    """Return the tensor with its values in memory: resolve its negative bit, allocate an efficient zero tensor."""
     if not is_plain(tensor):
         return tensor
     if not has_memory(tensor) and torch._is_zerotensor(tensor):
@@ -203,7 +203,7 @@ def materialize(tensor: Tensor) -> Tensor:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.itemsize
 

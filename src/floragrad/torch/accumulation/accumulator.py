@@ -1,4 +1,4 @@
-"""Gradient accumulation that never holds a gradient: when gradients are folded, and when a window ends."""
+"""Gradient accumulation without gradient buffers: the accumulator that users construct."""
 
 import warnings
 import weakref
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class GradientAccumulator(MicroBatches):
-    r"""The mean gradient of a window of micro-batches, kept as sketches in few bits.
+    r"""Mean gradient of a window of micro-batches, kept as low-bit sketches.
 
     As soon as the backward pass has a gradient gᵢ, it is folded into its tensor's sketch and freed; P is drawn
     anew for every window::
@@ -57,8 +57,8 @@ class GradientAccumulator(MicroBatches):
     wrapped in DistributedDataParallel, or is run in its ``no_sync()``. Every rank ends, steps and drops the same
     windows. The last gradients are folded too, and ``steps=1`` sends compressed gradients in every step.
 
-    Gradients of sharded parameters (FSDP2) are summed by whoever shards them; what is here of each is folded into a
-    sketch of its own, and nothing is exchanged but norms.
+    Gradients of sharded parameters (FSDP2) are summed by FSDP2; the local shard of each is folded into a
+    sketch of its own, and only norms are communicated.
 
     Args:
         optimizer: Flora, any other optimizer, or a list of optimizers.
@@ -157,17 +157,17 @@ class GradientAccumulator(MicroBatches):
 
     @property
     def complete(self) -> bool:
-        """Whether the window has all its micro-batches and waits for :meth:`step`."""
+        """True once the window has all its micro-batches, until :meth:`step`."""
         return self._window.ended
 
     @property
     def releases(self) -> bool:
-        """Whether tensors are updated one at a time; else ``.grad`` holds the mean when a window is complete."""
+        """True if tensors are updated one at a time; else ``.grad`` holds the mean of a complete window."""
         return self._stepper.is_release
 
     @property
     def takes_late_passes(self) -> bool:
-        """Whether more gradients can be added to the sum of a complete window, in ``.grad``."""
+        """True if more gradients can be added in ``.grad`` to the sum of a complete window."""
         self._begin_window_if_freed()
         window = self._window
         cannot = self.releases or self._ranks is not None or window.unscaled or self._drops_nonfinite
@@ -175,12 +175,12 @@ class GradientAccumulator(MicroBatches):
 
     @property
     def is_shared(self) -> bool:
-        """Whether the sketches are summed over several processes."""
+        """True if the sketches are summed over several processes."""
         return self._ranks is not None
 
     @disable_dynamo
     def flush(self) -> bool:
-        """End the window early, at the end of an epoch; clip and step as ever if it returns True.
+        """End the window early, as at the end of an epoch; if it returns True, clip and step as usual.
 
         Without weights the window gives the mean of the micro-batches that there were. With several processes all
         of them call it, those too that have had no micro-batch; as long as one has had some, all have a window.
@@ -209,9 +209,9 @@ class GradientAccumulator(MicroBatches):
     @property
     @disable_dynamo
     def grad_norm(self) -> Tensor:
-        """The global norm of the complete window's mean gradient, before clipping, of one element.
+        """Global norm of the complete window's mean gradient before clipping, a tensor of one element.
 
-        With release it is estimated from the sketches, unbiased in its square; else it is that of ``.grad``.
+        With release it is estimated from the sketches, its square without bias; else it is the norm of ``.grad``.
 
         Raises:
             RuntimeError: The window is not complete, or tensors were updated before the norm was known.
@@ -270,7 +270,7 @@ class GradientAccumulator(MicroBatches):
 
     @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The window's position and its sketches; between two windows only the position.
+        """Return the window's position and its sketches; between two windows only the position.
 
         Inside a window every rank saves its own, and loads it again; one saved between two windows serves any
         number of ranks.
@@ -290,7 +290,7 @@ class GradientAccumulator(MicroBatches):
 
     @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a window where another process left it.
+        """Resume a window where another process left it.
 
         Args:
             state_dict: From :meth:`state_dict`, of an accumulator over the same parameters.
@@ -308,9 +308,9 @@ class GradientAccumulator(MicroBatches):
 
     @disable_dynamo
     def report(self) -> AccumulatorReport:
-        """What is kept for every tensor, why, and in how many bytes; ``print`` it for a table.
+        """Report each tensor's sketch, its bytes and the reason for its format; ``print`` shows a table.
 
-        After :meth:`close` it says what was kept.
+        After :meth:`close`, the report of the closed accumulator.
         """
         if self._last_report is not None:
             return self._last_report
@@ -323,7 +323,7 @@ class GradientAccumulator(MicroBatches):
 
     @disable_dynamo
     def close(self) -> None:
-        """Remove every hook and free the sketches: the model is as it was found."""
+        """Remove every hook and free the sketches."""
         if self._closed:
             return
         if self._window.seen and not self._window.ended:
@@ -336,7 +336,7 @@ class GradientAccumulator(MicroBatches):
 
     @staticmethod
     def close_all(model: nn.Module) -> None:
-        """Close every accumulator of a model's parameters, also one that no name refers to any more.
+        """Close every accumulator of a model's parameters, including those without a reference.
 
         An accumulator that nobody holds closes itself. After an error in a notebook the traceback still holds it.
         """

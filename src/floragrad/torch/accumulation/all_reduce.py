@@ -17,19 +17,19 @@ from floragrad.torch.distributed.collectives import BUCKET_BYTES, Ranks
 from floragrad.torch.storage import Block, StoredRows
 
 REDUCE_ELEMENTS: Final = 2**18
-"""So many numbers of each rank are float32 at a time while they are summed."""
+"""Elements of each rank that are float32 at a time while they are summed."""
 
 
 def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks) -> bool:
-    """Leave the sum of all ranks' sketches in every rank's, and their number of micro-batches in the window.
+    """Sum the sketches and the number of micro-batches of a window over all ranks.
 
     A rank that has had no micro-batch takes part with zeros.
 
     Args:
         window: This rank's.
         entries: The parameters; their sketches are summed.
-        settings: What fixes the sketches.
-        ranks: Who trains.
+        settings: The options of the sketches.
+        ranks: The processes that train together.
 
     Returns:
         False where no rank has had a micro-batch: there is no window to end.
@@ -63,17 +63,17 @@ def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings,
 
 
 def all_reduce_sketches(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
-    """Leave the sum of all ranks' sketches in every rank's, bit for bit the same; with it go the noises.
+    """Sum sketches and their noise over all ranks, in place; every rank gets the same bits.
 
-    What is float32 is all-reduced. What is rounded is sent as it is kept: each rank receives its share of the rows
+    float32 is all-reduced. Low-bit sketches are sent in their storage format: each rank receives its share of the rows
     from all others, sums them in float32, rounds the sums stochastically with bits of its own, and sends them to
     all. A rank sends 2(R − 1)/R times the bytes of the sketches, where an all-reduce of float32 sends as often four
-    bytes for every number. Every rounding is unbiased, so the sum is.
+    bytes for every element. Every rounding is unbiased, so the sum is.
 
     Args:
         sketches: The same on all ranks and in the same order, each holding a gradient or zeros.
         window: Which window; the rounding of the sums is drawn for it.
-        ranks: Who sums.
+        ranks: The processes.
     """
     all_reduce_rounded(sketches, window, ranks)
     kept = {"float32": "data"}  # of what is rounded the sums are there, but not those of their noises
@@ -81,7 +81,7 @@ def all_reduce_sketches(sketches: Sequence[GradientSketch], window: int, ranks: 
 
 
 def all_reduce_rounded(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
-    """As :func:`all_reduce_sketches`, but only those in few bits, and without their noises."""
+    """Sum the low-bit sketches alone over all ranks, without their noise."""
     rounded = [
         _RoundedSketch(each, each.stored_for_sum(window)) for each in sketches if each.plan.state_dtype != "float32"
     ]
@@ -91,7 +91,7 @@ def all_reduce_rounded(sketches: Sequence[GradientSketch], window: int, ranks: R
 
 @dataclass(frozen=True)
 class _RoundedSketch:
-    """A sketch in few bits, and its rows with the bits that their sums are rounded with."""
+    """Low-bit sketch, and its rows with the random bits that round their sums."""
 
     sketch: GradientSketch
     stored: StoredRows
@@ -101,27 +101,27 @@ class _RoundedSketch:
         return sum(buffer.shape[-1] * buffer.element_size() for buffer in self.stored.buffers)
 
     def pack(self, where: Block) -> list[Tensor]:
-        """What is kept of some rows, as bytes."""
+        """Return the storage of some rows as bytes."""
         return [part.contiguous().view(torch.uint8).flatten() for part in self.stored.read(where)]
 
     def unpack(self, sent: Tensor, where: Block) -> tuple[Tensor, ...]:
-        """What :meth:`pack` has sent, with its own dtypes and shapes."""
+        """Return the tensors that :meth:`pack` has sent, in their dtypes and shapes."""
         parts, first = [], 0
         for buffer in self.stored.buffers:
             shape = (1, where[1].stop - where[1].start, buffer.shape[-1])
             last = first + prod(shape) * buffer.element_size()
-            # A copy: wider numbers cannot be read where bytes happen to lie.
+            # A copy: wider elements must be aligned.
             parts.append(sent[first:last].clone().view(buffer.dtype).view(shape))
             first = last
         return tuple(parts)
 
 
 Piece = tuple[_RoundedSketch, Block]
-"""Some rows of one matrix of a sketch."""
+"""Rows of one matrix of a sketch."""
 
 
 def _buckets(rounded: Sequence[_RoundedSketch]) -> Iterator[list[Piece]]:
-    """All rows, in lists that have no more bytes than one collective carries, each on one device."""
+    """Yield all rows in buckets of at most ``BUCKET_BYTES``, each on one device."""
     bucket: list[Piece] = []
     filled, device = 0, None
     for each in rounded:
@@ -141,7 +141,7 @@ def _buckets(rounded: Sequence[_RoundedSketch]) -> Iterator[list[Piece]]:
 
 
 def _share(where: Block, rank: int, size: int) -> Block:
-    """The rows of a piece that one of the ranks sums."""
+    """Return the rows of a piece that one of the ranks sums."""
     matrix, rows = where
     count = rows.stop - rows.start
     return matrix, slice(rows.start + count * rank // size, rows.start + count * (rank + 1) // size)
@@ -171,7 +171,7 @@ def _bytes(share: list[Piece]) -> int:
 
 
 def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_RoundedSketch, Block, list[Tensor]]]:
-    """What came for each piece, of every rank that sent it."""
+    """Yield each piece with the bytes that every rank sent for it."""
     first = 0
     for each, where in share:
         last = first + _bytes([(each, where)])
@@ -183,7 +183,7 @@ def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_Rounde
 def _blocks(
     each: _RoundedSketch, where: Block, parts: list[tuple[Tensor, ...]]
 ) -> Iterator[tuple[Block, list[tuple[Tensor, ...]]]]:
-    """A few rows at a time, so that only so many are float32."""
+    """Yield a few rows at a time, which bounds the float32 memory."""
     matrix, rows = where
     height = max(1, REDUCE_ELEMENTS // each.stored.width)
     for top in range(rows.start, rows.stop, height):

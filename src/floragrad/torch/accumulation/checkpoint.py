@@ -1,4 +1,4 @@
-"""A window's position and sketches, saved and taken up again."""
+"""Saving and loading of a window: its position and its sketches."""
 
 from dataclasses import replace
 from typing import Any, Final
@@ -14,7 +14,7 @@ _PACKING: Final = "pairs"
 
 
 def window_state(window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks | None) -> dict[str, Any]:
-    """What another process needs to go on; between two windows the position, and the sizes of the columns."""
+    """Return the state of a window; between two windows its position, and the sizes of the columns."""
     sketches = {entry.tensor_id: entry.sketch.state_dict() for entry in entries if entry.sketch}
     return {
         "settings": settings.saved(entries.device),
@@ -31,7 +31,7 @@ def window_state(window: Window, entries: ParamEntries, settings: Settings, rank
 
 
 def check_window(state: dict[str, Any], entries: ParamEntries, settings: Settings, ranks: Ranks | None) -> None:
-    """Refuse a window that cannot be finished here; nothing has been changed then.
+    """Refuse a window that this accumulator cannot finish; nothing has been changed then.
 
     Raises:
         ValueError: It was begun with other settings, over another model, or by another rank.
@@ -46,7 +46,7 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
                 "that was saved between two windows"
             )
     here = {entry.tensor_id: entry for entry in entries}
-    # What is saved between two windows are sizes of columns: of use where they fit, and in nobody's way.
+    # Sizes of columns, which are saved between two windows, are loaded where they fit and ignored elsewhere.
     gradients = {tensor_id: saved for tensor_id, saved in state["sketches"].items() if saved["folds"]}
     for tensor_id, saved in gradients.items():
         sketch = here[tensor_id].sketch if tensor_id in here else None
@@ -59,7 +59,7 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
 
 
 def load_window(state: dict[str, Any], entries: ParamEntries, fresh: Window) -> Window:
-    """Fill the sketches from a checked state; the window as it was, in place of a fresh one."""
+    """Load the sketches from a checked state, and return its window in place of a fresh one."""
     for entry in entries:
         if entry.sketch is not None and entry.tensor_id in state["sketches"]:
             saved = state["sketches"][entry.tensor_id]
@@ -71,7 +71,7 @@ def load_window(state: dict[str, Any], entries: ParamEntries, fresh: Window) -> 
 
 
 def _place(ranks: Ranks | None, entries: ParamEntries) -> list[int]:
-    """This process among those that have other sketches, and how many they are."""
+    """Return the rank and the number of processes whose sketches differ."""
     if ranks is None and any(entry.part is not None for entry in entries):
         ranks = Ranks.from_group(None)
     return [0, 1] if ranks is None else [ranks.rank, ranks.size]

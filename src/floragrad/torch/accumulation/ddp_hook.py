@@ -1,4 +1,4 @@
-"""Compressed gradients for DistributedDataParallel, averaged in every step."""
+"""Communication hook of DistributedDataParallel that averages compressed gradients."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +25,18 @@ elif not TYPE_CHECKING:
 
 
 class FloraHookState:
-    """What :func:`flora_hook` is told, and what it remembers from step to step.
+    """Options and state of :func:`flora_hook`.
 
     Args:
-        process_group: Who averages; None is the default group.
-        ratio: ρ, the columns of a matrix that are sent as one number.
-        rank: Go by rank instead: ρ = min(m, n) // rank.
-        state_dtype: How sketches are sent: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
+        process_group: The processes that average; None is the default group.
+        ratio: ρ, the columns of a matrix that are sent as one element.
+        rank: The rank instead: ρ = min(m, n) // rank.
+        state_dtype: Format that sketches are sent in: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``.
         projection: ``"sign"``, or ``"gaussian"`` without error feedback.
-        error_feedback: Add to every gradient what was not sent of those before it; a float32 copy of each compressed
+        error_feedback: Add the compression error of earlier steps to every gradient; a float32 copy of each compressed
             gradient is kept for it.
         seed: Of projections and rounding, the same on all ranks.
-        start_step: Steps at the start whose gradients are averaged whole.
+        start_step: First steps, whose gradients are averaged uncompressed.
 
     Raises:
         ValueError: An option has a wrong value, or options contradict each other.
@@ -83,11 +83,11 @@ class FloraHookState:
 
     @property
     def error_feedback(self) -> bool:
-        """Whether what was not sent is added to later gradients."""
+        """True if compression errors are added to later gradients."""
         return bool(self._settings["error_feedback"])
 
     def of(self, param: Tensor, ranks: Ranks) -> "_HookedParam":
-        """What is remembered of a parameter; it is numbered when it is seen first, on all ranks alike."""
+        """Return the state of a parameter, made on its first use, in the same order on all ranks."""
         found = self._tensors.get(param)
         if found is None:
             found = self._tensors[param] = _HookedParam(param, self._settings, len(self._tensors), ranks.rank)
@@ -96,12 +96,12 @@ class FloraHookState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and what has not been sent yet; every rank saves its own."""
+        """Return the step and this rank's compression errors; every rank saves its own."""
         tensors = {each.tensor_id: each.state_dict() for each in self._tensors.values()}
         return {"settings": dict(self._settings), "step": self.step, "tensors": {**self._saved, **tensors}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a run was stopped, before the first step of this one.
+        """Resume a stopped run, before the first step of this one.
 
         Args:
             state_dict: From :meth:`state_dict` of the same rank, over the same model in the same wrapper.
@@ -122,12 +122,12 @@ class FloraHookState:
 
 
 class _HookedParam:
-    """One parameter: what is sent of its gradient, and what was not.
+    """Sketch and compression error of one parameter's gradient.
 
     Attributes:
-        tensor_id: When it was seen first, among all.
-        sketch: Of its gradient; None where that is sent whole.
-        error: What was not sent, float32; None without error feedback.
+        tensor_id: Its position among the parameters, in the order of their first use.
+        sketch: Of its gradient; None where the gradient is sent uncompressed.
+        error: Compression error, float32; None without error feedback.
     """
 
     def __init__(self, param: Tensor, settings: dict[str, Any], tensor_id: int, rank: int) -> None:
@@ -145,10 +145,10 @@ class _HookedParam:
                 self.error = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
     def encode(self, grad: Tensor, step: int) -> Tensor | None:
-        """Fold a gradient, with what was not sent before, into the sketch.
+        """Fold a gradient and the compression error into the sketch.
 
         Returns:
-            What is summed over the ranks in float32; None where the sketch is in few bits.
+            The float32 tensor to sum over the ranks; None for a low-bit sketch.
         """
         if self.sketch is None:
             return grad.flatten().float()
@@ -164,7 +164,7 @@ class _HookedParam:
         return self.sketch.buffers["data"].view(-1) if self.plan.state_dtype == "float32" else None
 
     def decode(self, grad: Tensor, summed: Tensor | None, step: int, ranks: int) -> None:
-        """Leave the mean over the ranks in ``grad``; ``summed`` is of what :meth:`encode` gave."""
+        """Write the mean over the ranks to ``grad``; ``summed`` is the sum of the results of :meth:`encode`."""
         if self.sketch is None:
             assert summed is not None
             grad.copy_(summed.view(grad.shape)).div_(ranks)
@@ -177,13 +177,13 @@ class _HookedParam:
             grad.copy_(mean)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was not sent, and the sizes of columns."""
+        """Return the compression error and the sizes of columns."""
         kept = {} if self.error is None else {"error": self.error}
         sizes = None if self.sketch is None else self.sketch.buffers.get("col_var")
         return kept if sizes is None else {**kept, "col_var": sizes}
 
     def load(self, saved: dict[str, Tensor]) -> None:
-        """Take over what was saved, if anything was.
+        """Load a saved state, if there is one.
 
         Raises:
             ValueError: It is of another tensor.
@@ -201,7 +201,7 @@ class _HookedParam:
 
 
 def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
-    """A communication hook of DistributedDataParallel that sends sketches of gradients.
+    """Average the sketches of a bucket's gradients: a communication hook of DistributedDataParallel.
 
     Every matrix is encoded with a projection that is drawn anew for every step, alike on all ranks; the sums of all
     sketches and vectors of a bucket are taken in one all-reduce of float32, and decoded into the bucket. Sketches in
@@ -265,7 +265,7 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
 
 
 def _plain_mean(buffer: Tensor, ranks: Ranks | None) -> Future[Tensor]:
-    """Of whole gradients."""
+    """Average a bucket without compression."""
     if ranks is None:
         done: Future[Tensor] = Future()
         done.set_result(buffer)

@@ -1,4 +1,4 @@
-"""The parameters under accumulation and their hooks: none is taken twice, all are given back."""
+"""Entries of the parameters under accumulation, and the hooks on their gradients."""
 
 import gc
 import weakref
@@ -29,12 +29,12 @@ _owners: Any = WeakTensorKeyDictionary()
 
 
 class Owner(Protocol):
-    """The accumulator of some parameters."""
+    """Interface of the accumulator that owns some parameters."""
 
     remedies: Remedies
 
     def fold(self, entry: ParamEntry) -> None:
-        """Take in a gradient that has been added to the parameter's ``.grad``."""
+        """Fold a gradient that has been added to the parameter's ``.grad``."""
         ...
 
     def close(self) -> None:
@@ -43,20 +43,20 @@ class Owner(Protocol):
 
 
 def owners_of(params: Iterable[Tensor]) -> list[Owner]:
-    """The live accumulators of these parameters, each once."""
+    """Return the live accumulators of these parameters, each once."""
     found = (owner() for owner in (_owners.get(param) for param in params) if owner is not None)
     return list(dict.fromkeys(owner for owner in found if owner is not None))
 
 
 class ParamEntries:
-    """One :class:`ParamEntry` for each trainable parameter, with a hook that sees every gradient.
+    """Collection of one :class:`ParamEntry` for each trainable parameter, with a hook on its gradient.
 
     The hooks hold the accumulator weakly: once nobody else holds it, :meth:`release` can be called.
 
     Args:
-        optimizers: Whose parameters they are.
-        settings: What is kept of each.
-        sketched: Whether gradients are kept at all.
+        optimizers: The optimizers of the parameters.
+        settings: Options of the sketches.
+        sketched: False if no gradient is kept.
         owner: The accumulator; it is called whenever a gradient has been added to ``.grad``.
         rank: This process among those that train together.
 
@@ -86,15 +86,15 @@ class ParamEntries:
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """Device of the first parameter."""
         return next((param.device for param in self._entries), torch.device("cpu"))
 
     def listed(self) -> Iterator[Listed]:
-        """All parameters of the optimizers, the frozen ones too."""
+        """Yield all parameters of the optimizers, frozen ones too."""
         return listed_parameters(self._optimizers)
 
     def sync(self) -> None:
-        """Follow the optimizers between two windows: what is new and trainable is taken in, what is gone let go."""
+        """Add new trainable parameters of the optimizers; between two windows, remove those that are gone."""
         listed = {each.param: each for each in self.listed()}
         new = [each for param, each in listed.items() if param.requires_grad and param not in self._entries]
         _check_free(new)
@@ -115,7 +115,7 @@ class ParamEntries:
             self._remove(param)
 
     def check_listed(self) -> None:
-        """Refuse to step a parameter that left its optimizer inside the window.
+        """Refuse to step where a parameter left its optimizer inside the window.
 
         Raises:
             RuntimeError: With the remedy.
@@ -155,14 +155,14 @@ def _check_free(new: list[Listed]) -> None:
     """
     if not owners_of(each.param for each in new):
         return
-    gc.collect()  # one that nobody can reach any more may be waiting in a cycle of references
+    gc.collect()  # an unreachable one may be held by a reference cycle
     for each in new:
         for owner in owners_of([each.param]):
             raise RuntimeError(f"{each.name} has a GradientAccumulator already: {owner.remedies.close}")
 
 
 def _share(name: str, param: "DTensor", plan: AccumulatorPlan, kind: Kind | None) -> tuple[AccumulatorPlan, Part]:
-    """What is kept here of a sharded parameter's gradient, and which part of it that is of.
+    """Return the plan and the local part of a sharded parameter's gradient.
 
     Raises:
         ValueError: It is split along its columns, with the remedy.

@@ -1,4 +1,4 @@
-"""Detection of gradients that others write: to ``.grad`` after a fold, or where the window's mean is not."""
+"""Checks that no other code writes to ``.grad``: after a fold, or where the window's mean is not stored."""
 
 from collections.abc import Iterable
 
@@ -10,15 +10,15 @@ from floragrad.torch.validation import gradient_dtype
 
 
 class FoldedGradCheck:
-    """Frees folded gradients, and sees whether they stay what they are until the micro-batch ends.
+    """Check that ``.grad`` stays free after a fold until the micro-batch ends.
 
-    DistributedDataParallel puts averaged zeros where it finds no gradient. Under some of its options it leaves alone
-    what has none; so zeros are left in the smallest parameter's ``.grad``, where there are several processes, and it
-    is told by whether they were written to.
+    DistributedDataParallel puts averaged zeros where it finds no gradient. Some of its options make it skip parameters
+    without a gradient; with several processes the smallest parameter's ``.grad`` therefore holds zeros, and a write to
+    them reveals the wrapper.
 
     Args:
         entries: The parameters.
-        several: Whether several processes train.
+        several: True if several processes train.
     """
 
     def __init__(self, entries: Iterable[ParamEntry], several: bool) -> None:
@@ -28,7 +28,7 @@ class FoldedGradCheck:
         self._mark: tuple[int, int] | None = None
 
     def begin(self) -> None:
-        """A micro-batch begins."""
+        """Begin a micro-batch."""
         for entry in self._entries:
             entry.folded = False
         self._mark = None
@@ -37,7 +37,7 @@ class FoldedGradCheck:
         )
 
     def free(self, entry: ParamEntry) -> None:
-        """Free a gradient that was folded."""
+        """Free a folded gradient."""
         entry.folded = True
         entry.param.grad = None
         if entry is self._smallest:
@@ -45,7 +45,7 @@ class FoldedGradCheck:
             self._mark = zeros.data_ptr(), zeros._version
 
     def check(self) -> None:
-        """The micro-batch ends.
+        """Check all parameters at the end of a micro-batch.
 
         Raises:
             RuntimeError: A parameter whose gradient was folded has one again, or one that is not as it was.
@@ -68,7 +68,7 @@ class FoldedGradCheck:
 
 
 class GradWriteProbe:
-    """Zeros in the smallest parameter's ``.grad``, which tell whether somebody writes to gradients.
+    """Zeros in the smallest parameter's ``.grad``; a write to them reveals code that changes gradients.
 
     ``torch.nn.utils.clip_grad_norm_`` multiplies every gradient that it finds in place, and finds none with release.
     Sharded parameters are left alone: their tensors do not count how often they are written to.
@@ -93,7 +93,7 @@ class GradWriteProbe:
         """Remove the zeros.
 
         Returns:
-            Whether they were written to.
+            True if they were written to.
         """
         placed, self._placed = self._placed, None
         if placed is None or placed[0].grad is not placed[1]:

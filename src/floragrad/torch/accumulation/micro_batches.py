@@ -1,4 +1,4 @@
-"""The micro-batches of a window: when each begins and ends, and how its gradients are folded."""
+"""Micro-batches of a window: their begin and end, and the fold of their gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from floragrad.torch.dynamo import disable_dynamo
 
 
 class MicroBatches:
-    """What :class:`GradientAccumulator` does until a window is complete."""
+    """Base class of :class:`GradientAccumulator`: a window until it is complete."""
 
     remedies = Remedies()
 
@@ -33,7 +33,7 @@ class MicroBatches:
     _finite: list[Tensor]
 
     dropped = 0
-    """Micro-batches that were dropped, in all windows."""
+    """Dropped micro-batches of all windows."""
 
     @property
     def steps(self) -> int:
@@ -48,7 +48,7 @@ class MicroBatches:
 
         Args:
             loss: Of one element.
-            weight: What this micro-batch's gradient is multiplied by in the window's sum. None: 1/steps, and
+            weight: Factor of this micro-batch's gradient in the window's sum. None: 1/steps, and
                 the window gives the mean, a shorter one too. Where the loss is normalised over the whole window
                 already, as with Hugging Face's ``num_items_in_batch``: 1. With n of the window's T tokens and a
                 mean loss: n/T.
@@ -70,14 +70,14 @@ class MicroBatches:
 
     @contextmanager
     def micro_batch(self, *, weight: float | None = None, last: bool | None = None) -> Iterator[None]:
-        """A micro-batch whose backward passes are run by somebody else, or are several.
+        """Run the backward passes of one micro-batch inside this context: others' calls, or several.
 
         A gradient that is put into ``.grad`` by hand, as from ``torch.autograd.grad``, is folded when the
         micro-batch ends. With a scaler it must be the gradient of the scaled loss.
 
         Args:
             weight: As in :meth:`backward`.
-            last: Whether it ends the window; None goes by ``steps``.
+            last: True if it ends the window; None: decided by ``steps``.
 
         Raises:
             RuntimeError: As in :meth:`backward`.
@@ -118,7 +118,7 @@ class MicroBatches:
 
     @disable_dynamo
     def end_micro_batch(self) -> None:
-        """No more gradients of this micro-batch; the last one completes the window."""
+        """End the micro-batch; the last one completes the window."""
         window = self._window
         if not window.is_open:
             raise RuntimeError("end_micro_batch() without begin_micro_batch()")
@@ -130,11 +130,11 @@ class MicroBatches:
         window.seen += 1
 
     def drop_micro_batch(self) -> None:
-        """Drop the open micro-batch; the window goes on as if it had not been.
+        """Drop the open micro-batch, as if it had never been.
 
         It counts for the end of the window, and not for its mean. Called before the backward pass, as where the loss
-        is not finite, this takes nothing; what a backward pass has folded is taken back where ``drop_nonfinite=True``
-        keeps a second copy of the sketches. So is what a backward pass has left that broke off. With sharded
+        is not finite, it costs nothing; gradients that are folded already are undone where ``drop_nonfinite=True``
+        keeps a second copy of the sketches, those of a failed backward pass too. With sharded
         parameters all processes drop alike.
 
         Raises:
@@ -155,7 +155,7 @@ class MicroBatches:
 
     @contextmanager
     def late_pass(self) -> Iterator[None]:
-        """A backward pass whose gradients autograd adds to the sum in ``.grad``, where :attr:`takes_late_passes`."""
+        """Let autograd add the gradients of a backward pass to the sum in ``.grad``; see :attr:`takes_late_passes`."""
         self._check_idle()
         window = self._window
         window.is_late, window.norm = True, None
@@ -168,7 +168,7 @@ class MicroBatches:
             window.is_late = False
 
     def fold(self, entry: ParamEntry) -> None:
-        """Take in a gradient that has been added to the ``.grad`` of one parameter; its hook calls this."""
+        """Fold the gradient in the ``.grad`` of one parameter; its hook calls this."""
         window, grad = self._window, entry.local_grad()
         if grad is None or window.is_late:
             return
@@ -195,9 +195,9 @@ class MicroBatches:
             self._folded_grads.free(entry)
 
     def _fold_remaining(self) -> None:
-        """Fold what was put into ``.grad`` by hand, and drop the micro-batch if it must be."""
+        """Fold gradients that were put into ``.grad`` by hand; drop the micro-batch if one is not finite."""
         window = self._window
-        window.failed = True  # until it is known that it has not
+        window.failed = True  # unless all below succeeds
         if not (window.last and self._stepper.keeps_last):
             self._folded_grads.check()
         for entry in self._entries:
@@ -208,10 +208,10 @@ class MicroBatches:
             self.drop_micro_batch()
 
     def _undo_folds(self) -> None:
-        """Free the gradients of the open micro-batch, and undo what was folded of it.
+        """Free the gradients of the open micro-batch, and undo its folds.
 
         Raises:
-            RuntimeError: It is too late; nothing has been changed then.
+            RuntimeError: They are used already, or cannot be undone; nothing has been changed then.
         """
         late = [entry for entry in self._entries if entry.updated or (entry.folded and not self._drops_nonfinite)]
         if late:
@@ -240,7 +240,7 @@ class MicroBatches:
         raise NotImplementedError
 
     def _check_no_gradients(self) -> None:
-        """Refuse gradients that no micro-batch has taken in.
+        """Refuse gradients that belong to no micro-batch.
 
         Raises:
             RuntimeError: With the remedy.
@@ -256,7 +256,7 @@ class MicroBatches:
                 )
 
     def _check_idle(self) -> None:
-        """Refuse to go on inside a micro-batch, after one that broke off, and after close()."""
+        """Refuse to continue inside a micro-batch, after a failed one, and after close()."""
         if self._closed:
             raise RuntimeError("the accumulator is closed: construct a new one")
         if self._window.failed:
@@ -271,12 +271,12 @@ class MicroBatches:
         self._is_fed = self._is_fed or any(entry.has_gradient for entry in self._entries)
 
     def check_fed(self) -> None:
-        """Refuse to train nothing: no parameter of the optimizers has had a gradient yet.
+        """Refuse to step where no parameter of the optimizers has had a gradient yet.
 
         Raises:
             RuntimeError: Naming the parameters, and the remedy.
         """
-        if not self._window.ended:  # else there may be zeros in a .grad that tell whether somebody writes to it
+        if not self._window.ended:  # else a .grad may hold the zeros of GradWriteProbe
             self._note_fed()
         if not self._is_fed:
             listed = list(self._entries.listed())

@@ -1,18 +1,18 @@
-"""Remedies in the words of the loop that a user has written."""
+"""Remedies that error messages name, in the terms of the user's training loop."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Remedies:
-    """What errors and warnings of an accumulator tell the user to do.
+    """Remedies that the errors and warnings of an accumulator name.
 
     Attributes:
-        backward: How gradients come into a window.
-        step: What updates the parameters.
-        clip: What clips gradients that are not in ``.grad``.
-        drop: What drops a window.
-        close: What removes the hooks.
+        backward: The call that folds gradients.
+        step: The call that updates the parameters.
+        clip: The call that clips gradients that are not in ``.grad``.
+        drop: The call that drops a window.
+        close: The call that removes the hooks.
     """
 
     backward: str = (

@@ -1,4 +1,4 @@
-"""What an accumulator keeps of each gradient, why, and in how many bytes."""
+"""Report of an accumulator: the sketch of each gradient, its bytes, and the reason for its format."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from floragrad.policy import AccumulatorPlan, StateDtype
 
 @dataclass(frozen=True)
 class AccumulatorRow:
-    """One tensor.
+    """Row of one tensor.
 
     Attributes:
         name: Its name where the optimizer was given named parameters, else its position.
         shape: Its shape.
-        ratio: ρ, 1 where every column is kept.
-        state_dtype: How its sketch is stored.
+        ratio: ρ; 1 keeps every column.
+        state_dtype: Storage format of its sketch.
         state_bytes: Bytes of its sketch.
         exact_bytes: Bytes of its gradient in float32.
-        reason: Why the sketch is not as asked for; empty where it is.
+        reason: Reason for another format than asked for; empty without one.
     """
 
     name: str
@@ -31,7 +31,7 @@ class AccumulatorRow:
 
 @dataclass(frozen=True)
 class AccumulatorReport:
-    """One row per tensor, and totals; ``str`` gives a table."""
+    """Report with one row per tensor, and totals; ``str`` gives a table."""
 
     rows: tuple[AccumulatorRow, ...]
 
@@ -56,13 +56,13 @@ class AccumulatorReport:
 
 
 def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool) -> AccumulatorRow:
-    """The row of one parameter.
+    """Return the row of one parameter.
 
     Args:
         name: Its name.
-        plan: What is kept.
+        plan: Of its sketch.
         sketched: False where no gradient is ever kept.
-        held: Whether there is a second copy of the sum, to drop a micro-batch.
+        held: True with a second copy of the sum, to drop a micro-batch.
     """
     copy = sum(buffer.nbytes for key, buffer in plan.buffers.items() if key != "col_var") if held else 0
     return AccumulatorRow(

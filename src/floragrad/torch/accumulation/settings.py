@@ -1,4 +1,4 @@
-"""What an accumulator is asked for: its options, their checks, and the optimizers that it serves."""
+"""Options of an accumulator with their checks, and the optimizers that it serves."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that fix a window's sketches; a window that was begun with others cannot be finished."""
+    """Options that fix the sketches of a window, for all of its micro-batches."""
 
     steps: int
     ratio: int
@@ -32,7 +32,7 @@ class Settings:
 
     @classmethod
     def checked(cls, **options: Any) -> "Settings":
-        """The settings of a constructor's arguments.
+        """Return the settings of a constructor's arguments.
 
         Raises:
             ValueError: An option has a wrong value, or two options contradict each other.
@@ -46,11 +46,11 @@ class Settings:
         return replace(settings, **as_integers(asdict(settings), "steps", "ratio", "rank", "seed"))  # type: ignore[arg-type]
 
     def plan(self, shape: torch.Size, kind: Kind | None) -> AccumulatorPlan:
-        """The policy's plan for one tensor."""
+        """Return the policy's plan for one tensor."""
         return plan_accumulator(shape, ratio=self.ratio, rank=self.rank, state_dtype=self.state_dtype, kind=kind)
 
     def saved(self, device: torch.device) -> dict[str, Any]:
-        """As a checkpoint records them; Gaussian projections belong to a kind of device."""
+        """Return the settings for a checkpoint; with Gaussian projections the kind of device too."""
         extra = {"device_type": device.type} if self.projection == "gaussian" else {}
         return {**asdict(self), **extra}
 
@@ -58,7 +58,7 @@ class Settings:
         """Refuse a window that was begun with other settings.
 
         Raises:
-            ValueError: Naming the setting, both values, and what to do.
+            ValueError: Naming the setting, both values and the remedy.
         """
         for name, here in self.saved(device).items():
             if saved.get(name) != here:
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Listed:
-    """One parameter of the optimizers: its number among all, its name, its kind, and whose it is."""
+    """Parameter of the optimizers with its id among all, name, kind and optimizer."""
 
     tensor_id: int
     name: str
@@ -81,7 +81,7 @@ class Listed:
 
 
 def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """One optimizer or several as a tuple.
+    """Return one optimizer or several as a tuple.
 
     Raises:
         TypeError: It is something else.
@@ -100,10 +100,10 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
 
 
 def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
-    """All parameters in order, the frozen ones too, so that numbers stay when one is unfrozen.
+    """Yield all parameters in order, frozen ones too, so that ids stay when one is unfrozen.
 
-    The numbers are Flora's own, which are saved with its state; positions with other optimizers. A number that a
-    parameter before has already is replaced by an unused one.
+    The ids are Flora's own, which are saved with its state; positions with other optimizers. An id that an earlier
+    parameter has already is replaced by an unused one.
     """
     used: set[int] = set()
     position = 0
@@ -122,16 +122,16 @@ def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
 
 
 def can_release(optimizers: tuple[Optimizer, ...]) -> bool:
-    """Whether every parameter can be updated by itself."""
+    """Return whether every parameter can be updated separately."""
     single = all(sum(len(g["params"]) for g in each.param_groups) == 1 for each in optimizers)
     return single or (len(optimizers) == 1 and isinstance(optimizers[0], Flora))
 
 
 def ranks_of(group: "ProcessGroup | None", optimizers: tuple[Optimizer, ...]) -> Ranks | None:
-    """The processes that sum their sketches; None where there are none, or gradients are summed already.
+    """Return the processes that sum their sketches; None for one process, or where gradients are summed already.
 
     Raises:
-        ValueError: Some parameters are sharded and some are not, and nobody says who sums.
+        ValueError: Some parameters are sharded and some are not, without a process group.
     """
     ranks = Ranks.from_group(group)
     sharded = [is_sharded(each.param) for each in listed_parameters(optimizers)]
@@ -184,7 +184,7 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, rank
 
 
 def check_drop(clip: bool | None, scaler: GradScaler | None, optimizers: tuple[Optimizer, ...]) -> None:
-    """Refuse ``drop_nonfinite`` where a micro-batch cannot be taken back, or not by one process alone.
+    """Refuse ``drop_nonfinite`` where folds cannot be undone, or not by one process alone.
 
     Raises:
         ValueError: With the remedy.

@@ -1,4 +1,4 @@
-"""One tensor's sum of gradients over a window, kept as a sketch: what is stored, not when."""
+"""Sketch of one tensor's sum of gradients over a window."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -18,34 +18,34 @@ from floragrad.torch.storage import Block, RoundingBits, StoredRows, block_eleme
 from floragrad.torch.validation import Layout, check_sketch, validate_gradient
 
 FOLD_ELEMENTS: Final = 2**15
-"""A block has at least so many elements, where a tensor has them: its temporaries take less than its launches."""
+"""Least elements of a block: smaller temporaries would cost more in launches than they save."""
 COLUMN_DECAY: Final = 0.9
-"""How much of the columns' mean squares a window leaves of the windows before."""
+"""Decay of the columns' mean squares from window to window."""
 COLUMN_FLOOR: Final = 0.01
-"""What a column counts as at least, in units of the mean over columns."""
+"""Least mean square of a column, in units of the mean over columns."""
 
 
 class GradientSketch:
-    """C ← C + w·encode(G), stored in few bits; decode(C) is the sum of w·G in the mean.
+    """Low-bit sum C ← C + w·encode(G), where E[decode(C)] is the sum of w·G.
 
-    At ρ = 1 nothing is projected and only the bits are few; with float32 as well the sum is exact. Numbers that
-    share a scale should then be of one size, or the large ones' rounding drowns the small: columns are divided
-    by their root mean square in earlier windows before they are rounded. The work is done in blocks of rows, so
-    that no second tensor of the gradient's size exists.
+    At ρ = 1 nothing is projected, and with float32 storage the sum is exact. With low-bit storage, elements that
+    share a scale should be of one magnitude, since the rounding errors of large ones exceed small ones: at ρ = 1
+    columns are divided by their root mean square in earlier windows before they are rounded. Blocks of rows are
+    processed one by one, so no second tensor of the gradient's size exists.
 
     Args:
-        plan: What is kept.
+        plan: Shape and format of the sketch.
         projection: ``"sign"`` or ``"gaussian"``.
         seed: Of projections and of rounding.
-        tensor_id: The number that the tensor's random streams are drawn with.
+        tensor_id: Key of the tensor's random streams.
         device: Where the buffers are allocated; they follow the gradients if those move.
         rank: Of several processes: each rounds with bits of its own, so that their errors average out.
-        part: What of the tensor is here; None: all of it. The plan is the part's.
+        part: Local part of the tensor, which the plan is of; None: all of it.
         name: Of the tensor, for messages.
 
     Attributes:
-        tensor_id: That number; it may change while there are no folds.
-        folds: How many gradients the sketch holds; with 0 the content of its buffers means nothing.
+        tensor_id: That key; it may change while there are no folds.
+        folds: Number of gradients in the sketch; with 0 the content of its buffers is undefined.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class GradientSketch:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """``data``, ``scale``, ``noise`` and ``col_var``, as the plan lists them."""
+        """Buffers ``data``, ``scale``, ``noise`` and ``col_var``, as the plan lists them."""
         return self._buffers
 
     def add(self, grad: Tensor, weight: float, window: int, *, measure_noise: bool) -> None:
-        """Fold a gradient in.
+        """Fold a gradient into the sketch.
 
         Args:
             grad: G, of the plan's shape.
             weight: w.
-            window: Which window; another projection and other rounding for each.
-            measure_noise: Sum up the squared rounding errors too, which :meth:`squared_norm` takes off.
+            window: Index of the window, which has its own projection and rounding.
+            measure_noise: Add up the squared rounding errors, which :meth:`squared_norm` subtracts.
 
         Raises:
             RuntimeError: The gradient is not of the plan's shape, or a buffer not as it was allocated.
@@ -109,11 +109,11 @@ class GradientSketch:
         return self.plan.ratio > 1 and self._kind == "gaussian"
 
     def _is_native(self, grad: Tensor) -> bool:
-        """Whether the native kernels can fold this gradient in."""
+        """Return whether the native kernels can fold this gradient."""
         return not self._is_gaussian and can_fold(grad, self._buffers, self._part)
 
     def _is_on_gpu_kernels(self, grad: Tensor) -> bool:
-        """Whether the Triton kernels fold this gradient in, and decode into it."""
+        """Return whether the Triton kernels fold this gradient, and decode into it."""
         return not self._is_gaussian and triton.can_fold(grad, self._buffers, self._part, self.plan.width)
 
     def _add_by(
@@ -154,23 +154,23 @@ class GradientSketch:
                 self._add_noise(kept, total, None if columns is None else columns[where[0]])
 
     def snapshot(self) -> None:
-        """Keep a copy of the sum as it is, for :meth:`restore`."""
+        """Copy the sum, for :meth:`restore`."""
         self._snapshot_folds = self.folds
         for key, value in self._buffers.items() if self.folds else ():
             if key != "col_var":
                 self._snapshot[key] = self._snapshot[key].copy_(value) if key in self._snapshot else value.clone()
 
     def restore(self) -> None:
-        """Go back to the sum that :meth:`snapshot` has kept; later gradients are rounded as if none had come since."""
+        """Restore the sum of :meth:`snapshot`, and the state of its rounding."""
         self.folds = self._snapshot_folds
         for key, value in self._snapshot.items() if self.folds else ():
             self._buffers[key].copy_(value)
 
     def fill_zeros(self, device: torch.device) -> None:
-        """Hold zeros in place of nothing, where other processes hold gradients of this tensor.
+        """Fill a sketch without folds with zeros, to sum it with those of other processes.
 
         Args:
-            device: Where the buffers are needed.
+            device: Device for the buffers.
         """
         self._stored(device)
         if self.folds == 0:
@@ -179,16 +179,16 @@ class GradientSketch:
             self.folds = 1
 
     def stored_for_sum(self, window: int) -> StoredRows:
-        """The rows, and the bits that the sums over several processes are rounded with; for :meth:`write_sum`."""
+        """Return the rows with the bits that round their sums over processes, for :meth:`write_sum`."""
         device = self._buffers["data"].device
         return self._stored(device, self._rounding(device, window, 0, Stream.EXCHANGE_ROUNDING))
 
     def write_sum(self, where: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
-        """Replace some rows by their sum over several processes, and measure what rounding changes of it.
+        """Replace some rows by their sum over several processes, and add its rounding error to the noise.
 
         Args:
-            where: Which rows.
-            parts: What each process holds of them.
+            where: The rows.
+            parts: Their storage in each process.
             stored: From :meth:`stored_for_sum`.
         """
         columns = self._column_sizes(self._buffers["data"].device)
@@ -199,12 +199,10 @@ class GradientSketch:
         self._add_noise(kept, total, None if columns is None else columns[where[0]])
 
     def squared_norm(self) -> Tensor:
-        """‖C‖² less the squared rounding errors: in the mean the squared norm of the sum of w·G.
+        """Return ‖C‖² less the squared rounding errors: an unbiased estimate of the squared norm of the sum of w·G.
 
-        C is taken with its columns in their own size.
-
-        Every rounding error has mean zero whatever came before it, so they add to ‖C‖² in the mean exactly
-        the sum of their squares. A single value can be negative.
+        Columns count in their original scale. Every rounding error has mean zero given those before it, so their
+        expected share of ‖C‖² is exactly the sum of their squares. A single estimate can be negative.
         """
         total = torch.zeros((), dtype=torch.float32, device=self._buffers["data"].device)
         stored, columns = self._stored(total.device), self._column_sizes(total.device)
@@ -223,9 +221,9 @@ class GradientSketch:
         Args:
             grad: Contiguous, of the plan's shape; not read where ``grad_weight`` is 0.
             window: As in :meth:`add`.
-            grad_weight: Weight of what ``grad`` holds already.
-            factor: Of all, a number or a tensor of one element.
-            orthogonal: Decode with (P Pᵀ)⁻¹ P: no longer the sum in the mean, but its orthogonal projection.
+            grad_weight: Weight of the values in ``grad``.
+            factor: Factor of the result, a number or a tensor of one element.
+            orthogonal: Decode with (P Pᵀ)⁻¹ P, to the orthogonal projection of the sum instead of an unbiased estimate.
         """
         if isinstance(factor, Tensor):
             factor = factor.to(grad.device)
@@ -266,7 +264,7 @@ class GradientSketch:
             self._update_column_squares(squares / self.plan.view.rows)
 
     def subtract_from(self, exact: Tensor, window: int) -> None:
-        """X ← X − C (P Pᵀ)⁻¹ P: what the sketch does not hold of a contiguous float32 X that was folded into it."""
+        """X ← X − C (P Pᵀ)⁻¹ P: subtract the decoded sketch from a contiguous float32 tensor, in place."""
         stored, projection = self._stored(exact.device), self._projection(window)
         whole, columns = exact.view(self.plan.view), self._column_sizes(exact.device)
         for where in self._blocks(exact.device):
@@ -277,7 +275,7 @@ class GradientSketch:
                 whole[where] -= rows if columns is None else rows * columns[where[0]]
 
     def state_dict(self) -> dict[str, Any]:
-        """``folds`` and the buffers; between two windows only what outlives a window."""
+        """Return ``folds`` and the buffers; between two windows ``col_var`` alone."""
         kept = {key: value for key, value in self._buffers.items() if self.folds or key == "col_var"}
         return {"folds": self.folds, **kept}
 
@@ -301,7 +299,7 @@ class GradientSketch:
             )
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` of another sketch of the same tensor gave."""
+        """Load the :meth:`state_dict` of another sketch of the same tensor."""
         self.folds = int(saved["folds"])
         for key, value in self._buffers.items():
             # Between two windows other settings may be taken up: then the columns are measured anew.
@@ -315,7 +313,7 @@ class GradientSketch:
         }
 
     def _stored(self, device: torch.device, rounding: RoundingBits | None = None) -> StoredRows:
-        """The buffers, as they were allocated, on the device where they are needed."""
+        """Return the buffers, as they were allocated, on a device."""
         check_sketch(self._name, self._buffers, self._layout)
         if self._buffers["data"].is_meta:
             self._allocate(device)
@@ -325,9 +323,9 @@ class GradientSketch:
         return StoredRows(buffers, self.plan.width, self.plan.state_dtype, rounding)
 
     def _column_sizes(self, device: torch.device) -> Tensor | None:
-        """What columns are divided by before they are rounded, (batch, 1, columns); None where they are not.
+        """Return the divisors of columns before rounding, (batch, 1, columns); None for columns that are not divided.
 
-        Their root mean squares in units of all columns', from the floor on; 1 before the first window has ended.
+        Root mean squares in units of all columns', bounded from below; 1 before the first window has ended.
         """
         if "col_var" not in self._buffers:
             return None
@@ -337,7 +335,7 @@ class GradientSketch:
         return relative.add_(COLUMN_FLOOR).sqrt_().unsqueeze(-2)
 
     def _update_column_squares(self, squares: Tensor) -> None:
-        """Take a window's mean squares of columns into their average; the first window is taken whole."""
+        """Update the average of the columns' mean squares with those of a window; the first sets it."""
         average = self._buffers["col_var"]
         is_known = average.mean(-1, keepdim=True) > 0
         decay = is_known.to(average.dtype) * COLUMN_DECAY  # torch.where of two numbers has the default dtype
@@ -352,14 +350,14 @@ class GradientSketch:
         self._buffers["noise"] += torch.linalg.vector_norm(error).square_()
 
     def _rounding(self, device: torch.device, window: int, folds: int, stream: Stream) -> RoundingBits | None:
-        """What to round with: for the next fold of a window, or for its sum over processes."""
+        """Return the random bits for the next fold of a window, or for its sum over processes."""
         if self.plan.state_dtype == "float32":
             return None
         source = Philox(self._seed, self.tensor_id, self._counter(window, folds), stream)
         return self._part.draw_rounding(source, self.plan.width, slice(None), device)
 
     def _counter(self, window: int, folds: int) -> int:
-        """One counter for windows, below 2**32, and in them for ranks and folds, both below 2**16."""
+        """Return a counter of window (below 2**32), rank and fold (both below 2**16)."""
         return (window << 32) | (self._rank << 16) | folds
 
     def _projection(self, window: int) -> Projection | None:

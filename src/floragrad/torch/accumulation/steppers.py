@@ -1,4 +1,4 @@
-"""How a window ends: every tensor updated and freed by itself, or the mean left in ``.grad``."""
+"""The two ends of a window: gradient release, or the mean in ``.grad``."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,30 +20,30 @@ from floragrad.torch.part import EVERYWHERE, ShardSum
 
 
 class Stepper(Protocol):
-    """The end of a window.
+    """Interface of the end of a window.
 
     Attributes:
-        keeps_last: Whether the last micro-batch's gradients are used whole; they are folded otherwise.
-        is_release: Whether tensors are updated one at a time.
+        keeps_last: True if the last micro-batch's gradients are used exactly, without a fold.
+        is_release: True if tensors are updated one at a time.
     """
 
     keeps_last: bool
     is_release: bool
 
     def last_gradient(self, entry: ParamEntry, window: Window) -> None:
-        """Deal with a gradient of the last micro-batch, where those are kept whole."""
+        """Handle a gradient of the last micro-batch, with ``keeps_last``."""
         ...
 
     def end(self, window: Window) -> None:
-        """The last micro-batch has ended."""
+        """End the window, after its last micro-batch."""
         ...
 
     def check_habits(self) -> None:
-        """The window is about to be stepped: notice what was done to ``.grad`` in vain."""
+        """Warn, before a step, of changes to ``.grad`` that have no effect."""
         ...
 
     def norm(self, window: Window) -> Tensor:
-        """The global norm of the window's mean gradient."""
+        """Return the global norm of the window's mean gradient."""
         ...
 
     def clip(self, window: Window, max_norm: float) -> None:
@@ -55,12 +55,12 @@ class Stepper(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the optimizers as they were found."""
+        """Remove the hooks on the optimizers."""
         ...
 
 
 class ReleaseStepper:
-    """Each tensor is decoded, updated and freed before the next.
+    """Gradient release: each tensor is decoded, updated and freed before the next.
 
     Args:
         entries: The parameters.
@@ -68,7 +68,7 @@ class ReleaseStepper:
         clip: Fold the last gradient too, so that the norm is known before any tensor is updated; else tensors
             are updated inside the last backward pass, as soon as their gradient is there.
         scaler: Of the loss; None where it is not enabled.
-        remedies: What to do instead of ``optimizer.step()`` and of changing ``.grad``.
+        remedies: Alternatives to ``optimizer.step()`` and to changes of ``.grad``, for messages.
     """
 
     is_release = True
@@ -100,8 +100,8 @@ class ReleaseStepper:
         entry.updated = True
 
     def end(self, window: Window) -> None:  # noqa: ARG002
-        """Nothing but :meth:`check_habits`'s zeros: what has not been updated is updated by :meth:`step`."""
-        if self._scaler is None:  # a scaler takes whatever is in .grad for gradients
+        """Place the zeros of :meth:`check_habits`; :meth:`step` updates the remaining tensors."""
+        if self._scaler is None:  # a scaler would unscale the zeros
             self._probe.place()
 
     def check_habits(self) -> None:
@@ -118,13 +118,13 @@ class ReleaseStepper:
             )
 
     def norm(self, window: Window) -> Tensor:
-        """Estimated from the sketches: unbiased in its square. The scaler learns whether it is finite."""
+        """Estimate the norm from the sketches, its square without bias; the scaler checks that it is finite."""
         if self.keeps_last:
             raise RuntimeError(
                 "the norm is not known: with clip=False (the default for steps=1) tensors are updated inside "
                 "the last backward pass; construct the accumulator with clip=True"
             )
-        self._remove_probe()  # who asks for the norm knows where the gradients are
+        self._remove_probe()  # this caller does not look for gradients in .grad
         held = [(entry, entry.sketch.squared_norm()) for entry in self._entries if entry.sketch and entry.sketch.folds]
         if not held:
             return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -144,7 +144,7 @@ class ReleaseStepper:
         window.clip = (max_norm / (window.norm + 1e-6)).clamp(max=1.0)
 
     def step(self, window: Window) -> bool:
-        """Decode, update and free what has not been updated yet, tensor by tensor."""
+        """Decode, update and free the remaining tensors one by one."""
         factor: float | Tensor = window.clip * window.mean_factor
         if self._scaler is not None:
             assert window.norm is not None
@@ -165,7 +165,7 @@ class ReleaseStepper:
         return True
 
     def close(self) -> None:
-        """Remove what notices habits."""
+        """Remove the probe and the hooks."""
         self._probe.remove()
         for handle in self._handles:
             handle.remove()
@@ -184,8 +184,8 @@ class ReleaseStepper:
         entry.param.grad = None
 
     def _unscaled(self, norm: Tensor, scaler: GradScaler) -> Tensor:
-        # A scaler looks for inf and NaN in the gradients of an optimizer: give it one that has the norm for
-        # its gradient. It is kept, since the scaler knows optimizers by their id.
+        # A scaler checks the gradients of an optimizer for inf and NaN: give it an optimizer whose gradient is the
+        # norm. It is kept, since the scaler identifies optimizers by their id.
         if self._carrier is None:
             self._carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros_like(norm))], lr=0.0)
         carried = self._carrier.param_groups[0]["params"][0]
@@ -204,7 +204,7 @@ class ReleaseStepper:
             self._stepping = before
 
     def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A step with a closure is not taken by habit: Lightning runs the last backward pass inside it.
+        # A step with a closure is intended: Lightning runs the last backward pass inside it.
         if not self._stepping:
             self._probe.remove()  # or the optimizer would step with zeros
         has_closure = any(given is not None for given in (*args[1:], *kwargs.values()))
@@ -219,13 +219,13 @@ class ReleaseStepper:
 
 
 class MaterialiseStepper:
-    """The window's mean is left in ``.grad``, for any optimizer, and for all that reads ``.grad``.
+    """Materialised gradients: the window's mean is written to ``.grad``, for any optimizer.
 
     Args:
         entries: The parameters.
         optimizers: Any.
-        keeps_last: Leave the last micro-batch's gradient as it is; with several processes it is folded too, for
-            it has to be averaged.
+        keeps_last: Add the last micro-batch's gradient exactly; with several processes it is folded too, since it
+            is averaged.
         scaler: Of the loss; None where it is not enabled.
     """
 
@@ -244,18 +244,18 @@ class MaterialiseStepper:
         self._scaler = scaler
 
     def last_gradient(self, entry: ParamEntry, window: Window) -> None:
-        """Nothing: it stays in ``.grad`` until the backward pass is over."""
+        """Do nothing: it stays in ``.grad`` until the backward pass is over."""
 
     def end(self, window: Window) -> None:
-        """Decode what was folded into ``.grad``."""
+        """Decode the sketches into ``.grad``."""
         for entry in self._entries:
             entry.leave_mean(window, window.weight or 0.0, window.mean_factor)
 
     def check_habits(self) -> None:
-        """Nothing: what is in ``.grad`` counts."""
+        """Do nothing: changes to ``.grad`` have their effect."""
 
     def norm(self, window: Window) -> Tensor:
-        """Of what ``.grad`` holds, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
+        """Compute the norm of ``.grad`` as ``torch.nn.utils.clip_grad_norm_`` does."""
         self._unscale(window)
         norm = torch.nn.utils.get_total_norm(_gradients(self._entries))
         return norm.full_tensor() if is_sharded(norm) else norm
@@ -282,7 +282,7 @@ class MaterialiseStepper:
         return bool(stepped)
 
     def close(self) -> None:
-        """Nothing was registered."""
+        """Do nothing: there are no hooks."""
 
     def _unscale(self, window: Window) -> None:
         if self._scaler is not None and not window.unscaled:
@@ -292,7 +292,7 @@ class MaterialiseStepper:
 
 
 def second_gradient(entry: ParamEntry) -> RuntimeError:
-    """The error of a gradient that comes after its parameter was updated."""
+    """Return the error for a gradient of a parameter that was updated already."""
     return RuntimeError(
         f"{entry.name} was updated inside the window's last backward pass, and more of its gradient comes: "
         "several backward passes in a micro-batch, a parameter shared by reentrant checkpoints, or a gradient put "

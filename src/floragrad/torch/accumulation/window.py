@@ -1,4 +1,4 @@
-"""Where a window of accumulation stands, and the parameters that it is about."""
+"""State of a window of accumulation, and the entries of its parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,25 +18,25 @@ from floragrad.torch.validation import check_shape, gradient_dtype, validate_gra
 
 @dataclass
 class Window:
-    """One window, from its first micro-batch to its step.
+    """State of one window, from its first micro-batch to its step.
 
     Attributes:
-        number: Windows before it; the projections are drawn for this number.
-        steps: Micro-batches that it is meant to have.
+        number: Number of earlier windows; key of its projections.
+        steps: Micro-batches of a full window.
         seen: Micro-batches that have ended.
-        dropped: Micro-batches that were dropped, the open one too.
-        weighted: Whether their weights were given; None before the first.
-        ended: Whether the last has ended.
+        dropped: Dropped micro-batches, the open one included.
+        weighted: True if weights were given; None before the first micro-batch.
+        ended: True after the last micro-batch.
         ranks: Processes that it is summed over.
         total: Micro-batches of all of them, once they have been summed; None before, and with one process.
         weight: Of the open micro-batch; None where none is open.
-        last: Whether the open micro-batch, or the one that ended last, is the last.
-        is_dropped: Whether the open micro-batch was dropped.
-        failed: Whether a backward pass broke off, or a step that had updated some parameters.
-        is_late: Whether gradients are added to ``.grad`` after the window has ended.
-        unscaled: Whether ``.grad`` has been divided by the scaler's scale.
-        norm: The global norm, once it has been asked for.
-        clip: What all gradients are multiplied by to respect the norm that they were clipped to.
+        last: True if the open micro-batch, or the one that ended last, is the last.
+        is_dropped: True if the open micro-batch was dropped.
+        failed: True after a failed backward pass, or a failed step that had updated some parameters.
+        is_late: True while gradients are added to ``.grad`` after the end of the window.
+        unscaled: True if ``.grad`` has been divided by the scaler's scale.
+        norm: The global norm, once computed.
+        clip: Factor of all gradients that clips them.
     """
 
     steps: int
@@ -58,19 +58,19 @@ class Window:
 
     @property
     def is_open(self) -> bool:
-        """Whether gradients are expected."""
+        """True while gradients are expected."""
         return self.weight is not None
 
     @property
     def kept(self) -> int:
-        """Micro-batches whose gradients the window holds, the open one too."""
+        """Number of micro-batches in the sum, the open one included."""
         return self.seen + self.is_open - self.dropped
 
     @property
     def mean_factor(self) -> float:
-        """What makes the sum of 1/steps times each gradient their mean, over however many there were on all ranks.
+        """Factor from the sum of 1/steps times each gradient to their mean over all ranks.
 
-        A sum with weights becomes its mean over the ranks.
+        With weights: from the sum to its mean over the ranks.
         """
         if self.weighted:
             return 1.0 / self.ranks
@@ -80,18 +80,18 @@ class Window:
 
 @dataclass(eq=False)
 class ParamEntry:
-    """One parameter under accumulation.
+    """Entry of one parameter under accumulation.
 
     Attributes:
-        tensor_id: Its number among all parameters of the optimizers, which its random streams are drawn with.
-        name: As the optimizer knows it.
+        tensor_id: Key of its random streams, unique among all parameters of the optimizers.
+        name: Its name in the optimizer.
         param: The parameter.
-        optimizer: The one that updates it.
-        plan: What its sketch is, of what is here of it.
+        optimizer: Its optimizer.
+        plan: Plan of its sketch, for the local part.
         sketch: Its sum of gradients; None where no gradient is ever kept.
-        part: What of a sharded parameter is here; None where it is whole.
-        folded: Whether a gradient of the open micro-batch has been folded.
-        updated: Whether it has been updated inside the window's last backward pass.
+        part: Local part of a sharded parameter; None for whole ones.
+        folded: True if a gradient of the open micro-batch has been folded.
+        updated: True if it was updated inside the window's last backward pass.
         handle: Of its hook.
     """
 
@@ -108,18 +108,18 @@ class ParamEntry:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the window has seen a gradient of it."""
+        """True if the window has seen a gradient of it."""
         is_folded = self.sketch is not None and self.sketch.folds > 0
         return is_folded or self.updated or self.param.grad is not None
 
     def renumber(self, tensor_id: int) -> None:
-        """Draw with another number from the next window on."""
+        """Draw with another id from the next window on."""
         self.tensor_id = tensor_id
         if self.sketch is not None:
             self.sketch.tensor_id = tensor_id
 
     def local_grad(self) -> Tensor | None:
-        """What is here of ``.grad``.
+        """Return the local part of ``.grad``.
 
         Raises:
             RuntimeError: The parameter was resized after the accumulator was made.
@@ -132,7 +132,7 @@ class ParamEntry:
         return self.param.grad
 
     def leave_mean(self, window: Window, grad_weight: float, factor: float | Tensor) -> bool:
-        """Leave factor · (grad_weight · grad + decode(C)) in ``.grad``, in place where a gradient is there.
+        """Set ``.grad`` to factor · (grad_weight · grad + decode(C)), in place where there is one.
 
         Returns:
             False where the window has seen no gradient of this parameter: ``.grad`` stays None.
@@ -157,7 +157,7 @@ class ParamEntry:
         return True
 
     def _put(self, local: Tensor) -> None:
-        """Let ``.grad`` be what is here of it."""
+        """Set ``.grad`` from its local part."""
         if is_sharded(self.param):
             from floragrad.torch.distributed.shards import as_gradient
 
@@ -167,6 +167,6 @@ class ParamEntry:
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Without autograd, and without autocast, which may be on where a backward pass is run."""
+    """Disable autograd and autocast, which a backward pass may run under."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""The implementations of a step's passes, and which of them a tensor takes."""
+"""Backends, the implementations of a step's passes, and the choice of one for each tensor."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
@@ -14,7 +14,7 @@ from floragrad.torch.part import Part, Sums
 
 
 class Backend(Protocol):
-    """The three passes of a step for a list of tensors; a module is one."""
+    """Interface of a backend, a module with the three passes of a step for a list of tensors."""
 
     def name(self) -> str:
         """Return the backend's name, for reports."""
@@ -25,20 +25,20 @@ class Backend(Protocol):
         ...
 
     def supports(self, update: ParamUpdate) -> bool:
-        """Whether the backend can make this step, with the gradient and the state that are there."""
+        """Return whether the backend can run this step, with its gradient and state."""
         ...
 
     def steps(self, updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
-        """Yield the passes of tensors or batches of tensors, to be run to their ends, in order or side by side."""
+        """Yield the passes of tensors or batches of tensors, to be run one after the other or interleaved."""
         ...
 
 
 BACKENDS: Final[tuple[Backend, ...]] = (triton, cpu, eager)
-"""In the order in which they are asked; the last takes every tensor."""
+"""Backends by priority; the last supports every tensor."""
 
 
 def steps_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
-    """Yield the passes of all updates, each by the first backend that takes it."""
+    """Yield the passes of all updates, each by the first backend that supports it."""
     by_backend: list[list[ParamUpdate]] = [[] for _ in BACKENDS]
     for update in updates:
         by_backend[next(i for i, backend in enumerate(BACKENDS) if backend.supports(update))].append(update)
@@ -48,7 +48,7 @@ def steps_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
 def path_of(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     """Return the backend that steps a parameter, in words: ``"native (…)"`` or ``"eager (why)"``."""
-    other_device = f"on {tensor.device.type}"  # what backends for other devices say
+    other_device = f"on {tensor.device.type}"  # the reason of backends for other devices
     reasons = [other_device]
     for backend in BACKENDS:
         reason = backend.unsupported_reason(tensor, plan, part)
@@ -56,4 +56,4 @@ def path_of(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
             return f"{backend.name()} ({reasons[-1]})" if backend is BACKENDS[-1] else backend.name()
         if reason != other_device:
             reasons.append(reason)
-    raise AssertionError("the last backend takes every tensor")
+    raise AssertionError("the last backend supports every tensor")

@@ -1,8 +1,8 @@
-"""The update by PyTorch's operations: any device and dtype, and the one to read.
+"""Eager backend: the update in PyTorch operations, for any device and dtype; the implementation to read first.
 
-A tensor is visited a block of rows at a time, so that its temporaries stay small beside it. The statistics need all
-rows before any can be normalised, and the clipping threshold the norm of the whole update before any of it can be
-applied: hence three passes. Nothing waits for an accelerator.
+Blocks of rows are processed one by one, so that temporaries stay small beside the tensor. Three passes: the
+normalisation needs the statistics of all rows, and the clipping needs the norm of the whole update. Nothing
+synchronizes with an accelerator.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from floragrad.torch.random import Request, draw_words, signs
 from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
 
 DRAWN_WORDS: Final = 2**22
-"""Random words that are drawn together on an accelerator, 32 MiB: a draw takes the same launches for any number."""
+"""Random words that are drawn together on an accelerator, 32 MiB: the launches of a draw do not depend on its size."""
 
 Words = Mapping[str, Tensor]
 
@@ -34,19 +34,19 @@ def name() -> str:
 
 
 def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:  # noqa: ARG001
-    """Return why the backend cannot take a tensor: it takes every one."""
+    """Return an empty string: the backend supports every tensor."""
     return ""
 
 
 def supports(update: ParamUpdate) -> bool:  # noqa: ARG001
-    """Whether this step can be made: every one can."""
+    """Return True: the backend supports every step."""
     return True
 
 
 def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
-    """Yield the step of each tensor, to be run to its end before the next one, or side by side.
+    """Yield the passes of each tensor, to be run one after the other or interleaved.
 
-    Each yields sums that have to be over all parts of the tensor when it goes on.
+    Each yields sums, to be added up over all parts of the tensor before it resumes.
     """
     for chunk in _chunks(updates):
         requests = [request for _, named in chunk for request in named.values()]
@@ -75,9 +75,9 @@ def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[list[tuple[ParamUpdate, 
 class _EagerStep:
     """One step of one tensor.
 
-    A sketched momentum moves in the second pass, and its correction of the direction is held until the third: 1/ρ of
-    the tensor, in float32. Where other parts have to be waited for in between, with all tensors at once, that would be
-    1/ρ of the model: there it is computed again.
+    The second pass updates a sketched momentum and keeps its correction of the direction for the third: 1/ρ of the
+    tensor, in float32. Sharded tensors wait for collectives in between, all at once, where the corrections would take
+    1/ρ of the model: there the third pass computes them again.
     """
 
     def __init__(self, update: ParamUpdate, words: Words) -> None:
@@ -131,7 +131,7 @@ class _EagerStep:
             grad = self._grads[where]
             pure.add_square_sums_(grad, row_sums[where], col_sums[where[0]], _part_of(workspace, grad))
         row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
-        # The rows' sum to come, known before the rows are: so that one sum over parts is enough.
+        # The new total of the rows, computed from sums, so that one sum over parts is enough.
         row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / ctx.part.column_parts)
         row_total.add_(row_sums.sum(-2, keepdim=True), alpha=(1 - beta2) / all_columns)
         shares = [ctx.share(col_sums, ("rows",)), ctx.share(row_total, ("rows", "columns"))]
@@ -192,7 +192,7 @@ class _EagerStep:
         return square
 
     def _apply(self, square: Tensor, alpha: float | Tensor) -> None:
-        """Clip, decay, round and write; a momentum of every column moves on."""
+        """Clip, decay, round and write the parameter; update a momentum of every column."""
         ctx, decay = self._ctx, self._ctx.group["weight_decay"]
         size = pure.clipped_step_size(alpha * ctx.sign, square, ctx.numel, ctx.group["clip_threshold"])
         rows = None if self._keeps_columns else self._scales.rows
@@ -216,7 +216,7 @@ class _EagerStep:
     def _encode(self, estimator: pure.Estimator) -> tuple[Tensor, Tensor]:
         """Return encode(U) of all rows, from the local columns, and ‖U‖²."""
         scales, projection = self._scales, estimator.projection
-        # ‖V‖ does not see signs, so they go with the columns' factors.
+        # Signs do not change ‖V‖, so the columns' factors include them.
         is_signed = scales.rows is not None and isinstance(projection, BucketProjection) and projection.has_signs
         if is_signed:
             assert isinstance(projection, BucketProjection)
@@ -243,7 +243,7 @@ class _EagerStep:
         return sketches, norms.square_().sum()
 
     def _correct(self, sketches: Tensor, estimator: pure.Estimator, *, moves: bool) -> Tensor:
-        """Replace encode(U) by X / R; return ‖D‖² − a²‖U‖² where it is known; M moves on, if it is to."""
+        """Replace encode(U) by X / R; return ‖D‖² − a²‖U‖² where it is known; update M with ``moves``."""
         stored, rows = self._stored, self._scales.rows
         total: Tensor | None = None
         for where in self._sketch_blocks():
@@ -257,8 +257,8 @@ class _EagerStep:
             if rows is None:
                 sketch.copy_(values)
             else:
-                torch.mul(values, rows[where].reciprocal(), out=sketch)  # dividing takes three times as long
-            del values  # what rounding takes may take its place
+                torch.mul(values, rows[where].reciprocal(), out=sketch)  # a division takes three times as long
+            del values  # frees memory for the rounding
             if moves:
                 stored.write(where, save(next_momentum, stored.dtype, stored.bits(where)))
             total = added if total is None else total + added
@@ -272,7 +272,7 @@ class _EagerStep:
         return total
 
     def _direction_of(self, where: Block, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return D of a block in two factors, all columns' and the rows'; whole momentum is all in the first."""
+        """Return D of a block as two factors, of elements and of rows; a whole momentum has the first alone."""
         grad, scales = self._grads[where], self._scales_of(where)
         direction = pure.scale_columns(grad, scales.columns, _part_of(workspace, grad))
         if self._keeps_columns:
@@ -291,11 +291,11 @@ class _EagerStep:
 
     @property
     def _keeps_columns(self) -> bool:
-        """Whether the momentum keeps every column."""
+        """True if the momentum keeps every column."""
         return not self._ctx.is_sketched and bool(self._stored.buffers)
 
     def _scales_of(self, where: Block) -> pure.Scales:
-        """Return the factors of a block; a full second moment's are roots, taken here."""
+        """Return the factors of a block; those of a full second moment are computed here."""
         if self._scales.rows is None:
             return pure.Scales(None, self._scales.columns[where].rsqrt())
         return pure.Scales(self._scales.rows[where], self._scales.columns[where[0]])
@@ -311,23 +311,23 @@ class _EagerStep:
         """Yield batches and rows of the view; the whole of a small one.
 
         Args:
-            rounds: Whether elements of a block are rounded, which takes three buffers more: smaller blocks then.
+            rounds: True if elements of a block are rounded, which takes three more buffers and smaller blocks.
         """
         view, device = self._ctx.view, self._ctx.device
         total = view.numel
         elements = block_elements(total, device)
         if self._ctx.plan.view is None and elements < total:
-            elements //= 2  # a random word for each element takes as much as half of the blocks
+            elements //= 2  # the random words of all elements take as much memory as half of the blocks
         if rounds and elements < total:
             elements //= 4
         return row_blocks(view, elements, gaussian=self._ctx.is_gaussian)
 
     def _sketch_blocks(self) -> Iterator[Block]:
-        """Yield the same of the sketch, whose rows are shorter: more of them at a time."""
+        """Yield batches and rows of the sketch, whose shorter rows make higher blocks."""
         ctx = self._ctx
         if ctx.is_gaussian:
             return self._blocks()  # from one projection to the next a sketch is transferred through all columns
-        # While a sketch moves there are up to three elements for each of its own.
+        # The update of a sketch has up to three temporaries of its size.
         elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
         return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))
 
@@ -339,7 +339,7 @@ class _EagerStep:
 
 
 def _part_of(workspace: Tensor, grad: Tensor) -> Tensor:
-    """Return the part of a workspace that a block takes."""
+    """Return a workspace's view of the shape of a block."""
     return (workspace if workspace.numel() == grad.numel() else workspace[: grad.numel()]).view(grad.shape)
 
 
@@ -352,7 +352,7 @@ def _of_batch(projection: Any, where: Block) -> Any:
 
 @contextmanager
 def _seen_in(view: MatrixView, param: Tensor) -> Iterator[Tensor]:
-    """Give a parameter in its view, to be written to; one that cannot be viewed so, through a copy."""
+    """Yield a parameter in its matrix view, to be written; through a copy where it cannot be viewed."""
     try:
         params = param.view(view)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The switch that turns kernels off."""
+"""The environment variable that turns kernels off."""
 
 import os
 from typing import Final
@@ -11,7 +11,7 @@ def kernels_allowed() -> bool:
     """Return whether kernels may be used: ``FLORAGRAD_KERNELS`` is ``auto``, the default, or ``eager``.
 
     Raises:
-        ValueError: It is something else, or the switch of version 0.1 is set.
+        ValueError: It has another value, or the variable of version 0.1 is set.
     """
     if _FORMER in os.environ:
         raise ValueError(f"{_FORMER}={os.environ[_FORMER]} is no switch any more: set {SWITCH}=eager or {SWITCH}=auto")

@@ -1,1 +1,1 @@
-"""Several devices: parameters sharded over them, and what their processes exchange."""
+"""Sharded parameters, and the communication between processes."""

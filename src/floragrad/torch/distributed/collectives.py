@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES: Final = 25 * 2**20
-"""What one collective carries at most, as a bucket of DistributedDataParallel does by default."""
+"""Bytes of one collective at most, as a bucket of DistributedDataParallel by default."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, two or more of them.
+    """Processes that train together, two or more.
 
     Attributes:
-        group: Theirs; None is the default group.
-        rank: This process among them.
-        size: How many they are.
+        group: Their process group; None is the default group.
+        rank: Rank of this process.
+        size: Number of processes.
     """
 
     group: "ProcessGroup | None"
@@ -35,7 +35,7 @@ class Ranks:
 
     @classmethod
     def from_group(cls, group: "ProcessGroup | None") -> "Ranks | None":
-        """The ranks of a group, of the default group for None; None where this process trains alone.
+        """Return the ranks of a group, None being the default group; None if this process trains alone.
 
         Raises:
             ValueError: This process is not in the group.
@@ -48,14 +48,14 @@ class Ranks:
         return cls(group, distributed.get_rank(group), size) if size > 1 else None
 
     def all_gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
-        """The integers of every rank, in the order of ranks."""
+        """Gather integers from every rank, in the order of ranks."""
         local = torch.tensor(values, dtype=torch.int64, device=device)
         gathered = [torch.empty_like(local) for _ in range(self.size)]
         distributed.all_gather(gathered, local, group=self.group)
         return [each.tolist() for each in gathered]
 
     def all_reduce_any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """Which flags are set on some rank."""
+        """Return which flags are set on any rank."""
         reduced = torch.tensor(flags, dtype=torch.uint8, device=device)
         distributed.all_reduce(reduced, distributed.ReduceOp.MAX, group=self.group)
         return [bool(each) for each in reduced.tolist()]
@@ -69,7 +69,7 @@ class Ranks:
 
         Args:
             outgoing: uint8, one for each rank.
-            sizes: How many bytes come from each.
+            sizes: Number of bytes from each.
         """
         received = outgoing[0].new_empty(sum(sizes))
         sent = [each.numel() for each in outgoing]
@@ -91,7 +91,7 @@ def all_reduce_flat(tensors: Sequence[Tensor], group: "ProcessGroup | None") -> 
 
 
 def _buckets(pieces: Sequence[Tensor], length: int) -> list[list[Tensor]]:
-    """Neighbours on one device together, as long as they have no more than ``length`` elements."""
+    """Group neighbours on one device into buckets of at most ``length`` elements."""
     buckets: list[list[Tensor]] = []
     filled = 0
     for piece in pieces:

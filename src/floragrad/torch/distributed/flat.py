@@ -1,4 +1,4 @@
-"""Flat parameters, one vector made of many tensors, are recognised: their matrices cannot be seen."""
+"""Refusal of flat parameters, vectors of many tensors whose matrices cannot be recovered."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def check_not_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
     """
     flattened = []
     for name, param in zip(names, params, strict=True):
-        # What torch.distributed.fsdp.FlatParameter tells its instances by, without loading it.
+        # The attribute that identifies torch.distributed.fsdp.FlatParameter, without its import.
         if getattr(param, "_is_flat_param", False):
             raise ValueError(
                 f"{name} of shape {tuple(param.shape)} is a flat parameter of FullyShardedDataParallel, which hides "

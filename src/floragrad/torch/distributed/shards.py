@@ -1,10 +1,10 @@
-"""Parameters sharded over devices (DTensor): which part of a tensor is here, and where its state lies.
+"""Sharded parameters (DTensor): the local part of a tensor, and the placement of its state.
 
-Whatever is decided of a tensor is decided from its global shape. Rows never mix, so a shard of rows keeps its rows'
-momentum; what belongs to all rows, the columns' statistics and learnt weights, is the same on every device. A tensor
-split along its columns (row-wise tensor parallelism) has sketches of whole rows on every device that shares them.
+Plans follow from global shapes. Rows never mix, so a shard of rows keeps its rows' momentum; columns' statistics and
+learned weights are replicated. A tensor split along its columns (row-wise tensor parallelism) replicates sketches of
+whole rows.
 
-This module loads ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.collectives` does not.
+This module imports ``torch.distributed.tensor``; :mod:`floragrad.torch.distributed.collectives` does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-# Not public, and what torch's own checkpoints go by.
+# Not public; torch's own checkpoints use it.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -25,10 +25,10 @@ _OF_COLUMNS = ("col_var", "projection_weight")
 
 
 def stepped_placements(param: DTensor, view: MatrixView | None) -> tuple[Placement, ...]:
-    """How a parameter is placed while it is stepped.
+    """Return the placements of a parameter during a step.
 
-    A single matrix with leading dimensions of size 1, (1, rows, columns), lies on one device where it is sharded on one
-    of them. Its state has no such dimension and is everywhere, so all devices work on all of it.
+    A single matrix with leading dimensions of size 1, (1, rows, columns), is on one device if one of these is sharded.
+    Its state has no such dimension and is replicated, so all devices step all of it.
 
     Args:
         param: The parameter.
@@ -44,7 +44,7 @@ def stepped_placements(param: DTensor, view: MatrixView | None) -> tuple[Placeme
 
 
 def stepped_local(param: DTensor, view: MatrixView | None) -> Tensor:
-    """What is here of a parameter while it is stepped; a copy where :func:`stepped_placements` are others."""
+    """Return the local part of a parameter for a step; a copy where :func:`stepped_placements` differ."""
     placements = stepped_placements(param, view)
     if placements != tuple(param.placements):
         param = param.redistribute(placements=placements)
@@ -52,30 +52,30 @@ def stepped_local(param: DTensor, view: MatrixView | None) -> Tensor:
 
 
 def stepped_shape(param: DTensor, view: MatrixView | None) -> tuple[int, ...]:
-    """The shape of :func:`stepped_local`."""
+    """Return the shape of :func:`stepped_local`."""
     return _local(param, tuple(param.shape), stepped_placements(param, view))[0]
 
 
 def write_back(stepped: Tensor, param: DTensor, view: MatrixView | None) -> None:
     """Write this device's part of :func:`stepped_local` into the parameter, where it is a copy."""
-    own = param.to_local()
-    if stepped_placements(param, view) != tuple(param.placements) and own.numel():
-        own.copy_(stepped)
+    local = param.to_local()
+    if stepped_placements(param, view) != tuple(param.placements) and local.numel():
+        local.copy_(stepped)
 
 
 def part_of(
     name: str, param: DTensor, view: MatrixView | None, placements: tuple[Placement, ...] | None = None
 ) -> Part:
-    """What of a sharded parameter is on this device.
+    """Return the local part of a sharded parameter.
 
     Args:
         name: For messages.
         param: The parameter.
         view: Of its global shape.
-        placements: Others than the parameter's.
+        placements: Placements other than the parameter's.
 
     Raises:
-        ValueError: It is split in a way in which its rows cannot be worked on, with the remedy.
+        ValueError: It is split along an unsupported dimension, with the remedy.
     """
     whole, placements = tuple(param.shape), tuple(param.placements) if placements is None else placements
     shape, offset = _local(param, whole, placements)
@@ -106,7 +106,7 @@ def part_of(
 
 
 def local_buffers(param: DTensor, plan: TensorPlan) -> Mapping[str, Buffer]:
-    """What of each state tensor is on this device."""
+    """Return shape and dtype of the local part of each state tensor."""
     return {
         key: Buffer(_local(param, buffer.shape, _placements(param, plan, key))[0], buffer.dtype)
         for key, buffer in plan.buffers.items()
@@ -114,7 +114,7 @@ def local_buffers(param: DTensor, plan: TensorPlan) -> Mapping[str, Buffer]:
 
 
 def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as DTensors over the parameter's mesh; the step and the tensor's number stay plain.
+    """Return the state as DTensors over the parameter's mesh; ``step`` and ``tensor_id`` stay plain.
 
     Args:
         param: The parameter.
@@ -136,8 +136,8 @@ def sharded_state(param: DTensor, plan: TensorPlan, local: Mapping[str, Tensor])
     }
 
 
-def placed(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
-    """A loaded state tensor where this device wants it; a whole one is cut, and nothing is sent."""
+def distribute_state_tensor(key: str, value: Tensor, param: DTensor, plan: TensorPlan) -> Tensor:
+    """Return a loaded state tensor with the placements of its plan; a whole one is cut without communication."""
     if key in SCALAR_STATE:
         return value
     mesh, placements = param.device_mesh, _placements(param, plan, key)
@@ -167,7 +167,7 @@ def with_local(value: DTensor, local: Tensor) -> DTensor:
 
 
 def local_gradient(param: DTensor, placements: tuple[Placement, ...] | None = None) -> Tensor:
-    """The gradient of what is here, of a parameter as it is placed, or in other placements."""
+    """Return the local gradient in the parameter's placements, or in others."""
     grad = param.grad
     wanted = tuple(param.placements) if placements is None else placements
     if not isinstance(grad, DTensor):
@@ -178,19 +178,19 @@ def local_gradient(param: DTensor, placements: tuple[Placement, ...] | None = No
 
 
 def as_gradient(param: DTensor, local: Tensor) -> DTensor:
-    """What is here of a gradient, as the parameter is placed."""
+    """Return a local gradient as a DTensor in the parameter's placements."""
     return DTensor.from_local(
         local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=_strides(param.shape)
     )
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
+    """Return the strides of a contiguous tensor."""
     return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def _axes(shape: tuple[int, ...], view: MatrixView | None) -> list[Axis | None]:
-    """What each dimension of the parameter is in its view; None for what may not be split."""
+    """Return the view's axis of each dimension of the parameter; None where it may not be split."""
     ndim = len(shape)
     if view is None:
         return ["rows"] * ndim
@@ -210,7 +210,7 @@ def _local_view(view: MatrixView | None, axes: list[Axis | None], shape: Sequenc
 def _leading(
     view: MatrixView | None, axes: list[Axis | None], shape: Sequence[int], offset: Sequence[int]
 ) -> tuple[slice, ...]:
-    """What is here of the dimensions that a row's random word has."""
+    """Return the local slices of the dimensions that index rows."""
     here = [slice(first, first + size) for first, size in zip(offset, shape, strict=True)]
     if view is None:
         return tuple(here)
@@ -222,7 +222,7 @@ def _leading(
 
 
 def _placements(param: DTensor, plan: TensorPlan, key: str) -> tuple[Placement, ...]:
-    """How a state tensor is placed over the parameter's mesh."""
+    """Return the placements of a state tensor over the parameter's mesh."""
     return tuple(_state_placement(each, plan, key) for each in param.placements)
 
 
@@ -248,7 +248,7 @@ def _dim(placement: Placement) -> int:
 
 
 def _moved(placement: Placement, dim: int) -> Placement:
-    """The same split of another dimension."""
+    """Return the same split of another dimension."""
     if isinstance(placement, _StridedShard):
         return _StridedShard(dim, split_factor=placement.split_factor)
     return Shard(dim)
@@ -257,13 +257,13 @@ def _moved(placement: Placement, dim: int) -> Placement:
 def _local(
     param: DTensor, shape: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of this device's part of a tensor placed over the parameter's mesh."""
+    """Return shape and offset of the local part of a tensor placed over the parameter's mesh."""
     local, offset = compute_local_shape_and_global_offset(tuple(shape), param.device_mesh, placements)
     return tuple(int(size) for size in local), tuple(int(first) for first in offset)
 
 
 def check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> None:
-    """Refuse what cannot be kept of a tensor that is split along its columns.
+    """Refuse momentum that a tensor split along its columns cannot keep.
 
     Raises:
         ValueError: With the remedy.

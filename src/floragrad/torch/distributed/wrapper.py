@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a model whose gradients are averaged by somebody else."""
+"""DistributedDataParallel around a model whose gradients the accumulator averages."""
 
 import weakref
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Unsynced:
-    """Holds wrappers in the state of their ``no_sync()``, and lets them go again.
+    """Keeps wrappers in the state of their ``no_sync()`` until :meth:`release`.
 
-    A wrapper takes part where one of its parameters has a window. It is let go of where this object is lost, too.
+    Wrappers with a parameter under accumulation are held. Deletion of this object releases them too.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Unsynced:
         weakref.finalize(self, _average_again, self._held).atexit = False
 
     def hold(self, model: nn.Module, trained: Iterable[Tensor]) -> None:
-        """Let no wrapper in a model average gradients, if it holds any of the parameters with a window."""
+        """Stop the averaging of every wrapper in a model that holds a parameter with a window."""
         wanted = {id(param) for param in trained}
         for module in model.modules():
             if isinstance(module, DistributedDataParallel) and module not in self._held:
@@ -28,7 +28,7 @@ class Unsynced:
                 self._held.append(module)
 
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Refuse a parameter that has no window, in a wrapper that averages no more.
+        """Refuse a parameter without a window in a wrapper that is held.
 
         Raises:
             RuntimeError: With the remedy.

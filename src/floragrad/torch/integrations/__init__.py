@@ -1,4 +1,4 @@
-"""Compressed gradient accumulation inside other people's training loops; each module needs its library alone."""
+"""Integrations with training libraries; each module needs its library alone."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, cast
@@ -12,7 +12,7 @@ __all__ = ["AccumulationOptions"]
 
 
 class AccumulationOptions(TypedDict, total=False):
-    """What a loop may choose of :class:`floragrad.GradientAccumulator`; what is left out is as there."""
+    """Options of :class:`floragrad.GradientAccumulator` that a training loop may set; defaults are as there."""
 
     ratio: int
     rank: int | None
@@ -24,11 +24,11 @@ class AccumulationOptions(TypedDict, total=False):
 
 
 def checked_options(given: Any) -> AccumulationOptions:
-    """Return the argument ``accumulation`` of a loop as options; None is none of them.
+    """Return the argument ``accumulation`` of a loop as options; None is no option.
 
     Raises:
         TypeError: It is no dictionary.
-        ValueError: It has an option that there is not.
+        ValueError: It has an unknown option.
     """
     allowed = list(AccumulationOptions.__annotations__)
     if given is None:

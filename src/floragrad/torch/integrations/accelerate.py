@@ -1,4 +1,4 @@
-"""Accelerate: the ordinary loop, with each window's gradients kept as sketches."""
+"""Integration with Accelerate: each window's gradients are kept as sketches."""
 
 import weakref
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from floragrad.torch.integrations.accelerated_optimizer import (  # noqa: E402
 )
 
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where every process has the whole model."""
+"""Types where every process has the whole model."""
 
 
 class FloraAccelerator(Accelerator):  # type: ignore[misc]
@@ -83,14 +83,14 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         self.adopt_options(options)
 
     def adopt_options(self, options: AccumulationOptions) -> None:
-        """What is ours in the constructor; for an ``Accelerator`` that somebody else has constructed."""
+        """Set the options and Flora's attributes, also of an ``Accelerator`` that was constructed elsewhere."""
         self._accumulation_options = options
         self._unsynced = Unsynced()
         self._prepared: list[nn.Module] = []
 
     @property
     def accumulators(self) -> tuple[GradientAccumulator, ...]:
-        """The accumulators of the prepared optimizers, in order; after :meth:`end_training` closed ones.
+        """Accumulators of the prepared optimizers, in order; after :meth:`end_training` closed ones.
 
         Their ``report()`` says how each gradient is kept, and in how many bytes.
         """
@@ -98,11 +98,11 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
 
     @property
     def window_steps(self) -> int:
-        """The micro-batches of a window."""
+        """Number of micro-batches of a window."""
         return int(self.gradient_accumulation_steps)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """As Accelerate does; the windows of sharded parameters begin when the parameters are sharded."""
+        """Prepare objects as Accelerate does; windows of sharded parameters begin after sharding."""
         prepared = super().prepare(*args, **kwargs)
         if self.is_fsdp2 and self.window_steps > 1:
             for optimizer in self._windows():
@@ -112,7 +112,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """As Accelerate does; but shards are summed in every micro-batch, for only then are they all there is."""
+        """Skip synchronization as Accelerate does; shards are summed in every micro-batch, before they are folded."""
         if self.is_fsdp2 and self.window_steps > 1:
             yield
             return
@@ -120,10 +120,10 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             yield
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
-        """As Accelerate does, and begin to gather the gradients of its parameters.
+        """Prepare an optimizer as Accelerate does, with an accumulator.
 
         Raises:
-            RuntimeError: Parameters are hidden in flat ones, or gradients gathered for another accelerator.
+            RuntimeError: Parameters are hidden in flat ones, or accumulated by another accelerator.
             ValueError: An option of the accumulation is wrong.
         """
         if self.window_steps == 1:
@@ -147,7 +147,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         return prepared
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As Accelerate does; its gradients are averaged as sketches, if it has an optimizer with a window."""
+        """Prepare a model as Accelerate does; with an accumulator, its gradients are averaged as sketches."""
         prepared = super().prepare_model(model, *args, **kwargs)
         if self.window_steps > 1:
             self._prepared.append(prepared)
@@ -155,7 +155,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         return prepared
 
     def join_uneven_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """As Accelerate does, in one process or without accumulation.
+        """Join uneven inputs as Accelerate does, in one process or without accumulation.
 
         Raises:
             RuntimeError: Several processes accumulate.
@@ -168,7 +168,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         return super().join_uneven_inputs(*args, **kwargs)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """As Accelerate does; each gradient is folded into its window as it appears.
+        """Run the backward pass as Accelerate does; each gradient is folded and freed at once.
 
         Raises:
             RuntimeError: The window has its last micro-batch already, or a parameter has no window.
@@ -184,7 +184,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             check_owned(model.named_parameters(), owned)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """As Accelerate does. With release, the norm is estimated from the sketches.
+        """Clip as Accelerate does; with release, the norm is estimated from the sketches.
 
         Returns:
             The global norm before clipping.
@@ -208,7 +208,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         return optimizer.window.clip_grad_norm_(max_norm)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        """As Accelerate does, of gradients that are in ``.grad``.
+        """Clip gradients in ``.grad`` as Accelerate does.
 
         Raises:
             RuntimeError: A window is not complete.
@@ -220,7 +220,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         super().clip_grad_value_(given, clip_value)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
-        """As Accelerate does; a window is unscaled with its norm."""
+        """Unscale as Accelerate does; a window is unscaled with its norm."""
         given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         for each in self._optimizers if optimizer is None else given:
             window = each.window if isinstance(each, AccumulatingOptimizer) else None
@@ -230,17 +230,17 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
                 _ = window.grad_norm
 
     def free_memory(self, *objects: Any) -> Any:
-        """As Accelerate does; hooks and sketches go as well."""
+        """Free memory as Accelerate does, and remove hooks and sketches."""
         self.let_go()
         return super().free_memory(*objects)
 
     def end_training(self) -> None:
-        """As Accelerate does; hooks and sketches go as well."""
+        """End the training as Accelerate does, and remove hooks and sketches."""
         self.let_go()
         super().end_training()
 
     def let_go(self) -> None:
-        """Remove the hooks from all parameters and free the sketches; wrappers average gradients again."""
+        """Remove all hooks and free the sketches; wrappers average gradients again."""
         for optimizer in self._windows():
             optimizer.let_go()
         self._unsynced.release()
@@ -251,18 +251,18 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
         )
         optimizer.attach_window(accumulator)
-        # An accelerator that is lost leaves no hooks, even where somebody keeps its optimizers.
+        # A deleted accelerator leaves no hooks, even if its optimizers are still referenced.
         weakref.finalize(self, _forget, weakref.ref(optimizer)).atexit = False
 
     def _trained(self) -> list[Tensor]:
-        """The parameters with a window."""
+        """Return the parameters with a window."""
         return [param for each in self._windows() if each.window is not None for param in each.trained]
 
     def _windows(self) -> list[AccumulatingOptimizer]:
         return [each for each in self._optimizers if isinstance(each, AccumulatingOptimizer)]
 
     def _releasing(self, parameters: list[Tensor]) -> AccumulatingOptimizer | None:
-        """The optimizer that trains some of these without ``.grad``; every window that they are in is ended.
+        """End the windows of these parameters; return the optimizer that releases their gradients, if any.
 
         Raises:
             RuntimeError: A window is not complete.

@@ -1,4 +1,4 @@
-"""The optimizer that :class:`FloraAccelerator` prepares, and the window that it is stepped with."""
+"""Prepared optimizer of :class:`FloraAccelerator`, with its accumulator."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ require("accelerate", "accelerate")
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
 _WINDOW = "accumulation"
-"""The window's key in the state of its optimizer: there it is saved and loaded whoever saves the optimizer."""
+"""Key of the window in the optimizer's state, with which it is saved and loaded."""
 
 
 class AcceleratedAccumulator(GradientAccumulator):
-    """The accumulator of one prepared optimizer. A backward pass may be another optimizer's, and give it nothing."""
+    """Accumulator of one prepared optimizer; backward passes may be another optimizer's, without gradients for it."""
 
     remedies = Remedies(
         backward="call accelerator.backward(loss) instead of loss.backward(); accelerator.end_training() gives the "
@@ -35,13 +35,13 @@ class AcceleratedAccumulator(GradientAccumulator):
 
 
 class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
-    """An optimizer as :meth:`FloraAccelerator.prepare` returns it, with the window that it will be stepped with.
+    """Optimizer of :meth:`FloraAccelerator.prepare` with its accumulator.
 
     Attributes:
-        window: What gathers its gradients; None once the accelerator has let go of it.
-        accumulator: The same, or the closed one that it was.
-        resumes_windows: Whether a window that was saved half full is taken up again; False where the loop goes
-            back to the window's first micro-batch.
+        window: Its accumulator; None once the accelerator has detached it.
+        accumulator: Its accumulator, closed or not.
+        resumes_windows: True if a partial window is resumed; False if the loop goes back to the window's first
+            micro-batch.
     """
 
     window: GradientAccumulator | None = None
@@ -51,7 +51,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """One backward pass, run by somebody else; a micro-batch may have several."""
+        """Fold the gradients of a backward pass inside this context; a micro-batch may have several."""
         window = self.window
         if window is None:
             yield
@@ -80,7 +80,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             window.flush_if_fed()
 
     def step(self, closure: Any = None) -> None:
-        """Update with the window's gradient, where Accelerate steps; nothing happens without a window."""
+        """Update with the window's gradient where Accelerate steps; without a window, as Accelerate does."""
         window = self.window
         if window is None:
             super().step(closure)
@@ -100,14 +100,14 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             self.scaler.update()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop the window, where Accelerate zeroes; also one whose backward pass broke off."""
+        """Drop the window where Accelerate zeroes, or after a failed backward pass."""
         super().zero_grad(set_to_none)
         if self.window is not None and (self.gradient_state.sync_gradients or self._broken):
             self.window.zero_grad()
             self._broken = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, with the window's beside it; a bare optimizer can load it too.
+        """Return the state of the optimizer and its window; a bare optimizer can load it too.
 
         Raises:
             RuntimeError: Several processes are inside a window.
@@ -126,7 +126,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         return {**saved, _WINDOW: window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up optimizer and window; a state without a window begins a new one."""
+        """Load optimizer and window; a state without a window begins a new one."""
         saved = dict(state_dict)
         window = saved.pop(_WINDOW, None)
         super().load_state_dict(saved)
@@ -138,11 +138,11 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             self.window.zero_grad()
 
     def attach_window(self, window: GradientAccumulator) -> None:
-        """Begin to gather gradients."""
+        """Attach an accumulator."""
         self.window = self.accumulator = window
 
     def let_go(self) -> None:
-        """Remove the hooks; what is left of a window is dropped."""
+        """Remove the hooks; drop a partial window."""
         if self.window is not None:
             self.window.zero_grad()
             self.window.close()
@@ -150,5 +150,5 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
     @property
     def trained(self) -> list[Tensor]:
-        """The parameters that gradients are gathered of."""
+        """Parameters that require gradients."""
         return [param for group in self.param_groups for param in group["params"] if param.requires_grad]

@@ -1,4 +1,4 @@
-"""Lightning's automatic optimization, with each window's gradients kept as sketches."""
+"""Integration with Lightning's automatic optimization: each window's gradients are kept as sketches."""
 
 import warnings
 from typing import Any
@@ -48,7 +48,7 @@ class FloraAccumulation(Callback):
 
     Raises:
         RuntimeError: At the start of the training: parameters that are sharded over processes, manual
-            optimization, or with release what reads ``.grad``.
+            optimization, or with release code that reads ``.grad``.
         TypeError: ``accumulation`` is no dictionary.
         ValueError: There is no such option; after a backward pass, a parameter has a gradient and no optimizer.
 
@@ -93,7 +93,7 @@ class FloraAccumulation(Callback):
         return self._last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work."""
+        """Refuse unsupported strategies and manual optimization."""
         strategy = trainer.strategy
         whole = trainer.world_size == 1 or type(strategy) is DDPStrategy
         if not whole or strategy.handles_gradient_accumulation:
@@ -108,7 +108,7 @@ class FloraAccumulation(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, _batch: Any, _batch_idx: int) -> None:
-        """Begin to gather gradients; anew where the number of micro-batches was changed by a schedule."""
+        """Construct the accumulator; a new one where a schedule changed the number of micro-batches."""
         steps = trainer.accumulate_grad_batches
         if steps == (1 if self._window is None else self._window.steps):
             return
@@ -128,24 +128,24 @@ class FloraAccumulation(Callback):
                 self._window.load_state_dict(self._saved)
 
     def on_before_zero_grad(self, _trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
-        """Drop what a stopped epoch left of a window."""
+        """Drop the partial window of a stopped epoch."""
         if self._window is not None:
             self._window.zero_grad()
 
     def on_before_backward(self, trainer: Trainer, _module: LightningModule, _loss: Tensor) -> None:
-        """Gradients come, of a loss that Lightning has divided by the number of micro-batches."""
+        """Begin a micro-batch, of a loss that Lightning has divided by the number of micro-batches."""
         if self._window is not None:
             self._unsynced.check(_parameters(trainer))
             self._window.begin_micro_batch(weight=1.0, last=not trainer.fit_loop._should_accumulate())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The gradients are there; the last ones complete the window."""
+        """End the micro-batch; the last one completes the window."""
         if self._window is not None:
             check_owned(pl_module.named_parameters(), _parameters(trainer))
             self._window.end_micro_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
-        """With release: clip and update, after which Lightning finds no gradient to clip or to step with."""
+        """Clip and update with release; Lightning then finds no gradients."""
         # A training_step that returned None has had no backward pass: the window ends here then.
         if self._window is None or not self._window.flush() or not self._window.releases:
             return
@@ -157,22 +157,22 @@ class FloraAccumulation(Callback):
     def on_train_batch_end(
         self, _trainer: Trainer, _module: LightningModule, _outputs: Any, _batch: Any, _batch_idx: int
     ) -> None:
-        """Without release: the window has been stepped with; free it, before a checkpoint is saved."""
+        """Free the window after a step without release, before a checkpoint is saved."""
         if self._window is not None and self._window.complete:
             self._window.zero_grad()
 
     def on_train_end(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """The model has no hooks of ours any more."""
+        """Remove the hooks."""
         self._let_go()
 
     def on_exception(self, _trainer: Trainer, _module: LightningModule, _exception: BaseException) -> None:
-        """As at the end; a window that broke off is dropped."""
+        """Drop the window, and remove the hooks."""
         if self._window is not None:
             self._window.zero_grad()
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's position and its sketches.
+        """Return the window's position and its sketches.
 
         Raises:
             RuntimeError: Several processes are inside a window.
@@ -186,11 +186,11 @@ class FloraAccumulation(Callback):
         return {"window": window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the window when the training starts."""
+        """Keep a saved window, to be loaded when the training starts."""
         self._saved = state_dict["window"]
 
     def _warn_of_readers(self, pl_module: LightningModule) -> None:
-        """Say once which hooks of a module look for gradients in vain."""
+        """Warn once of a module's hooks that read gradients."""
         readers = [name for name in _READERS if is_overridden(name, pl_module)]
         if readers and not self._has_warned:
             self._has_warned = True
@@ -204,7 +204,7 @@ class FloraAccumulation(Callback):
             )
 
     def _let_go(self) -> None:
-        """Remove the hooks; a later start goes on from here."""
+        """Remove the hooks; a later start resumes the window."""
         if self._window is not None:
             self._saved = self._window.state_dict()
             self._window.zero_grad()
@@ -214,7 +214,7 @@ class FloraAccumulation(Callback):
 
 
 _READERS = ("on_after_backward", "on_before_optimizer_step")
-"""Hooks of a module that are there to read gradients, or to change them."""
+"""Hooks of a module that read or change gradients."""
 
 
 def _parameters(trainer: Trainer) -> list[Tensor]:
@@ -229,7 +229,7 @@ def _check_release(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse to release where Lightning looks for gradients in ``.grad``.
 
     Raises:
-        RuntimeError: Naming what looks for them, and the remedy.
+        RuntimeError: Naming the reader of ``.grad`` and the remedy.
     """
     reasons = {
         "release under fp16, whose scaler unscales .grad": _scaler(trainer) is not None,

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, with each window's gradients kept as sketches."""
+"""Integration with Hugging Face's Trainer: each window's gradients are kept as sketches."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class _TrainerAccumulator(AcceleratedAccumulator):
 
 
 class _TrainerAccelerator(FloraAccelerator):
-    """A Trainer's: it counts micro-batches and divides losses itself, and tells Accelerate of one step.
+    """Accelerator of a Trainer, which counts micro-batches and divides losses itself.
 
     Attributes:
         trainer_steps: The Trainer's ``gradient_accumulation_steps``.
@@ -55,10 +55,10 @@ class _TrainerAccelerator(FloraAccelerator):
 
 
 class FloraTrainerMixin:
-    """Turns any ``Trainer`` into one that keeps the gradients of ``gradient_accumulation_steps`` compressed.
+    """Mixin for any ``Trainer`` that keeps the gradients of ``gradient_accumulation_steps`` compressed.
 
-    Name it before the Trainer: ``class FloraSFTTrainer(FloraTrainerMixin, SFTTrainer): pass``. What calls
-    ``accelerator.backward`` keeps working: ``max_grad_norm`` and the logged ``grad_norm``, ``bf16`` and ``fp16``,
+    Name it before the Trainer: ``class FloraSFTTrainer(FloraTrainerMixin, SFTTrainer): pass``. All that
+    calls ``accelerator.backward`` keeps working: ``max_grad_norm`` and the logged ``grad_norm``, ``bf16`` and ``fp16``,
     activation checkpointing, losses per token over a whole window, checkpoints. With Flora every tensor is
     decoded, updated and freed by itself when the optimizer steps; other optimizers find the sum in ``.grad``.
     With ``gradient_accumulation_steps=1`` nothing is changed. Several processes sum their sketches once in a window.
@@ -71,7 +71,7 @@ class FloraTrainerMixin:
     Raises:
         RuntimeError: The Trainer makes an accelerator of a class of its own.
         TypeError: ``accumulation`` is no dictionary.
-        ValueError: There is no such option; when training begins, the optimizer does not train what is trained.
+        ValueError: There is no such option; when training begins, the optimizer lacks trained parameters.
     """
 
     accelerator: Any
@@ -82,7 +82,7 @@ class FloraTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer does; its accelerator then gathers gradients."""
+        """Create the accelerator as the Trainer does, with accumulation."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if type(self.accelerator) is not Accelerator:
             raise RuntimeError(
@@ -96,14 +96,14 @@ class FloraTrainerMixin:
 
     @property
     def accumulator(self) -> GradientAccumulator | None:
-        """The accumulator, whose ``report()`` says how each gradient is kept; closed once ``train()`` is over.
+        """The accumulator, with a ``report()`` of all sketches; closed once ``train()`` is over.
 
         None before ``train()``, and with ``gradient_accumulation_steps=1``.
         """
         return next(iter(self.accelerator.accumulators), None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does; afterwards the model has no hooks of ours."""
+        """Train as the Trainer does; afterwards remove the hooks."""
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:

@@ -1,4 +1,4 @@
-"""A gradient folded into a sketch by the native kernels."""
+"""Fold of a gradient into a sketch by the native kernels."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from floragrad.torch.part import Part
 
 
 def can_fold(grad: Tensor, buffers: dict[str, Tensor], part: Part) -> bool:
-    """Whether the kernels can fold this gradient into these buffers, of a sketch that is no Gaussian one."""
+    """Return whether the kernels can fold this gradient into the buffers of a sign sketch."""
     if grad.numel() == 0 or part.irregularity or library() is None:
         return False
     return not tensor_reason(grad) and all(map(lies_plainly, buffers.values()))
@@ -36,21 +36,21 @@ def fold_native(
 
     Args:
         grad: G, contiguous.
-        buffers: The sketch's.
-        plan: What they are.
-        columns: What columns are divided by, float32 of (batch, 1, columns); None where they are not.
+        buffers: Of the sketch.
+        plan: Of the sketch.
+        columns: Divisors of columns, float32 of (batch, 1, columns); None: 1.
         part: The local part of the tensor.
-        is_first: Nothing has been folded yet: what the buffers hold means nothing.
+        is_first: True for the first fold, where the content of the buffers is undefined.
         weight: w.
         seed: Of projections and of rounding.
-        tensor_id: The tensor's position in the optimizer.
-        window: Which window: of the projection.
+        tensor_id: Key of the tensor's random streams.
+        window: Index of the window, of its projection.
         counter: Of this fold's rounding.
         measure_noise: Add the squared rounding errors to ``buffers["noise"]``.
     """
     kernels = library()
     assert kernels is not None
-    # What has no matrices is summed exactly, in one row.
+    # A tensor without a matrix view is summed exactly, as one row.
     batch, rows, columns_here = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
     assert part.row_words is not None
     first_row_word, matrix_row_words = part.row_words
@@ -79,7 +79,7 @@ def fold_native(
     )
     scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8, device="cpu")
     if isinstance(grad, FakeTensor):
-        return  # what there would be to hold has been held
+        return  # its memory has been counted
     fold.grad, fold.data, fold.scratch = grad.data_ptr(), buffers["data"].data_ptr(), scratch.data_ptr()
     if "scale" in buffers:
         fold.scale = buffers["scale"].data_ptr()

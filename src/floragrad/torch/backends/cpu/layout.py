@@ -1,4 +1,4 @@
-"""Which tensors the C++ kernels can take."""
+"""Requirements of the C++ kernels on tensors."""
 
 from torch import Tensor
 
@@ -7,10 +7,10 @@ from floragrad.torch.validation import is_plain, unsupported_memory
 
 
 def tensor_reason(tensor: Tensor) -> str:
-    """Return why the kernels cannot take a tensor; empty where they can."""
+    """Return why the kernels do not support a tensor; empty if they do."""
     return unsupported_memory(tensor, DTYPES) if tensor.is_cpu else f"on {tensor.device.type}"
 
 
 def lies_plainly(tensor: Tensor) -> bool:
-    """Whether a buffer can be handed over by its address."""
+    """Return whether a buffer is a plain contiguous CPU tensor, to be passed by its address."""
     return is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()

@@ -1,4 +1,4 @@
-"""The compiled kernels: where they are, their arguments, and why there are none where there are none."""
+"""The compiled kernels: their location, their arguments, and the reason where they are missing."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class Step(ctypes.Structure):
-    """One tensor's step, as ``tensor.hpp`` has it."""
+    """Arguments of one tensor's step, as in ``tensor.hpp``."""
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype momentum is_vector"),
@@ -36,7 +36,7 @@ class Step(ctypes.Structure):
 
 
 class Fold(ctypes.Structure):
-    """One gradient folded into a sketch, as ``fold.hpp`` has it."""
+    """Arguments of one fold, as in ``fold.hpp``."""
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch rows columns width value_dtype state_dtype is_first measures"),
@@ -49,21 +49,21 @@ class Fold(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """The kernels that run here.
+    """The kernels for this processor.
 
     Attributes:
         name: Their instruction set.
         parallel: The address of the entry point of torch's OpenMP runtime.
         thread_number: The address of its ``omp_get_thread_num``.
-        scratch_bytes: Scratch of a step, which it leaves to the next.
+        scratch_bytes: Scratch bytes of a step, which several steps can share.
         kept_bytes: Bytes that a step keeps between its passes.
-        statistics: Of some steps: the sums of G², or the second moment that is not factored.
-        normalise: Of some steps: the second moment of their sums.
+        statistics: Of some steps: the sums of G², or the update of an unfactored second moment.
+        normalise: Of some steps: the update of a factored second moment from its sums.
         direction: Of some steps: ‖D‖².
-        apply: Of some steps: momentum and parameter move on.
+        apply: Of some steps: the update of momentum and parameter.
         power_iteration: One power iteration of one step.
-        fold_bytes: Scratch of a fold.
-        fold: A gradient into a sketch.
+        fold_bytes: Scratch bytes of a fold.
+        fold: Fold of a gradient into a sketch.
     """
 
     name: str
@@ -81,30 +81,30 @@ class Library(NamedTuple):
 
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
-"""What parameters and gradients may be, by their numbers in ``rows.hpp``."""
+"""Dtypes of parameters and gradients, as in ``rows.hpp``."""
 STATE_DTYPES: Final[dict[StateDtype, int]] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 
 
 def library() -> Library | None:
-    """The kernels, or None where they are turned off or cannot run; :func:`absence` says why."""
+    """Return the kernels; None if they are turned off or cannot run, see :func:`absence`."""
     found = _found()
     return found if isinstance(found, Library) else None
 
 
 def absence() -> str:
-    """Why there are no kernels; empty where there are."""
+    """Return why the kernels are missing; empty if they are there."""
     found = _found()
     return "" if isinstance(found, Library) else found
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The builds that this processor can run, best first, by what torch says of it."""
+    """Return the builds that this processor can run, best first, from torch's CPU capability."""
     return _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
 
 
 @cache
 def _found() -> Library | str:
-    """The kernels, or why there are none; the switch is read when they are first needed."""
+    """Return the kernels, or the reason why they are missing; the switch is read on the first call."""
     if not kernels_allowed():
         return f"{SWITCH}=eager"
     runtime = _torch_library()
@@ -120,13 +120,13 @@ def _found() -> Library | str:
 
 
 def _torch_library() -> ctypes.CDLL | None:
-    """The library that torch has loaded: beside it, or, of a split installation, by its name in this process."""
+    """Return the library that torch has loaded: from its folder, or in a split installation by its name."""
     beside = next(Path(torch.__file__).parent.glob("lib/*torch_cpu*"), None)
     if beside is not None:
         return ctypes.CDLL(str(beside))
     try:
         return ctypes.CDLL("libtorch_cpu.so", mode=getattr(os, "RTLD_NOLOAD", 0))
-    except OSError:  # its name differs here, or torch is linked in another way
+    except OSError:  # another name, or torch is linked statically
         return None
 
 

@@ -1,4 +1,4 @@
-"""The passes of a step by the C++ kernels."""
+"""CPU backend: the passes of a step in C++ kernels."""
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
@@ -19,7 +19,7 @@ from floragrad.torch.scheduling import step_size
 from floragrad.torch.validation import increment_versions, is_plain
 
 BATCH_ELEMENTS: Final = 2**16
-"""Elements of small tensors that are stepped together: what one pass leaves in the cache the next one finds there."""
+"""Elements of small tensors that are stepped together, few enough to stay in the cache from pass to pass."""
 
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
@@ -41,7 +41,7 @@ def name() -> str:
 
 
 def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
-    """Return why the kernels cannot step a parameter; empty where they can."""
+    """Return why the kernels do not support a parameter; empty if they do."""
     if library() is None:
         return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
@@ -50,7 +50,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
 
 
 def supports(update: ParamUpdate) -> bool:
-    """Whether the kernels can make this step: all that they read and write lies as they expect."""
+    """Return whether the kernels support the memory layout of this step's tensors."""
     param, grad, state, ctx = update
     return (
         not unsupported_reason(param, ctx.plan, ctx.part)
@@ -62,7 +62,7 @@ def supports(update: ParamUpdate) -> bool:
 
 
 def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
-    """Yield the passes of small tensors together, of the others one by one; :func:`supports` holds for each."""
+    """Yield the passes of small tensors in batches, of others one by one; :func:`supports` is true for each."""
     for batch in _batches(updates):
         kernels = library()
         assert kernels is not None
@@ -70,7 +70,7 @@ def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
 
 def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
-    """Yield neighbours that are small together; those that learn weights, and large ones, alone."""
+    """Yield batches of small tensors; tensors that learn weights, and large ones, alone."""
     batch: list[ParamUpdate] = []
     elements = 0
     for update in updates:
@@ -85,13 +85,13 @@ def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
 
 
 def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
-    """Run the passes of some tensors in one scratch; there are several only where none learns its weights."""
+    """Run the passes of some tensors, which share scratch; one that learns weights comes alone."""
     given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
     sizes = list(map(kernels.kept_bytes, given))
     kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     scratch = torch.empty(max(map(kernels.scratch_bytes, given)), dtype=torch.uint8, device="cpu")
     if any(isinstance(update.param, FakeTensor) for update in updates):
-        return  # what there would be to hold has been held
+        return  # its memory has been counted
     first, shares = 0, []
     for each, update, size in zip(given, updates, sizes, strict=True):
         each.kept, each.scratch = kept.data_ptr() + first, scratch.data_ptr()
@@ -104,7 +104,7 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
     yield norm_shares + [share for statistics, _ in shares for share in statistics]
     kernels.normalise(given, len(given))
     if updates[0].ctx.learns_weights:
-        previous = updates[0].state["projection_weight"].clone()  # which the kernels read until the step is over
+        previous = updates[0].state["projection_weight"].clone()  # read by the kernels until the end of the step
         given[0].previous = previous.data_ptr()
 
         def power_products(learner: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
 
 
 def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
-    """Return a shard's shares of the statistics and of ‖D‖², in the memory that it keeps between its passes."""
+    """Return views of a shard's shares of the statistics and of ‖D‖², which the kernels write."""
     if not ctx.plan.factored:
         return [], ctx.share(kept[:4].view(torch.float32))
     batch, _, columns = ctx.view
@@ -135,7 +135,7 @@ def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
 
 
 def _described(update: ParamUpdate, kernels: Library) -> Step:
-    """Return the kernels' arguments, but for memory of their own, the step size, and addresses of fake tensors."""
+    """Return the kernels' arguments but for scratch, step size, and addresses of fake tensors."""
     param, _, _, ctx = update
     plan, group, part = ctx.plan, ctx.group, ctx.part
     # A tensor without a matrix view is one row.

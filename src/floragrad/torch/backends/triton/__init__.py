@@ -1,6 +1,6 @@
 """GPU kernels in Triton: a few launches for all tensors of equal shape, dtypes and options.
 
-What is computed is said once for each kernel (``kernels/``), how it is cut into programs in ``geometry.py``, and when
-it is launched in ``work.py``. Kernels see pointers and numbers only, so the interpreter of Triton
-(``TRITON_INTERPRET=1``) runs them on CPU tensors.
+``kernels/`` holds the kernels, ``geometry.py`` their grids and tiles, ``launches.py`` and ``passes.py`` the order of
+launches. Kernels take only pointers and scalars, so the interpreter of Triton (``TRITON_INTERPRET=1``) runs them on CPU
+tensors.
 """

@@ -1,4 +1,4 @@
-"""What the kernels have to know of a parameter's step, in plain values: the only reader of its context."""
+"""Description of a parameter's step for the kernels, in plain values."""
 
 from collections.abc import Hashable, Sequence
 from typing import Final, NamedTuple
@@ -18,12 +18,12 @@ REGIONS: Final = range(fields.ROW_PARTIALS.value, fields.FIELDS.value)
 
 
 class Located(NamedTuple):
-    """A tensor's step and where its memory is.
+    """Step of a tensor with its addresses.
 
     Attributes:
         update: The step.
-        addresses: Of the gradient, the parameter and its state, in the order of the table's fields; 0 for what is none.
-        aligned: Whether all of them are multiples of 16 bytes.
+        addresses: Of the gradient, the parameter and its state, in the order of the table's fields; 0 if missing.
+        aligned: True if all of them are multiples of 16 bytes.
     """
 
     update: ParamUpdate
@@ -32,7 +32,7 @@ class Located(NamedTuple):
 
     @classmethod
     def of(cls, update: ParamUpdate) -> "Located":
-        """Return where a step's tensors are."""
+        """Return a step with the addresses of its tensors."""
         param, grad, state, _ = update
         found = (state.get(key) for key in STATE_KEYS)
         kept = (0 if value is None else value.data_ptr() for value in found)
@@ -44,7 +44,7 @@ class Located(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """What tensors have in common that are stepped together; a plan follows from shape and group."""
+        """Key of the batch of tensors that are stepped together; shape and group determine the plan."""
         param, grad, _, ctx = self.update
         part = ctx.part
         layout = ctx.plan.shape, part.view, part.mesh, bool(part.split), param.dtype, grad.dtype, self.aligned
@@ -82,7 +82,7 @@ def rows_of(tensors: Sequence[Located], offsets: Sequence[tuple[int, int]]) -> n
 
 
 def spec_of(tensor: Located) -> Spec:
-    """Return what decides how the kernels are compiled for a step."""
+    """Return the compile-time description of a step."""
     param, grad, _, ctx = tensor.update
     plan, view = ctx.plan, ctx.plan.view
     batch, rows, columns = ctx.view if view else (1, 1, param.numel())
@@ -110,7 +110,7 @@ def spec_of(tensor: Located) -> Spec:
 
 
 def scalars_of(ctx: StepContext) -> StepScalars:
-    """Return the numbers of a step."""
+    """Return the runtime scalars of a step."""
     group = ctx.group
     return StepScalars(
         beta1=group["beta1"] or 0.0,

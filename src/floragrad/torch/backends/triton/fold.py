@@ -1,4 +1,4 @@
-"""Gradients folded into an accumulator's sketch, and sketches decoded, by the Triton kernels."""
+"""Fold of gradients into a sketch, and its decoding, by the Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -30,15 +30,15 @@ def fold_triton(
 
     Args:
         grad: G, contiguous, float32, bfloat16 or float16.
-        buffers: The sketch's.
-        plan: What they are; of no Gaussian projection.
-        columns: What columns are divided by, float32 of (batch, 1, columns); None where they are not.
+        buffers: Of the sketch.
+        plan: Of the sketch, without Gaussian projection.
+        columns: Divisors of columns, float32 of (batch, 1, columns); None: 1.
         part: The local part of the tensor, not split along its columns.
-        is_first: Nothing has been folded yet: what the buffers hold means nothing.
+        is_first: True for the first fold, where the content of the buffers is undefined.
         weight: w.
         seed: Of projections and of rounding.
-        tensor_id: The tensor's number.
-        window: Which window: of the projection.
+        tensor_id: Key of the tensor's random streams.
+        window: Index of the window, of its projection.
         counter: Of this fold's rounding.
         measure_noise: Add the squared rounding errors to ``buffers["noise"]``.
     """
@@ -109,15 +109,15 @@ def decode_triton(
 
     Args:
         grad: G, contiguous, float32, bfloat16 or float16; not read where ``grad_weight`` is 0.
-        buffers: The sketch's.
-        plan: What they are; of no Gaussian projection.
-        columns: What columns were divided by; None where they were not.
-        grad_weight: Weight of what ``grad`` holds already.
-        factor: Of all, a number or a tensor of one element on the gradient's device.
+        buffers: Of the sketch.
+        plan: Of the sketch, without Gaussian projection.
+        columns: Divisors of columns; None: 1.
+        grad_weight: Weight of the values in ``grad``.
+        factor: Factor of the result, a number or a tensor of one element on the gradient's device.
         orthogonal: Decode with (P Pᵀ)⁻¹ P.
         seed: Of projections.
-        tensor_id: The tensor's number.
-        window: Which window.
+        tensor_id: Key of the tensor's random streams.
+        window: Index of the window.
 
     Returns:
         The sums of squares along columns before the factor, (batch, columns); None where columns were not divided.
@@ -164,7 +164,7 @@ def decode_triton(
 
 
 def _layout(plan: AccumulatorPlan) -> tuple[MatrixView, int]:
-    """Return the matrices and the width of a row; what has no matrices is one row, and summed exactly."""
+    """Return the matrices and the width of a row; a tensor without a matrix view is one row."""
     if plan.view.columns > 1:
         return plan.view, plan.width
     return MatrixView(1, 1, plan.view.numel), plan.view.numel

@@ -1,4 +1,4 @@
-"""How the work on a tensor is cut into programs: a function of its shape alone, so that results depend on nothing else.
+"""Grids and tiles of the kernels: functions of a tensor's shape alone, and so are the results.
 
 The reasoning is in ``docs/performance.md``.
 """
@@ -29,13 +29,13 @@ VECTOR_BLOCK: Final = 4096
 
 
 def power_of_2(number: int) -> int:
-    """Return the smallest power of two that is not below a number."""
+    """Return the smallest power of two that is at least ``number``."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a pass over a matrix and its sketch is cut: tiles of (rows, slices, buckets), and programs that take them.
+    """Tiles of (rows, slices, buckets) of a pass over a matrix and its sketch, and the programs that run them.
 
     Attributes:
         slices: Slices of a tile, a power of two: ceil(n/k) or more.
@@ -79,7 +79,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a step is cut.
+    """Tiles and grids of a step.
 
     Attributes:
         tiles: Of the passes that know the direction.

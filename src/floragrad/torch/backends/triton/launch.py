@@ -1,4 +1,4 @@
-"""A kernel, the programs that it is cut into, and what it is given."""
+"""Launch of a kernel: its grid and its arguments."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch.
+    """Launch of one kernel.
 
     Attributes:
         kernel: A function of ``kernels``.
         grid: Programs along three axes.
         arguments: Tensors and numbers, another value of which compiles nothing (but for integers that are 1, or
             multiples of 16, where others are not).
-        constants: What the kernel is compiled for.
+        constants: Compile-time constants of the kernel.
         warps: Of a program.
     """
 
@@ -30,11 +30,11 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is compiled: products are rounded before they are added to, as on CPUs."""
+        """Compiler options; without fused multiply-add, as on CPUs."""
         return {"num_warps": self.warps, "enable_fp_fusion": False}
 
     def run(self) -> None:
-        """Launch it on the current device; nothing is waited for."""
+        """Launch it on the current device, without synchronization."""
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

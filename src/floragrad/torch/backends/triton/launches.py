@@ -1,4 +1,4 @@
-"""The launches of a step, each a function of what the batch has in common, its table and its workspace."""
+"""The launches of a step, each a function of a batch."""
 
 from typing import Any, NamedTuple
 
@@ -16,14 +16,14 @@ from floragrad.torch.backends.triton.spec import DTYPES, MOMENTA, STATE_DTYPES, 
 
 
 class Batch(NamedTuple):
-    """Tensors of one shape and one set of options, as the kernels see them.
+    """Batch of tensors of one shape and one set of options.
 
     Attributes:
-        spec: What they have in common.
-        scalars: The scalars of this step.
-        geometry: How their work is cut.
-        tensors: How many they are.
-        table: Where each is: int64, (tensors, fields).
+        spec: Compile-time description that they share.
+        scalars: Runtime scalars of this step.
+        geometry: Tiles and grids.
+        tensors: Number of tensors.
+        table: Addresses of each: int64, (tensors, fields).
         workspace: Float32.
     """
 
@@ -36,18 +36,18 @@ class Batch(NamedTuple):
 
     @property
     def where(self) -> dict[str, Tensor]:
-        """The tensors that every kernel is given."""
+        """Tensor arguments of every kernel."""
         return {"table": self.table, "workspace": self.workspace}
 
     @property
     def averages(self) -> dict[str, float]:
-        """The numbers of the second moment."""
+        """Scalar arguments of the second moment."""
         scalars = self.scalars
         return {"beta2": scalars.beta2, "fresh2": 1 - scalars.beta2, "eps": scalars.eps}
 
     @property
     def tile_scalars(self) -> dict[str, int | float]:
-        """What the kernels that work on tiles are given."""
+        """Scalar arguments of the kernels on tiles."""
         spec, geometry, beta1 = self.spec, self.geometry, self.scalars.beta1
         return {
             "rows": spec.rows,
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
     @property
     def tile_constants(self) -> dict[str, Any]:
-        """What the kernels that work on tiles are compiled for."""
+        """Compile-time constants of the kernels on tiles."""
         spec, geometry = self.spec, self.geometry
         return {
             "GRAD": DTYPES[spec.grad_dtype],
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
     @property
     def estimator(self) -> dict[str, Any]:
-        """What the kernels that know the direction are compiled for as well."""
+        """Further compile-time constants of the kernels that compute the direction."""
         spec = self.spec
         return {
             "MOMENTUM": MOMENTA[spec.momentum],
@@ -116,7 +116,7 @@ def statistics(batch: Batch) -> Launch:
 
 
 def between(batch: Batch) -> Launch | None:
-    """Average rows and columns, and draw; of shards the columns' sums only. None where there is nothing of it."""
+    """Average rows and columns, and draw; of shards only sum the columns. None without any of these."""
     spec, geometry = batch.spec, batch.geometry
     if not (spec.factored or spec.draws):
         return None
@@ -175,7 +175,7 @@ def directions(batch: Batch) -> Launch:
 
 
 def application(batch: Batch) -> Launch:
-    """Move the momentum and the parameter."""
+    """Update the momentum and the parameter."""
     spec, geometry, scalars = batch.spec, batch.geometry, batch.scalars
     return Launch(
         apply,
@@ -214,7 +214,7 @@ def learning_start(batch: Batch) -> Launch:
 
 
 def power_iteration(batch: Batch) -> Launch:
-    """Make half of a power iteration: what the weights grow to, of some rows each."""
+    """Run the first half of a power iteration: products of some rows each."""
     spec, geometry = batch.spec, batch.geometry
     return Launch(
         power_products,
@@ -226,7 +226,7 @@ def power_iteration(batch: Batch) -> Launch:
 
 
 def learning_end(batch: Batch, *, is_last: bool) -> Launch:
-    """Make the other half: weights of norm 1 in each bucket."""
+    """Run the second half of a power iteration: weights of norm 1 in each bucket."""
     split = batch.spec.is_split
     return Launch(
         end_iteration,

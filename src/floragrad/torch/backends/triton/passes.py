@@ -1,4 +1,4 @@
-"""The passes of a step, batch by batch."""
+"""Passes of a step, batch by batch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +23,7 @@ from floragrad.torch.validation import increment_versions
 
 
 class _Planned:
-    """A batch whose launches are known, but not yet its table and its workspace."""
+    """Batch with its geometry and the layout of its workspace, before their allocation."""
 
     def __init__(self, tensors: Sequence[Located]) -> None:
         self.tensors, self.spec = tensors, spec_of(tensors[0])
@@ -32,7 +32,7 @@ class _Planned:
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
-        """Of the table."""
+        """Rows of the table."""
         return rows_of(self.tensors, self.workspace.offsets(REGIONS))
 
 
@@ -51,7 +51,7 @@ def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
 
 class _Passes:
-    """The passes over one batch, which own its workspace."""
+    """Passes over one batch; owner of its workspace."""
 
     def __init__(self, planned: _Planned, table: Tensor, device: torch.device) -> None:
         self._planned, self._table, self._device = planned, table, device

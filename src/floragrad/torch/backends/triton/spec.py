@@ -1,4 +1,4 @@
-"""What the tensors of one batch have in common, in plain values: all that decides how kernels are compiled."""
+"""Description of a batch in plain values: compile-time (:class:`Spec`) and runtime (:class:`StepScalars`)."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +15,7 @@ MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
 @dataclass(frozen=True)
 class Spec:
-    """A step of tensors of one shape, with one set of options.
+    """Compile-time description of a step of tensors of one shape, with one set of options.
 
     Attributes:
         batch: Matrices of a tensor; 1 for a tensor without a matrix view, which is one row of all its elements.
@@ -26,17 +26,17 @@ class Spec:
         numel: Elements of the tensor, on all devices.
         param_dtype: Of the parameter.
         grad_dtype: Of the gradient.
-        state_dtype: How the momentum is stored.
-        momentum: Whether it is a sketch, whole or none.
-        factored: Whether the second moment is.
-        adaptive: Whether the projection's weights are learnt, not drawn.
-        learns: Whether they are in this step.
-        residual: Which estimator.
-        resamples: Whether the projection differs from that of the step before.
-        rounds: Whether a bfloat16 parameter is rounded stochastically.
-        scales: Whether the step is in units of rms(W).
-        is_split: Whether other devices have other rows or matrices of the tensors.
-        aligned: Whether all addresses are multiples of 16 bytes.
+        state_dtype: Storage format of the momentum.
+        momentum: Kind of momentum: a sketch, whole or none.
+        factored: True for a factored second moment.
+        adaptive: True if the projection's weights are learned, not drawn.
+        learns: True if this step learns them.
+        residual: True for the residual estimator.
+        resamples: True if the projection differs from that of the previous step.
+        rounds: True if a bfloat16 parameter is rounded stochastically.
+        scales: True if the step is in units of rms(W).
+        is_split: True if other devices have other rows or matrices of the tensors.
+        aligned: True if all addresses are multiples of 16 bytes.
     """
 
     batch: int
@@ -61,33 +61,33 @@ class Spec:
 
     @property
     def is_sketch(self) -> bool:
-        """Whether there is a projection."""
+        """True if there is a projection."""
         return self.momentum == "sketch"
 
     @property
     def rounds_state(self) -> bool:
-        """Whether the momentum is rounded stochastically."""
+        """True if the momentum is rounded stochastically."""
         return self.momentum != "none" and self.state_dtype != "float32"
 
     @property
     def is_signed(self) -> bool:
-        """Whether the projection's signs are part of the columns' factors."""
+        """True if the columns' factors include the projection's signs."""
         return self.is_sketch and self.factored and not self.adaptive and not self.resamples
 
     @property
     def draws_signs(self) -> bool:
-        """Whether signs are drawn into the workspace instead."""
+        """True if signs are drawn into the workspace instead."""
         return self.is_sketch and not self.adaptive and not self.is_signed
 
     @property
     def draws(self) -> bool:
-        """Whether anything is drawn but signs that are part of factors."""
+        """True if random words or signs are drawn into the workspace."""
         return self.rounds_state or self.rounds or self.draws_signs
 
 
 @dataclass(frozen=True)
 class StepScalars:
-    """What the kernels are given as numbers: another value compiles nothing.
+    """Scalar arguments of the kernels; other values need no compilation.
 
     Attributes:
         beta1: β₁; 0 without momentum.

@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels step. This module loads neither triton nor the kernels before there is one."""
+"""Triton backend. It imports triton and the kernels once a tensor uses them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -31,14 +31,14 @@ def name() -> str:
 
 @cache
 def absence() -> str:
-    """Return why there are no kernels, found once for all; empty where there are."""
+    """Return why the kernels are missing; empty if they are there."""
     if not kernels_allowed():
         return f"{SWITCH}=eager"
     return "" if find_spec("triton") else "triton is not installed"
 
 
 def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
-    """Return why the kernels cannot step a parameter; empty where they can."""
+    """Return why the kernels do not support a parameter; empty if they do."""
     if tensor.device.type not in DEVICES:
         return f"on {tensor.device.type}"
     if absence():
@@ -63,7 +63,7 @@ def _tensor_reason(tensor: Tensor) -> str:
 
 
 def supports(update: ParamUpdate) -> bool:
-    """Whether the kernels can make this step: all that they read and write lies as they expect."""
+    """Return whether the kernels support the memory layout of this step's tensors."""
     param, grad, state, ctx = update
     return (
         not unsupported_reason(param, ctx.plan, ctx.part)
@@ -74,11 +74,11 @@ def supports(update: ParamUpdate) -> bool:
 
 
 def can_fold(grad: Tensor, buffers: Mapping[str, Tensor], part: Part, width: int) -> bool:
-    """Whether the kernels can fold a gradient into a sketch that is no Gaussian one, and decode into it.
+    """Return whether the kernels can fold a gradient into a sign sketch, and decode into it.
 
     Args:
         grad: The gradient.
-        buffers: The sketch's.
+        buffers: Of the sketch.
         part: The local part of the tensor.
         width: Columns of the sketch.
     """
@@ -107,7 +107,7 @@ def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
 
 
 def check_not_capturing(device: torch.device) -> None:
-    """Refuse a step whose replays would each be the same one.
+    """Refuse to be captured: every replay would repeat the same step.
 
     Raises:
         RuntimeError: A CUDA graph is being captured on the device.

@@ -1,4 +1,4 @@
-"""What a batch needs between its passes: one buffer, cut into a region for each purpose."""
+"""Workspace of a batch: one buffer for all passes, with a region for each field."""
 
 from collections.abc import Mapping
 from math import prod
@@ -21,7 +21,7 @@ _NORMS: Final = {
 
 
 def regions(spec: Spec, geometry: Geometry) -> dict[int, tuple[int, ...]]:
-    """Return the shape of each region for one tensor, by its field; regions without a use are missing."""
+    """Return the shape of each region for one tensor, by its field; unused regions are missing."""
     batch, rows, columns, width = spec.batch, spec.rows, spec.columns, spec.width
     found: dict[int, tuple[int, ...]] = {}
     if spec.factored:

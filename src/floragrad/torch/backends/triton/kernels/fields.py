@@ -1,7 +1,7 @@
-"""The table that hands tensors to a launch: a row of int64 for each tensor, a column for each field.
+"""Table of a launch's tensors: a row of int64 for each tensor, a column for each field.
 
-Addresses of parameters, gradients and state stand in it as they are, regions of the workspace as offsets in elements of
-four bytes. So a launch takes any number of tensors, and what changes from step to step changes no argument's type.
+It holds addresses of parameters, gradients and state, and offsets of workspace regions in elements of four bytes. So a
+launch takes any number of tensors, and no value that changes from step to step changes an argument's type.
 """
 
 from typing import Final

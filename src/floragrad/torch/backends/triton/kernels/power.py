@@ -1,4 +1,4 @@
-"""How the weights of adaptive projections are learnt: power iterations in every bucket."""
+"""Power iterations in every bucket, which learn the weights of adaptive projections."""
 
 from typing import Final
 

@@ -55,7 +55,7 @@ def average_rows(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Average one piece of a matrix's rows, and write their total, but for what ε₁ adds to it."""
+    """Average one piece of a matrix's rows, and write their total without the share of ε₁."""
     sums = region(workspace, table, tensor, fields.ROW_PARTIALS) + matrix * rows
     averages = address(table, tensor, fields.ROW_VAR, tl.float32, ALIGNED) + matrix * rows
     totals = tl.zeros([BLOCK], tl.float32)

@@ -23,7 +23,7 @@ def square_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Write what rows and columns of G² sum up to within a chunk of rows and a tile of columns; ``MEASURES``: and W².
+    """Write the row and column sums of G² of a chunk of rows and a tile of columns; ``MEASURES``: the sum of W² too.
 
     Grid: chunks x tiles of columns, matrices, tensors. No two programs write to one place, so nothing depends on
     their order.

@@ -1,6 +1,6 @@
-"""Rows kept in few bits: float32, bfloat16, int8 or int4 with a scale for each block of 64 columns.
+"""Storage formats of rows: float32, bfloat16, int8 or int4 with a scale for each block of 64 columns.
 
-The formats are those of ``floragrad.torch.quantize``; in a byte of int4 the low half holds column 2j, the high one
+The formats are those of ``floragrad.torch.storage``; in a byte of int4 the low half holds column 2j, the high one
 column 2j + 1.
 """
 
@@ -90,7 +90,7 @@ def store_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """Store a tile, rounded stochastically, and return what is kept: q = ⌊x / scale + u⌋, of mean x / scale.
+    """Store a tile, rounded stochastically, and return the stored values: q = ⌊x / scale + u⌋, of mean x / scale.
 
     Args:
         values: float32, zeros beyond the rows' columns.
@@ -100,7 +100,7 @@ def store_rows(
         first: The first column.
         width: Columns of a row.
         in_rows: Which rows there are.
-        bits: What each number is rounded with, from :func:`rounding_bits`; not used for float32.
+        bits: Random bits of each element, from :func:`rounding_bits`; not used for float32.
         DTYPE: How the rows are stored.
         ROWS: Of the tile.
         COLUMNS: As in :func:`load_rows`.
@@ -151,7 +151,7 @@ def nearest_noise(values: tl.tensor) -> tl.tensor:
 def cut_to_bfloat16(values: tl.tensor, noise: tl.tensor) -> tl.tensor:
     """Add noise of 16 bits below the last bit that bfloat16 keeps to float32, then cut.
 
-    Random bits round to one of the two neighbours, unbiased. NaN and infinities stay what they are.
+    Random bits round to one of the two neighbours, unbiased. NaN and infinities are unchanged.
     """
     kept = ((values.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
     return tl.where(values == values, kept, float("nan")).to(tl.bfloat16)

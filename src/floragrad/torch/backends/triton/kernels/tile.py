@@ -47,7 +47,7 @@ def operands(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return pointers to gradient, momentum, its scales, the rows' averages and the whole variance; and the rows' root.
 
-    What a tensor does not have is the gradient. ``KEEPS``: whether there is a momentum.
+    Pointers that a tensor lacks are those of the gradient. ``KEEPS``: whether there is a momentum.
     """
     grad = address(table, tensor, fields.GRAD, GRAD, ALIGNED)
     data, scale = grad, grad
@@ -91,7 +91,7 @@ def column_vectors(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return C, and the weights of this projection and of the one that the momentum was written in.
 
-    What a step has no use for is one of the others.
+    Vectors that a step does not use are one of the others.
     """
     factor = tl.full(column.shape, 1.0, tl.float32)
     if FACTORED:
