@@ -148,7 +148,7 @@ def joined(rank: int) -> list[Tensor]:
         sketches[1].add(torch.full((4, 128), 7.0), 1.0, 0, measure_noise=True)
         sketches[1].folds = 0
     for sketch in sketches:
-        sketch.join(torch.device("cpu"))
+        sketch.fill_zeros(torch.device("cpu"))
     all_reduce_sketches(sketches, 0, ranks)
     for sketch in sketches:
         decoded.append(torch.empty(4, 128))

@@ -184,7 +184,7 @@ def test_the_report_counts_the_second_copy() -> None:
     with made(ENDINGS[0], model, drop_nonfinite=True) as accumulator:
         for tokens in batches(2):
             accumulator.backward(model(tokens))
-        held = [value for entry in accumulator._entries for value in entry.sketch._snapshot.values()]
+        snapshots = [value for entry in accumulator._entries for value in entry.sketch._snapshot.values()]
         kept = [value for entry in accumulator._entries for value in entry.sketch.buffers.values()]
         assert accumulator.report().state_bytes == sum(each.nbytes for each in held + kept)
         accumulator.zero_grad()
