@@ -186,7 +186,7 @@ def test_the_report_counts_the_second_copy() -> None:
             accumulator.backward(model(tokens))
         snapshots = [value for entry in accumulator._entries for value in entry.sketch._snapshot.values()]
         kept = [value for entry in accumulator._entries for value in entry.sketch.buffers.values()]
-        assert accumulator.report().state_bytes == sum(each.nbytes for each in held + kept)
+        assert accumulator.report().state_bytes == sum(each.nbytes for each in snapshots + kept)
         accumulator.zero_grad()
     with made(ENDINGS[0], net()) as without:
         assert not any(entry.sketch._snapshot for entry in without._entries)
