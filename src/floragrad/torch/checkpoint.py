@@ -39,7 +39,7 @@ def check_loadable(
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         _check_options(number, saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
-            # A frozen parameter may have entries of wrappers alone.
+            # A frozen parameter may have only entries of wrappers.
             if flora_state(state_dict["state"].get(key, {})):
                 states[param] = state_dict["state"][key]
                 check_tensors(key, states[param], plans[param])

@@ -82,7 +82,7 @@ def param_groups(
 
 def _check_names(options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Refuse options that no optimizer would read, and those that sorting decides."""
-    own = ("lr", "embedding_lr", "weight_decay", "extra")
+    arguments = ("lr", "embedding_lr", "weight_decay", "extra")
     known = [name for name in option_names() if name not in _SORTED]
     for name in (*options, *extra):
         if name in _SORTED:
@@ -90,7 +90,7 @@ def _check_names(options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(
-                f"param_groups() got {name!r}, which is no option of Flora{did_you_mean(name, (*own, *known))}; "
+                f"param_groups() got {name!r}, which is no option of Flora{did_you_mean(name, (*arguments, *known))}; "
                 f"an option of another optimizer goes into extra={{{name!r}: ...}}"
             )
 

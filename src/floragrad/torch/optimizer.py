@@ -174,7 +174,7 @@ class Flora(torch.optim.Optimizer):
         group["params"] = param_info.unique_params(group["params"])
         group = resolve_group(group, self.defaults)
         super().add_param_group(group)
-        group.pop("momentum", None)  # a scheduler's to set
+        group.pop("momentum", None)  # set by schedulers
         try:
             self._infos.update(group_infos(group, next_tensor_id(self._infos)))
         except ValueError:
@@ -336,7 +336,7 @@ class Flora(torch.optim.Optimizer):
             self._infos.update(group_infos(group, len(self._infos)))
         incoming = self.__dict__.setdefault("_incoming", None) or {}
         for param, saved in incoming.items():
-            # In place of what the base class cast to the parameter's dtype; entries of wrappers stay as it left them.
+            # Replaces the base class's casts to the parameter's dtype; entries of wrappers keep them.
             self.state[param].update(
                 param_info.distribute_state(
                     param, self._infos[param], restore_state(saved, param.device, self._infos[param].plan)
@@ -374,7 +374,7 @@ class Flora(torch.optim.Optimizer):
         """Count a step of a parameter, and return its update."""
         info = self._infos[param]
         step = int(state["step"].item()) + 1
-        state["step"].fill_(step)  # a third of what adding 1 takes
+        state["step"].fill_(step)  # takes a third of the time of an addition
         ctx = StepContext(info.plan, info.group, self._ids.of(param, state), step, param.device, info.part)
         return ParamUpdate(local, grad, flora_state(state), ctx)
 

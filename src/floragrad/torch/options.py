@@ -172,7 +172,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     # Further defaults are for schedulers.
     resolved = {name: defaults[name] for name in option_names() if name in defaults} | {"kind": None, **group}
     if "lr" not in group and defaults["relative_step"]:
-        resolved["lr"] = None  # the default is for schedulers to read
+        resolved["lr"] = None  # the default is for schedulers
     if group.get("ratio") is not None:
         resolved["rank"] = group.get("rank")
     elif group.get("rank") is not None:
@@ -186,7 +186,7 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
     if resolved["relative_step"]:
         first = relative_lr(resolved, 1)
         check_relative_lr(resolved["lr"] if resolved["lr"] != first else None)
-        resolved["lr"] = first  # for schedulers to read
+        resolved["lr"] = first  # for schedulers
     resolved |= as_integers(resolved, "rank", "ratio", "kappa", "seed")
     if resolved["residual"] is None:
         resolved["residual"] = resolved["projection"] != "gaussian"

@@ -72,9 +72,9 @@ class RoundingBits(NamedTuple):
     rows: Tensor
     columns: Tensor
 
-    def of(self, where: tuple[slice, slice]) -> "RoundingBits":
+    def of(self, block: tuple[slice, slice]) -> "RoundingBits":
         """Return the words of a block of rows."""
-        return RoundingBits(self.rows[where], self.columns)
+        return RoundingBits(self.rows[block], self.columns)
 
     def integers(self) -> Tensor:
         """Return uniform integers from -32768 to 32767, pairwise independent: int32 of (batch, rows, columns).
@@ -198,18 +198,18 @@ class StoredRows:
     dtype: StateDtype
     rounding: RoundingBits | None
 
-    def read(self, where: Block) -> tuple[Tensor, ...]:
+    def read(self, block: Block) -> tuple[Tensor, ...]:
         """Return the stored tensors of a block, for :func:`load`."""
-        return tuple(buffer[where] for buffer in self.buffers)
+        return tuple(buffer[block] for buffer in self.buffers)
 
-    def write(self, where: Block, values: tuple[Tensor, ...]) -> None:
+    def write(self, block: Block, values: tuple[Tensor, ...]) -> None:
         """Store the output of :func:`save` for a block."""
         for buffer, value in zip(self.buffers, values, strict=True):
-            buffer[where] = value
+            buffer[block] = value
 
-    def bits(self, where: Block) -> RoundingBits | None:
+    def bits(self, block: Block) -> RoundingBits | None:
         """Return the random words of one block; None where nothing is rounded."""
-        return None if self.rounding is None else self.rounding.of(where)
+        return None if self.rounding is None else self.rounding.of(block)
 
 
 def load(kept: tuple[Tensor, ...], dtype: StateDtype, width: int) -> Tensor:

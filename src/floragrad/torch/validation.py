@@ -48,7 +48,7 @@ def has_memory(tensor: Tensor) -> bool:
         return True
     first = tensor.storage_offset() * tensor.itemsize
     size = tensor.nbytes if tensor.is_contiguous() else _extent(tensor)
-    # An efficient zero tensor has a storage of the right size that begins nowhere.
+    # An efficient zero tensor has a storage of the right size without an address.
     if tensor.untyped_storage().nbytes() >= first + size and tensor.data_ptr() != first:
         return True
     return tensor.is_meta or tensor.numel() == 0

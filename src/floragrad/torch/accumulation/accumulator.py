@@ -63,8 +63,8 @@ class GradientAccumulator(MicroBatches):
     Args:
         optimizer: Flora, any other optimizer, or a list of optimizers.
         steps: N, the micro-batches of a window. With 1 nothing is kept: plain gradient release.
-        ratio: ρ, the columns of a matrix that share one number; 1 keeps every column.
-        rank: Go by rank instead: ρ = min(m, n) // rank.
+        ratio: ρ, the columns of a matrix that share one element; 1 keeps every column.
+        rank: The rank instead: ρ = min(m, n) // rank.
         state_dtype: Storage of the sketches: ``"int4"``, ``"int8"``, ``"bfloat16"`` or ``"float32"``.
         projection: ``"sign"``, or ``"gaussian"`` (the paper's).
         seed: Of projections and rounding.
@@ -102,8 +102,8 @@ class GradientAccumulator(MicroBatches):
         >>> accumulator.close()
 
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, algorithm 1.
-    Deviations: signs instead of Gaussian numbers, few bits instead of few columns by default, the last gradient
-    used whole where possible, vocabulary-like tensors not projected.
+    Deviations: signs instead of a Gaussian matrix, low-bit storage instead of fewer columns by default, the last
+    gradient exact where possible, vocabulary-like tensors not projected.
     """
 
     expects_gradients = True
@@ -201,7 +201,7 @@ class GradientAccumulator(MicroBatches):
 
     @disable_dynamo
     def flush_if_fed(self) -> None:
-        """End the window if the last micro-batch has given a gradient here or on another process."""
+        """End the window if any process has a gradient of the last micro-batch."""
         fed = any(entry.folded for entry in self._entries)
         if fed if self._ranks is None else self._ranks.all_reduce_any([fed], self._entries.device)[0]:
             self.flush()
@@ -378,7 +378,7 @@ class GradientAccumulator(MicroBatches):
                     self.check_fed()
                 self._stepper.end(self._window)
                 self._window.ended = True
-            elif self._window.dropped:  # all there were
+            elif self._window.dropped:  # all of its micro-batches
                 self._window = self._fresh(self._window.index)
 
     def _share(self) -> bool:

@@ -42,7 +42,7 @@ def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings,
     said = ranks.all_gather([layout, window.index, window.kept, bool(window.weighted)], entries.device)
     _check_alike([each[0] for each in said], "parameters or options of the accumulator (as checksums)")
     begun = [each for each in said if each[2]]
-    # A rank without a micro-batch may have dropped fewer windows: it has nothing that depends on the number.
+    # A rank without a micro-batch may have dropped fewer windows: nothing of it depends on the index.
     _check_alike([each[1] for each in begun], "the number of the window")
     if len({each[3] for each in begun}) > 1:
         raise ValueError(
@@ -76,7 +76,7 @@ def all_reduce_sketches(sketches: Sequence[GradientSketch], window: int, ranks: 
         ranks: The processes.
     """
     all_reduce_rounded(sketches, window, ranks)
-    kept = {"float32": "data"}  # of what is rounded the sums are there, but not those of their noises
+    kept = {"float32": "data"}  # low-bit data are summed already, their noise is not
     ranks.all_reduce_([each.buffers[kept.get(each.plan.state_dtype, "noise")] for each in sketches])
 
 

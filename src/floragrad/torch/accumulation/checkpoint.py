@@ -45,17 +45,17 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
                 f"{rank} of {size}: let each rank load what it saved itself, or load a state "
                 "that was saved between two windows"
             )
-    here = {entry.tensor_id: entry for entry in entries}
+    by_id = {entry.tensor_id: entry for entry in entries}
     # Sizes of columns, which are saved between two windows, are loaded where they fit and ignored elsewhere.
     gradients = {tensor_id: saved for tensor_id, saved in state["sketches"].items() if saved["folds"]}
     for tensor_id, saved in gradients.items():
-        sketch = here[tensor_id].sketch if tensor_id in here else None
+        sketch = by_id[tensor_id].sketch if tensor_id in by_id else None
         if sketch is None:
             raise ValueError(
                 f"the saved window holds a gradient of parameter {tensor_id}, which is not trained here: "
                 "load the state that was saved with this model"
             )
-        sketch.check_loadable(saved, here[tensor_id].name)
+        sketch.check_loadable(saved, by_id[tensor_id].name)
 
 
 def load_window(state: dict[str, Any], entries: ParamEntries, fresh: Window) -> Window:

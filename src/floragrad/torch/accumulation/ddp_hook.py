@@ -159,7 +159,7 @@ class _HookedParam:
             self.error += grad
             self.sketch.add(self.error, 1.0, step, measure_noise=False)
             self.sketch.subtract_from(self.error, step)
-            # A gradient that overflowed is the scaler's to deal with, and must not come back for ever.
+            # The scaler handles an overflow; it must not stay in the error.
             self.error.nan_to_num_(0.0, 0.0, 0.0)
         return self.sketch.buffers["data"].view(-1) if self.plan.state_dtype == "float32" else None
 
@@ -188,15 +188,15 @@ class _HookedParam:
         Raises:
             ValueError: It is of another tensor.
         """
-        here = self.state_dict()
-        if not saved or not here:
+        current = self.state_dict()
+        if not saved or not current:
             return
-        if {key: value.shape for key, value in here.items()} != {key: value.shape for key, value in saved.items()}:
+        if {key: value.shape for key, value in current.items()} != {key: value.shape for key, value in saved.items()}:
             raise ValueError(
                 f"the saved state of tensor {self.tensor_id} is not of shape {tuple(self.plan.shape)}: load the state "
                 "that was saved with this model and wrapper"
             )
-        for key, value in here.items():
+        for key, value in current.items():
             value.copy_(saved[key])
 
 
@@ -242,8 +242,8 @@ def flora_hook(state: FloraHookState, bucket: GradBucket) -> Future[Tensor]:
     ranks = Ranks.from_group(state.process_group)
     if ranks is None:
         return _plain_mean(buffer, ranks)
-    # Also while gradients go whole: the wrapper sorts its buckets anew after the first step, and a resumed run must
-    # give the same numbers.
+    # Ids are assigned in uncompressed steps too: the wrapper reorders its buckets after the first step, and a resumed
+    # run must have the same ids.
     tensors, grads = [state.of(param, ranks) for param in bucket.parameters()], bucket.gradients()
     if step < state.start_step:
         return _plain_mean(buffer, ranks)

@@ -60,11 +60,11 @@ class Settings:
         Raises:
             ValueError: Naming the setting, both values and the remedy.
         """
-        for name, here in self.saved(device).items():
-            if saved.get(name) != here:
+        for name, value in self.saved(device).items():
+            if saved.get(name) != value:
                 raise ValueError(
                     f"the saved window was begun with {name}={saved.get(name)!r}, this accumulator has "
-                    f"{name}={here!r} and cannot finish it; construct it with {name}={saved.get(name)!r}, "
+                    f"{name}={value!r} and cannot finish it; construct it with {name}={saved.get(name)!r}, "
                     "or load a state that was saved between two windows"
                 )
 

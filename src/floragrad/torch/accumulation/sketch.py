@@ -138,20 +138,20 @@ class GradientSketch:
         stored = self._stored(grad.device, self._rounding(grad.device, window, self.folds, Stream.ACCUMULATOR_ROUNDING))
         projection, columns = self._projection(window), self._column_sizes(grad.device)
         grads, dtype = grad.reshape(self.plan.view), self.plan.state_dtype
-        for where in self._blocks(grad.device):
-            fresh = grads[where].float()
+        for block in self._blocks(grad.device):
+            fresh = grads[block].float()
             if projection is not None:
                 fresh = projection.encode(fresh)
             elif columns is not None:
-                fresh = fresh / columns[where[0]]
+                fresh = fresh / columns[block[0]]
             if self.folds == 0:
                 total = fresh * weight
             else:
-                total = load(stored.read(where), dtype, stored.width).add_(fresh, alpha=weight)
-            kept = save(total, dtype, stored.bits(where))
-            stored.write(where, kept)
+                total = load(stored.read(block), dtype, stored.width).add_(fresh, alpha=weight)
+            kept = save(total, dtype, stored.bits(block))
+            stored.write(block, kept)
             if measure_noise and "noise" in self._buffers:
-                self._add_noise(kept, total, None if columns is None else columns[where[0]])
+                self._add_noise(kept, total, None if columns is None else columns[block[0]])
 
     def snapshot(self) -> None:
         """Copy the sum, for :meth:`restore`."""
@@ -183,20 +183,20 @@ class GradientSketch:
         device = self._buffers["data"].device
         return self._stored(device, self._rounding(device, window, 0, Stream.EXCHANGE_ROUNDING))
 
-    def write_sum(self, where: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
+    def write_sum(self, block: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
         """Replace some rows by their sum over several processes, and add its rounding error to the noise.
 
         Args:
-            where: The rows.
+            block: The rows.
             parts: Their storage in each process.
             stored: From :meth:`stored_for_sum`.
         """
         columns = self._column_sizes(self._buffers["data"].device)
         dtype, width = self.plan.state_dtype, self.plan.width
         total = torch.stack([load(part, dtype, width) for part in parts]).sum(0)
-        kept = save(total, dtype, stored.bits(where))
-        stored.write(where, kept)
-        self._add_noise(kept, total, None if columns is None else columns[where[0]])
+        kept = save(total, dtype, stored.bits(block))
+        stored.write(block, kept)
+        self._add_noise(kept, total, None if columns is None else columns[block[0]])
 
     def squared_norm(self) -> Tensor:
         """Return ‖C‖² less the squared rounding errors: an unbiased estimate of the squared norm of the sum of w·G.
@@ -206,10 +206,10 @@ class GradientSketch:
         """
         total = torch.zeros((), dtype=torch.float32, device=self._buffers["data"].device)
         stored, columns = self._stored(total.device), self._column_sizes(total.device)
-        for where in self._blocks(total.device):
-            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+        for block in self._blocks(total.device):
+            rows = load(stored.read(block), self.plan.state_dtype, stored.width)
             if columns is not None:
-                rows.mul_(columns[where[0]])
+                rows.mul_(columns[block[0]])
             total += torch.linalg.vector_norm(rows).square_()
         return total - self._buffers["noise"] if "noise" in self._buffers else total
 
@@ -247,19 +247,19 @@ class GradientSketch:
             return
         projection, grads = self._projection(window), grad.view(self.plan.view)
         squares = None if columns is None else torch.zeros_like(self._buffers["col_var"])
-        for where in self._blocks(grad.device):
-            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+        for block in self._blocks(grad.device):
+            rows = load(stored.read(block), self.plan.state_dtype, stored.width)
             if projection is not None and orthogonal:
                 rows = projection.add_orthogonal_(rows.new_zeros(*rows.shape[:-1], self.plan.view.columns), rows)
             elif projection is not None:
                 rows = projection.decode(rows)
             elif columns is not None:
-                rows.mul_(columns[where[0]])
+                rows.mul_(columns[block[0]])
             if grad_weight:
-                rows = rows.add(grads[where], alpha=grad_weight)
+                rows = rows.add(grads[block], alpha=grad_weight)
             if squares is not None:
-                squares[where[0]] += rows.square().sum(1)
-            grads[where] = rows * factor
+                squares[block[0]] += rows.square().sum(1)
+            grads[block] = rows * factor
         if squares is not None:
             self._update_column_squares(squares / self.plan.view.rows)
 
@@ -267,12 +267,12 @@ class GradientSketch:
         """X ← X − C (P Pᵀ)⁻¹ P: subtract the decoded sketch from a contiguous float32 tensor, in place."""
         stored, projection = self._stored(exact.device), self._projection(window)
         whole, columns = exact.view(self.plan.view), self._column_sizes(exact.device)
-        for where in self._blocks(exact.device):
-            rows = load(stored.read(where), self.plan.state_dtype, stored.width)
+        for block in self._blocks(exact.device):
+            rows = load(stored.read(block), self.plan.state_dtype, stored.width)
             if projection is not None:
-                projection.add_orthogonal_(whole[where], -rows)
+                projection.add_orthogonal_(whole[block], -rows)
             else:
-                whole[where] -= rows if columns is None else rows * columns[where[0]]
+                whole[block] -= rows if columns is None else rows * columns[block[0]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``folds`` and the buffers; between two windows ``col_var`` alone."""
@@ -302,7 +302,7 @@ class GradientSketch:
         """Load the :meth:`state_dict` of another sketch of the same tensor."""
         self.folds = int(saved["folds"])
         for key, value in self._buffers.items():
-            # Between two windows other settings may be taken up: then the columns are measured anew.
+            # Between two windows the settings may change; then the columns' averages start anew.
             if self.folds or (key in saved and saved[key].shape == value.shape):
                 value.copy_(saved[key])
 
@@ -338,7 +338,7 @@ class GradientSketch:
         """Update the average of the columns' mean squares with those of a window; the first sets it."""
         average = self._buffers["col_var"]
         is_known = average.mean(-1, keepdim=True) > 0
-        decay = is_known.to(average.dtype) * COLUMN_DECAY  # torch.where of two numbers has the default dtype
+        decay = is_known.to(average.dtype) * COLUMN_DECAY  # torch.where of two scalars has the default dtype
         updated = squares + decay * (average - squares)
         average.copy_(torch.where(updated.isfinite(), updated, average))
 

@@ -156,7 +156,7 @@ class ReleaseStepper:
                 if not entry.updated:
                     self._update(entry, window, factor)
         except BaseException:
-            window.failed = True  # those before are updated, and would be once more
+            window.failed = True  # a retry would update some parameters twice
             raise
         if self._flora is not None:
             # Without gradients it updates nothing; its hooks run, and schedulers see that it stepped.

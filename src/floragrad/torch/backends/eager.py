@@ -116,9 +116,9 @@ class _EagerStep:
         if not ctx.plan.factored:
             yield sums
             variance = state["variance"].view(ctx.view)
-            for where in self._blocks():
-                squares = self._grads[where].float().square()
-                pure.average_(pure.saturate_(variance[where]), squares, 1, beta2, eps1)
+            for block in self._blocks():
+                squares = self._grads[block].float().square()
+                pure.average_(pure.saturate_(variance[block]), squares, 1, beta2, eps1)
             self._scales = pure.Scales(None, variance)
             return
         assert ctx.plan.view is not None
@@ -127,9 +127,9 @@ class _EagerStep:
         row_sums = self._grads.new_empty((batch, rows, 1), dtype=torch.float32)
         col_sums = self._grads.new_zeros((batch, 1, columns), dtype=torch.float32)
         workspace = self._workspace()
-        for where in self._blocks():
-            grad = self._grads[where]
-            pure.add_square_sums_(grad, row_sums[where], col_sums[where[0]], _part_of(workspace, grad))
+        for block in self._blocks():
+            grad = self._grads[block]
+            pure.add_square_sums_(grad, row_sums[block], col_sums[block[0]], _part_of(workspace, grad))
         row_var, col_var = state["row_var"].view(batch, rows, 1), state["col_var"].view(batch, 1, columns)
         # The new total of the rows, computed from sums, so that one sum over parts is enough.
         row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / ctx.part.column_parts)
@@ -162,11 +162,11 @@ class _EagerStep:
 
         def power_products(weight: Tensor) -> Tensor:
             learner, product = BucketProjection.normalised(weight, width), torch.zeros_like(weight)
-            for where in self._blocks():
-                momentum = load(self._stored.read(where), self._stored.dtype, width)
-                bases = _of_batch(previous, where), _of_batch(learner, where)
-                product[where[0]] += power_iteration_step(
-                    self._grads[where], self._scales_of(where), momentum, *bases, ctx.group["beta1"]
+            for block in self._blocks():
+                momentum = load(self._stored.read(block), self._stored.dtype, width)
+                bases = _of_batch(previous, block), _of_batch(learner, block)
+                product[block[0]] += power_iteration_step(
+                    self._grads[block], self._scales_of(block), momentum, *bases, ctx.group["beta1"]
                 )
             return product
 
@@ -206,12 +206,12 @@ class _EagerStep:
             rounding = ctx.part.rounding(self._words["parameter"], ctx.parameter_width, ctx.part.columns)
         workspace = self._workspace(rounds=rounding is not None)
         with _seen_in(ctx.view, self._param) as params:
-            for where in self._blocks(rounds=rounding is not None):
-                direction, _ = self._direction_of(where, workspace)
+            for block in self._blocks(rounds=rounding is not None):
+                direction, _ = self._direction_of(block, workspace)
                 if self._keeps_columns:
-                    self._stored.write(where, save(direction, self._stored.dtype, self._stored.bits(where)))
-                bits = None if rounding is None else rounding.of(where).integers()
-                pure.descend_(params[where], direction, keep, sizes if rows is None else sizes[where], bits)
+                    self._stored.write(block, save(direction, self._stored.dtype, self._stored.bits(block)))
+                bits = None if rounding is None else rounding.of(block).integers()
+                pure.descend_(params[block], direction, keep, sizes if rows is None else sizes[block], bits)
 
     def _encode(self, estimator: pure.Estimator) -> tuple[Tensor, Tensor]:
         """Return encode(U) of all rows, from the local columns, and ‖U‖²."""
@@ -224,20 +224,20 @@ class _EagerStep:
         sketches = self._grads.new_empty((*self._ctx.view[:2], self._stored.width), dtype=torch.float32)
         norms = self._grads.new_empty((*self._ctx.view[:2], 1), dtype=torch.float32)
         workspace = self._workspace()
-        for where in self._blocks():
-            grad, here = self._grads[where], _of_batch(projection, where)
-            columns = self._scales_of(where).columns if scales.rows is None else scales.columns[where[0]]
+        for block in self._blocks():
+            grad, basis = self._grads[block], _of_batch(projection, block)
+            columns = self._scales_of(block).columns if scales.rows is None else scales.columns[block[0]]
             update = pure.scale_columns(grad, columns, _part_of(workspace, grad))
-            torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms[where])
+            torch.linalg.vector_norm(update, dim=-1, keepdim=True, out=norms[block])
             if is_signed:
-                assert isinstance(here, BucketProjection)
-                encoded = here.sum_buckets(update)
+                assert isinstance(basis, BucketProjection)
+                encoded = basis.sum_buckets(update)
             else:
-                encoded = here.encode(update, update)
+                encoded = basis.encode(update, update)
             if scales.rows is None:
-                sketches[where] = encoded
+                sketches[block] = encoded
             else:
-                torch.mul(encoded, scales.rows[where], out=sketches[where])
+                torch.mul(encoded, scales.rows[block], out=sketches[block])
         if scales.rows is not None:
             norms.mul_(scales.rows)
         return sketches, norms.square_().sum()
@@ -246,47 +246,47 @@ class _EagerStep:
         """Replace encode(U) by X / R; return ‖D‖² − a²‖U‖² where it is known; update M with ``moves``."""
         stored, rows = self._stored, self._scales.rows
         total: Tensor | None = None
-        for where in self._sketch_blocks():
-            here = estimator._replace(
-                projection=_of_batch(estimator.projection, where), previous=_of_batch(estimator.previous, where)
+        for block in self._sketch_blocks():
+            local = estimator._replace(
+                projection=_of_batch(estimator.projection, block), previous=_of_batch(estimator.previous, block)
             )
-            sketch = sketches[where]
-            momentum = load(stored.read(where), stored.dtype, stored.width)
-            values, next_momentum, added = here.correction(sketch, momentum, workspace=sketch)
+            sketch = sketches[block]
+            momentum = load(stored.read(block), stored.dtype, stored.width)
+            values, next_momentum, added = local.correction(sketch, momentum, workspace=sketch)
             del momentum
             if rows is None:
                 sketch.copy_(values)
             else:
-                torch.mul(values, rows[where].reciprocal(), out=sketch)  # a division takes three times as long
+                torch.mul(values, rows[block].reciprocal(), out=sketch)  # a division takes three times as long
             del values  # frees memory for the rounding
             if moves:
-                stored.write(where, save(next_momentum, stored.dtype, stored.bits(where)))
+                stored.write(block, save(next_momentum, stored.dtype, stored.bits(block)))
             total = added if total is None else total + added
         return torch.zeros((), dtype=torch.float32, device=self._ctx.device) if total is None else total
 
     def _direction_square(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self._ctx.device)
         workspace = self._workspace()
-        for where in self._blocks():
-            total += pure.square_norm(*self._direction_of(where, workspace))
+        for block in self._blocks():
+            total += pure.square_norm(*self._direction_of(block, workspace))
         return total
 
-    def _direction_of(self, where: Block, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _direction_of(self, block: Block, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return D of a block as two factors, of elements and of rows; a whole momentum has the first alone."""
-        grad, scales = self._grads[where], self._scales_of(where)
+        grad, scales = self._grads[block], self._scales_of(block)
         direction = pure.scale_columns(grad, scales.columns, _part_of(workspace, grad))
         if self._keeps_columns:
             if scales.rows is not None:
                 direction.mul_(scales.rows)
-            kept = load(self._stored.read(where), self._stored.dtype, direction.shape[-1])
+            kept = load(self._stored.read(block), self._stored.dtype, direction.shape[-1])
             return torch.lerp(kept, direction, 1 - self._ctx.group["beta1"], out=direction), None
         if self._estimator is not None:
             assert self._corrections is not None
-            here = self._estimator._replace(
-                projection=_of_batch(self._estimator.projection, where),
-                previous=_of_batch(self._estimator.previous, where),
+            local = self._estimator._replace(
+                projection=_of_batch(self._estimator.projection, block),
+                previous=_of_batch(self._estimator.previous, block),
             )
-            pure.add_correction_(direction, self._corrections[where], here)
+            pure.add_correction_(direction, self._corrections[block], local)
         return direction, scales.rows
 
     @property
@@ -294,11 +294,11 @@ class _EagerStep:
         """True if the momentum keeps every column."""
         return not self._ctx.is_sketched and bool(self._stored.buffers)
 
-    def _scales_of(self, where: Block) -> pure.Scales:
+    def _scales_of(self, block: Block) -> pure.Scales:
         """Return the factors of a block; those of a full second moment are computed here."""
         if self._scales.rows is None:
-            return pure.Scales(None, self._scales.columns[where].rsqrt())
-        return pure.Scales(self._scales.rows[where], self._scales.columns[where[0]])
+            return pure.Scales(None, self._scales.columns[block].rsqrt())
+        return pure.Scales(self._scales.rows[block], self._scales.columns[block[0]])
 
     def _stored_rows(self) -> StoredRows:
         ctx, state = self._ctx, self._state
@@ -326,7 +326,7 @@ class _EagerStep:
         """Yield batches and rows of the sketch, whose shorter rows make higher blocks."""
         ctx = self._ctx
         if ctx.is_gaussian:
-            return self._blocks()  # from one projection to the next a sketch is transferred through all columns
+            return self._blocks()  # a transfer decodes the sketch to all columns
         # The update of a sketch has up to three temporaries of its size.
         elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
         return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))
@@ -343,10 +343,10 @@ def _part_of(workspace: Tensor, grad: Tensor) -> Tensor:
     return (workspace if workspace.numel() == grad.numel() else workspace[: grad.numel()]).view(grad.shape)
 
 
-def _of_batch(projection: Any, where: Block) -> Any:
+def _of_batch(projection: Any, block: Block) -> Any:
     """Return the projection of the matrices of a block, where each has its own weights."""
     if isinstance(projection, BucketProjection) and projection.weight.dim() == 3:
-        return replace(projection, weight=projection.weight[where[0]])
+        return replace(projection, weight=projection.weight[block[0]])
     return projection
 
 

@@ -211,14 +211,14 @@ def _leading(
     view: MatrixView | None, axes: list[Axis | None], shape: Sequence[int], offset: Sequence[int]
 ) -> tuple[slice, ...]:
     """Return the local slices of the dimensions that index rows."""
-    here = [slice(first, first + size) for first, size in zip(offset, shape, strict=True)]
+    local = [slice(first, first + size) for first, size in zip(offset, shape, strict=True)]
     if view is None:
-        return tuple(here)
+        return tuple(local)
     if prod(shape) == 0:
         return (slice(0, 0),) * (len(shape) - 1 if view.batch > 1 else 1)
     if axes[-1] is None:
-        return (here[0],)
-    return tuple(here[:-1]) if view.batch > 1 else (here[-2],)
+        return (local[0],)
+    return tuple(local[:-1]) if view.batch > 1 else (local[-2],)
 
 
 def _placements(param: DTensor, plan: TensorPlan, key: str) -> tuple[Placement, ...]:

@@ -40,7 +40,7 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
     every micro-batch, and they are folded where they are. A state is saved between windows.
 
     Args:
-        accumulation_compression_rank: r; ρ = min(m, n) // r columns of a matrix share one number. None keeps
+        accumulation_compression_rank: r; ρ = min(m, n) // r columns of a matrix share one element. None keeps
             every column, in four bits: an eighth of float32 gradients, and it trains like exact accumulation.
         *args: Of ``accelerate.Accelerator``.
         accumulation: Further options of the windows, as of :class:`floragrad.GradientAccumulator`.

@@ -65,9 +65,8 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
                 "(requires_grad_(False)) the models that another model's pass goes through"
             )
         else:
-            # What backward() gets is divided by the number of steps already, as Accelerate does it: sum up. Where
-            # nothing is left in .grad, the window ends when its gradient is first asked for; where sketches are
-            # summed over processes, when a pass has given it a gradient.
+            # Accelerate has divided the loss by the number of steps, hence weight 1. With release the window ends
+            # when its gradient is first needed; with several processes, when a pass has given it a gradient.
             last = self.gradient_state.sync_gradients and not (window.releases or window.is_shared)
             passes = window.micro_batch(weight=1.0, last=last)
         try:

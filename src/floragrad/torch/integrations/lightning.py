@@ -146,7 +146,7 @@ class FloraAccumulation(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, _module: LightningModule, _optimizer: Any) -> None:
         """Clip and update with release; Lightning then finds no gradients."""
-        # A training_step that returned None has had no backward pass: the window ends here then.
+        # A training_step that returned None has had no backward pass; then the window ends here.
         if self._window is None or not self._window.flush() or not self._window.releases:
             return
         self.grad_norm = self._window.grad_norm

@@ -89,7 +89,7 @@ class FloraTrainerMixin:
                 f"{type(self).__name__} makes a {type(self.accelerator).__name__}: FloraTrainerMixin extends "
                 "accelerate.Accelerator alone; use floragrad.GradientAccumulator in a training_step of your own"
             )
-        # The object stays, for the Trainer has handed out methods of it.
+        # The object stays: the Trainer has passed on its methods.
         self.accelerator.__class__ = _TrainerAccelerator
         self.accelerator.adopt_options(self._accumulation)
         self.accelerator.trainer_steps = self.args.gradient_accumulation_steps

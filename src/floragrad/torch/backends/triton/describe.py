@@ -76,9 +76,9 @@ def rows_of(tensors: Sequence[Located], offsets: Sequence[tuple[int, int]]) -> n
         tensors: The batch.
         offsets: Of each of ``REGIONS``: where the first tensor's begins, and how far it is to the next one's.
     """
-    own = np.array([tensor.row() for tensor in tensors], dtype=np.int64)
+    rows = np.array([tensor.row() for tensor in tensors], dtype=np.int64)
     first, stride = np.array(offsets, dtype=np.int64).T
-    return np.hstack([own, first + stride * np.arange(len(tensors))[:, None]])
+    return np.hstack([rows, first + stride * np.arange(len(tensors))[:, None]])
 
 
 def spec_of(tensor: Located) -> Spec:

@@ -30,7 +30,7 @@ FIRST_COLUMN: Final = tl.constexpr(13)
 # Offsets in the workspace, each followed by its shape for one tensor.
 ROW_PARTIALS: Final = tl.constexpr(14)  # column tiles, matrices, rows: sums of G² over some columns
 COL_PARTIALS: Final = tl.constexpr(15)  # matrices, chunks of rows, columns: sums of G² over some rows
-COL_SUMS: Final = tl.constexpr(16)  # matrices, columns: the same over all rows
+COL_SUMS: Final = tl.constexpr(16)  # matrices, columns: sums of G² over all rows
 ROW_TOTALS: Final = tl.constexpr(17)  # matrices, pieces: sums of row_var over some rows, but for (1 − β₂) ε₁ of each
 FACTORS: Final = tl.constexpr(18)  # matrices, columns: C, times the signs where they are part of it
 SIGNS: Final = tl.constexpr(19)  # columns
@@ -43,8 +43,8 @@ PARAM_SQUARES: Final = tl.constexpr(25)  # programs of the first pass: partial s
 PARAM_NORM: Final = tl.constexpr(26)  # ‖W‖², on all devices
 SQUARES: Final = tl.constexpr(27)  # programs of the second pass: partial sums of ‖D‖²
 NORM: Final = tl.constexpr(28)  # ‖D‖², on all devices
-LEARNER: Final = tl.constexpr(29)  # matrices, columns: weights of the adaptive projection while they are learnt
-OLD_WEIGHT: Final = tl.constexpr(30)  # matrices, columns: the weights of the step before
+LEARNER: Final = tl.constexpr(29)  # matrices, columns: weights of the adaptive projection during power iterations
+OLD_WEIGHT: Final = tl.constexpr(30)  # matrices, columns: the previous weights
 POWER_PARTIALS: Final = tl.constexpr(31)  # matrices, programs along rows, columns: Vᵀ(V w) of some rows
 
 FIELDS: Final = tl.constexpr(32)

@@ -18,7 +18,7 @@ _NOISE: Final = tl.constexpr(ADAPTIVE_NOISE)
 def normalised(weight: tl.tensor, fallback: tl.tensor) -> tl.tensor:
     """Return weights (slices, buckets) with norm 1 in each bucket; ``fallback`` in buckets that are zero."""
     largest = tl.max(tl.abs(weight), 0)[None, :]
-    # Of numbers around 1, whose squares neither overflow nor vanish.
+    # Scaled to magnitudes around 1, whose squares neither overflow nor underflow.
     around_one = tl.div_rn(weight, tl.broadcast_to(tl.where(largest == 0.0, 1.0, largest), weight.shape))
     norm = tl.sqrt_rn(tl.sum(around_one * around_one, 0))[None, :]
     return tl.where(largest == 0.0, fallback, tl.div_rn(around_one, tl.broadcast_to(norm, weight.shape)))

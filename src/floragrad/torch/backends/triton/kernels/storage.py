@@ -127,7 +127,7 @@ def store_rows(
         # A block of zeros has scale 0: divide it by 1 instead.
         divisor = spread(tl.where(scales == 0.0, 1.0, scales), ROWS, COLUMNS, BLOCK)
         grid = tl.div_rn(values, divisor) + (bits.to(tl.float32) + 32768.5) * 0.0000152587890625
-        grid = tl.where(grid > -LARGEST, grid, -LARGEST)  # and so is what is not a number
+        grid = tl.where(grid > -LARGEST, grid, -LARGEST)  # NaN too
         integers = tl.floor(tl.where(grid < LARGEST, grid, LARGEST)).to(tl.int8)
         kept = integers.to(tl.float32) * spread(scales, ROWS, COLUMNS, BLOCK)
         if DTYPE == INT8:
