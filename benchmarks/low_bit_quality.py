@@ -27,12 +27,12 @@ from floragrad._text import format_bytes
 from floragrad.cli import machine
 from floragrad.cli.disk import write_text
 from floragrad.cli.errors import DivergenceError, StoppedError
+from floragrad.cli.peers import state_tensors
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Corpus
 from floragrad.cli.train.display import Display
 from floragrad.cli.train.engine import Engine
 from floragrad.cli.train.folder import CONFIG, CORPUS, RunFolder, new_folder
-from floragrad.cli.train.optimizers import state_tensors
 from floragrad.cli.train.processes import Processes
 from floragrad.cli.train.run import start, train, write_corpus
 from floragrad.cli.train.trainer import TrainerEngine

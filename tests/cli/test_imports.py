@@ -11,7 +11,7 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (SOURCE / "floragrad").rglob("*.py")
 }
-ROOT = "app", "disk", "errors", "figures", "hub", "machine", "options", "presets"
+ROOT = "app", "disk", "errors", "figures", "hub", "machine", "options", "peers", "presets"
 """What the commands share."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from floragrad.cli.plan.optimizers import state_tensors
+from floragrad.cli.peers import state_tensors
 from floragrad.cli.plan.tracker import MemoryTracker
 from floragrad.torch import GradientAccumulator
 

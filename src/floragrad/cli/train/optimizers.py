@@ -1,36 +1,22 @@
 """The optimizers of ``--optimizer``, all on the same parameter groups."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.optimization import Adafactor
 
 from floragrad import Flora, param_groups
+from floragrad.cli.peers import PEERS, state_tensors
 from floragrad.cli.train.config import RunConfig
 from floragrad.torch import report
 from floragrad.torch.distributed.collectives import to_local
 
 
 def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer's class and its arguments, as the Trainer takes them.
-
-    AdamW has torch's defaults, in its fused form. Adafactor is Hugging Face's, with momentum, and with
-    learning rates that mean what they mean in AdamW.
-    """
+    """Return the optimizer's class and its arguments, as the Trainer takes them."""
     groups = param_groups(model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW, {"params": groups, "lr": config.lr, "fused": True}
-    if config.optimizer == "adafactor":
-        settings = {"beta1": 0.9, "scale_parameter": False, "relative_step": False}
-        return Adafactor, {"params": groups, "lr": config.lr, **settings}
-    return Flora, {"params": groups, "lr": config.lr, **config.keywords("optimizer")}
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Every tensor that the optimizer keeps between steps."""
-    states: list[Mapping[str, Any]] = list(optimizer.state.values())
-    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    if config.optimizer == "flora":
+        return Flora, {"params": groups, "lr": config.lr, **config.keywords("optimizer")}
+    return PEERS[config.optimizer].arguments(groups, config.lr)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
