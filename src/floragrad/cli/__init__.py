@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _option_error() -> type[Exception]:
-    """The base of all errors in options: click's, which newer versions of typer carry in themselves."""
+    """Return the base of all errors in options: click's, which newer versions of typer carry in themselves."""
     import typer
 
     return next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

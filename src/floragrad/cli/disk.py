@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SYSTEM_ERROR = re.compile(r"os[ _]error(?:_code)?\W+(\d+)", re.IGNORECASE)
-"""How Rust (safetensors, tokenizers) and tensorstore (orbax) name the system's error."""
+"""Names that Rust (safetensors, tokenizers) and tensorstore (orbax) give the system's error."""
 _PROBE_BYTES = 1 << 20
 
 

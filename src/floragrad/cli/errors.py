@@ -1,4 +1,4 @@
-"""What ends a run on purpose."""
+"""Errors that end a command on purpose."""
 
 import signal
 from pathlib import Path

@@ -19,7 +19,7 @@ DOTS_PER_INCH = 150
 
 
 def run_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A run's training loss, smoothed, and its validation loss over the steps."""
+    """Draw a run's training loss, smoothed, and its validation loss over the steps."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     colour = COLOURS["flora"]
@@ -91,12 +91,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def file_format(path: Path) -> str:
-    """The format of a picture's name, as matplotlib calls it: ``"jpg"``."""
+    """Return the format of a picture's name, as matplotlib calls it: ``"jpg"``."""
     return path.suffix.removeprefix(".").lower()
 
 
 def formats() -> list[str]:
-    """The formats that figures can be saved in."""
+    """Return the formats that figures can be saved in."""
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
@@ -106,7 +106,7 @@ def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int],
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average, corrected for its start."""
+    """Return an exponential average, corrected for its start."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total = SMOOTHING * total + (1 - SMOOTHING) * value

@@ -55,12 +55,12 @@ def default_threads() -> int:
 
 
 def started() -> int:
-    """How many processes were started together; 1 without a launcher."""
+    """Return the number of processes that were started together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_spokesman() -> bool:
-    """Whether this process says what all of them know: one on each machine does."""
+    """Return whether this is the first process of its machine, which prints messages that all of them know."""
     return started() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -115,7 +115,7 @@ def _silence() -> None:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached. Where it cannot, its client would try again for half a minute."""
+    """Return whether the hub can be reached. Where it cannot, its client would try again for half a minute."""
     if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True  # the user has decided already, or a proxy answers in its place
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -142,7 +142,7 @@ def configure_jax(threads: int) -> None:
 
 
 def torch_gpu() -> Gpu | None:
-    """The GPU that torch computes on, if any."""
+    """Return the GPU that torch computes on, if any."""
     import torch
 
     if not torch.cuda.is_available():
@@ -156,7 +156,7 @@ def memory_bytes(gpu: Gpu | None) -> int:
 
 
 def peak_memory_bytes(gpu: Gpu | None) -> int:
-    """The most memory ever used: the GPU's allocations, or the process's resident set."""
+    """Return the most memory ever used: the GPU's allocations, or the process's resident set."""
     if gpu is not None:
         return gpu.peak()
     status = Path("/proc/self/status")
@@ -173,13 +173,13 @@ def peak_memory_bytes(gpu: Gpu | None) -> int:
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:
-    """The versions that a result depends on, those of some libraries among them."""
+    """Return the versions that a result depends on, those of some libraries among them."""
     found = {name: version(name) for name in libraries}
     return {"python": platform.python_version(), "floragrad": version("floragrad"), **found}
 
 
 def machine(gpu: Gpu | None) -> str:
-    """The machine in a few words: the processor, the cores, the GPU."""
+    """Return the machine in a few words: the processor, the cores, the GPU."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():

@@ -1,4 +1,4 @@
-"""The same run with several optimizers, one after another."""
+"""Comparison of optimizers: the same run with each, one after another."""
 
 import contextlib
 import json
@@ -66,13 +66,13 @@ class Plan(Grid):
 
     @property
     def runs(self) -> int:
-        """How many runs there are."""
+        """Number of runs."""
         settings = len(self.lrs or (None,)) * len(self.embedding_lrs or (None,))
         return len(self.contestants) * (settings + len(self.seeds) - 1)
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """The plan of the comparison in ``folder``.
+        """Return the plan of the comparison in ``folder``.
 
         Raises:
             UserError: There is none.
@@ -194,11 +194,11 @@ class _Runner:
         self._number = 0
 
     def path(self, config: RunConfig) -> Path:
-        """Where a run lies."""
+        """Return the folder of a run."""
         return self._folder / RUNS / _name(config)
 
     def run(self, config: RunConfig) -> dict[str, Any]:
-        """The summary of a run, which is done first if need be."""
+        """Return the summary of a run, which is done first if need be."""
         self._number += 1
         path = self.path(config)
         if not path.is_dir():
@@ -230,7 +230,7 @@ class _Runner:
 
     @contextlib.contextmanager
     def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """A process that trains the run, in a session of its own: signals reach it through us, once."""
+        """Yield a process that trains the run, in a session of its own: signals reach it through us, once."""
         command = [sys.executable, "-m", "floragrad.cli.compare.worker", str(path), title]
         with blocked():
             process = subprocess.Popen(command, start_new_session=True)

@@ -49,7 +49,7 @@ class Best:
 
     @property
     def loss(self) -> float | None:
-        """Their mean; None if a seed diverged."""
+        """Mean of the validation losses; None if a seed diverged."""
         return mean(self.losses) if len(self.losses) == len(self.summaries) else None
 
     @property
@@ -99,7 +99,7 @@ class Best:
 
 
 def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
-    """The table as numbers."""
+    """Return the table as numbers."""
     yardstick = _yardstick(bests)
     return {
         "command": command,
@@ -161,7 +161,7 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
 
 
 def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
-    """The loss beyond the yardstick's, and the standard error of the differences block by block."""
+    """Return the loss beyond the yardstick's, and the standard error of the differences block by block."""
     if best is yardstick or best.loss is None or yardstick.loss is None:
         return {"difference": None, "difference_standard_error": None}
     pairs = zip(best.block_losses, yardstick.block_losses, strict=True)
@@ -170,7 +170,7 @@ def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
 
 
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
-    """The table to read, with what it was made of below it.
+    """Return the table to read, with what it was made of below it.
 
     Args:
         bests: What was compared.

@@ -1,4 +1,4 @@
-"""What stays between steps, from shapes alone: parameters, optimizer state, sketches, and the gradients of a step.
+"""Bytes that stay between steps, from shapes alone: parameters, optimizer state, sketches; and gradients.
 
 No step is run, so it is there at once for a model of any size; a trace must agree with it to the byte.
 """
@@ -40,12 +40,12 @@ class Kept:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """What stays between steps, in the order of :data:`floragrad.cli.plan.result.LASTING`."""
+        """Bytes between steps, in the order of :data:`floragrad.cli.plan.result.LASTING`."""
         return tuple(getattr(self, name) for name in LASTING)
 
 
 def closed_form(model: nn.Module, name: OptimizerName, settings: PlanSettings) -> Kept:
-    """What a row keeps of a model.
+    """Return the bytes that a row keeps of a model.
 
     Args:
         model: As its row adapts it, on any device, the meta device too.

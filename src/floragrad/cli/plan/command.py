@@ -45,7 +45,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for beside the settings of the step."""
+    """Options beside the settings of the step."""
 
     model: str = option(
         f"A preset ({', '.join(MODELS)}), the name of a model on the Hugging Face hub, a folder with a config.json, or "
@@ -150,7 +150,7 @@ def _as_json(
     limits: "Mapping[OptimizerName, Limits]",
     measurement: "Measurement | None",
 ) -> dict[str, Any]:
-    """The plan in plain types, and beside it what was asked of devices and of this machine."""
+    """Return the plan in plain types, and beside it what was asked of devices and of this machine."""
     plain = planned.to_json()
     if device is not None:
         plain["fits"] = {

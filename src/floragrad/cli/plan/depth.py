@@ -25,7 +25,7 @@ class DepthError(Exception):
 
 
 def deepened(shallow: Trace, deeper: Trace, blocks: int) -> Trace:
-    """The trace of a model with more blocks.
+    """Return the trace of a model with more blocks.
 
     Args:
         shallow: Of the model with :data:`SHALLOW` blocks.
@@ -47,7 +47,7 @@ def deepened(shallow: Trace, deeper: Trace, blocks: int) -> Trace:
 
 
 def _moments(three: Sequence[Moment], four: Sequence[Moment], more: int) -> tuple[Moment, ...]:
-    """A section of a step: what is outside the blocks, and visits to all blocks in turn."""
+    """Return a section of a step: what is outside the blocks, and visits to all blocks in turn."""
     runs = [(stem, list(run)) for stem, run in groupby(three, key=_stem)]
     deep = [(stem, list(run)) for stem, run in groupby(four, key=_stem)]
     if [stem for stem, _ in runs] != [stem for stem, _ in deep]:
@@ -66,7 +66,7 @@ def _moments(three: Sequence[Moment], four: Sequence[Moment], more: int) -> tupl
 
 
 def _visit(three: list[list[Moment]], four: list[list[Moment]], more: int) -> list[Moment]:
-    """A pass through all blocks, upwards or downwards."""
+    """Return a pass through all blocks, upwards or downwards."""
     if len(three) == len(four) == 1 and _index(three[0][0].name) == _index(four[0][0].name) == 0:
         # What only the first block has is like what is outside the blocks.
         return [_moment(a, b, more) for a, b in _pairs(three[0], four[0])]
@@ -105,7 +105,7 @@ def _pairs(left: list[Moment], right: list[Moment]) -> list[tuple[Moment, Moment
 
 
 def _visits(run: list[Moment]) -> list[list[list[Moment]]]:
-    """The moments of each block in turn, anew whenever the first block comes again."""
+    """Return the moments of each block in turn, anew whenever the first block comes again."""
     visits: list[list[list[Moment]]] = []
     for index, group in groupby(run, key=lambda moment: _index(moment.name)):
         if index == _index(run[0].name):
@@ -115,7 +115,7 @@ def _visits(run: list[Moment]) -> list[list[list[Moment]]]:
 
 
 def _stem(moment: Moment) -> str | None:
-    """The module list of a moment's block, without what happens there; None outside the blocks."""
+    """Return the module list of a moment's block, without what happens there; None outside the blocks."""
     found = _BLOCK.match(moment.name)
     return None if found is None else found["stem"].rpartition(" ")[2]
 

@@ -1,4 +1,4 @@
-"""What ``floragrad plan`` shows on the screen."""
+"""Tables of ``floragrad plan``."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ EVERYWHERE = ("parameters", "gradients", "accumulation", "optimizer_state", "act
 
 
 def screen() -> Console:
-    """Where tables go."""
+    """Return the console that tables are printed on."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[result.Progress]:
-    """A bar that says what is being done; nothing is left of it, and without a terminal there is none."""
+    """Show a progress bar; nothing is left of it, and without a terminal there is none."""
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
@@ -39,7 +39,7 @@ def progress(console: Console) -> Iterator[result.Progress]:
 
 
 def title(plan: MemoryPlan, reads_text: bool) -> str:
-    """The training step in a few words."""
+    """Return the training step in a few words."""
     return f"{plan.model}: {', '.join(_settings_in_words(plan.settings, reads_text))}"
 
 
@@ -76,7 +76,7 @@ def plan_table(plan: MemoryPlan, heading: str) -> Table:
 
 
 def fits_table(plan: MemoryPlan, device: Size, limits: Mapping[OptimizerName, "Limits"], reads_text: bool) -> Table:
-    """Whether each optimizer fits a device, with its limits where they were looked for."""
+    """Return the table of which optimizers fit a device, with their limits where they were looked for."""
     table = Table(title=f"on a device of {device.words}", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
     table.add_column("verdict")

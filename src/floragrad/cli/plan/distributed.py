@@ -1,4 +1,4 @@
-"""What training on several devices adds to a step, or takes from it, on each of them."""
+"""Differences that training on several devices makes to a step, on each of them."""
 
 from collections.abc import Iterable
 from math import ceil
@@ -11,7 +11,7 @@ from floragrad.cli.plan.tracker import Moment
 
 
 def sharded(trace: Trace, model: nn.Module, devices: int) -> Trace:
-    """A step under FSDP2 (``fully_shard`` of every block, then of the model), on the device that holds most.
+    """Return a step under FSDP2 (``fully_shard`` of every block, then of the model), on the device that holds most.
 
     This is arithmetic on the step of one device, not a step of its own. Every tensor is cut along its first
     dimension; parameters, gradients, state and the temporaries of an update are scaled by the largest shard's part.
@@ -69,7 +69,7 @@ def _shard(param: Tensor, devices: int) -> int:
 
 
 def _outermost(module: nn.Module) -> Iterable[nn.ModuleList]:
-    """The lists of a model's blocks, not the lists inside of blocks."""
+    """Return the lists of a model's blocks, not the lists inside of blocks."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield child

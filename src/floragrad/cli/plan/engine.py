@@ -27,11 +27,11 @@ from floragrad.cli.plan.trace import Trace, meta_model, predict
 from floragrad.cli.plan.tracker import Moment, Profiles
 
 FIRST_STEP = " (first step)"
-"""What a moment's name ends with where it is of the first step, in which the state is allocated."""
+"""Suffix of the moments of the first step, in which the state is allocated."""
 
 
 def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> MemoryPlan:
-    """What a training step of a model holds in memory with each optimizer, without allocating it.
+    """Plan the memory of a model's training step with each optimizer, without allocating it.
 
     The whole step (forward and backward passes of all micro-batches, clipping, update) is run on fake tensors, with
     the real model, optimizer and accumulator code, under a dispatch mode that counts what is made and freed.
@@ -110,7 +110,7 @@ def _subject(model: Any) -> Subject:
 
 
 def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
-    """The trace of the whole model on one device."""
+    """Return the trace of the whole model on one device."""
     trace = _traced(subject, name, settings, profiles)
     if settings.fsdp == 1:
         return trace
@@ -118,7 +118,7 @@ def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, pr
 
 
 def _traced(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
-    """The trace of the whole model; of a deep one, from those of shallow ones."""
+    """Return the trace of the whole model; of a deep one, from those of shallow ones."""
     if subject.blocks > SHALLOW + 1:
         traces = [predict(subject, name, settings, count, profiles) for count in (SHALLOW, SHALLOW + 1)]
         whole = meta_model(subject, name, settings, subject.blocks)
@@ -133,7 +133,7 @@ def _traced(subject: Subject, name: OptimizerName, settings: PlanSettings, profi
 
 
 def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
-    """A trace as a row: the highest sample of all, and the most of each category."""
+    """Return a trace as a row: the highest sample of all, and the most of each category."""
     first = [replace(moment, name=moment.name + FIRST_STEP) for moment in trace.first]
     later = list(_in_order(trace, settings.accumulate))
     # Of equal peaks the one of a later step is named, which comes again.
@@ -157,7 +157,7 @@ def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
 
 
 def _in_order(trace: Trace, accumulate: int) -> Iterator[Moment]:
-    """A step in the steady state, the micro-batches that were traced once for many as often as they are there."""
+    """Yield a step in the steady state, the micro-batches that were traced once for many as often as they are there."""
     last = len(trace.micro_batches) - 1
     for index, moments in enumerate(trace.micro_batches):
         for _ in range(accumulate - last if 0 < index < last else 1):

@@ -30,14 +30,14 @@ class Limits:
     rank: int | None
 
     def to_json(self) -> dict[str, int | None]:
-        """The limits in plain types."""
+        """Return the limits in plain types."""
         return asdict(self)
 
 
 def limits_of(
     planned: MemoryPlan, model: PlannedModel, room: int, profiles: Profiles, report: Progress
 ) -> dict[OptimizerName, Limits]:
-    """The limits of every row of a plan.
+    """Return the limits of every row of a plan.
 
     Args:
         planned: The plan.
@@ -93,12 +93,12 @@ def find_limits(
 
 
 def has_rank(name: OptimizerName, settings: PlanSettings) -> bool:
-    """Whether ``rank`` says how large an optimizer's state is."""
+    """Return whether ``rank`` determines the size of an optimizer's state."""
     return name in ("lora", "galore") or (name.startswith("flora") and settings.ratio is None)
 
 
 def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: int) -> int:
-    """The largest number from 1 to ``most`` whose peak is within ``room``; 0 if none is.
+    """Return the largest number from 1 to ``most`` whose peak is within ``room``; 0 if none is.
 
     Bisection that guesses by the line through the two nearest numbers known: memory grows with little curvature, so
     that a few peaks are enough. Every third guess is the middle, which bounds their number by the logarithm.
@@ -127,7 +127,7 @@ def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: i
 
 
 def _next_guess(known: dict[int, int], room: int, fitting: int, failing: int) -> int:
-    """A number between one that fits and one that does not: by the line through what is known, or the middle."""
+    """Return a number between one that fits and one that does not: by the line through what is known, or the middle."""
     middle = (fitting + failing) // 2
     if failing not in known:
         middle = min(middle, 2 * fitting)  # nothing is known up there: do not jump into it

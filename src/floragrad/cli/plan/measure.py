@@ -1,4 +1,4 @@
-"""The same steps for real, on this machine's CPU: what ``floragrad plan --measure`` prints beside the prediction."""
+"""Measurement of planned steps on this machine's CPU: ``floragrad plan --measure``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from floragrad.cli.plan.tracker import Profiles
 MOST_TOKENS: Final = 128
 """Tokens of a sequence that is run for real: time grows with them, and what is to be checked does not."""
 SHARE: Final = 0.5
-"""Of the memory that is free, what a step may take."""
+"""Fraction of the free memory that a step may take."""
 
 
 @dataclass(frozen=True)

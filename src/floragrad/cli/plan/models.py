@@ -43,7 +43,7 @@ _OTHER_INPUTS: Final = ("imagegpt", "shieldgemma2", "siglip2")
 DEFAULT_SEQUENCE: Final = 1024
 """Tokens of an example where nobody says, and where the model reads so many."""
 _DEPTHS: Final = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
-"""Where configurations say how many blocks there are; the last two are those of encoder-decoders."""
+"""Attributes of configurations with the number of blocks; the last two are those of encoder-decoders."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PlannedModel:
 
     @property
     def reads_text(self) -> bool:
-        """Whether its examples are sequences of tokens; else they are images."""
+        """True for sequences of tokens, False for images."""
         return self.task != "image classifier"
 
     @property
@@ -100,11 +100,11 @@ class PlannedModel:
         return asked or min(longest or DEFAULT_SEQUENCE, DEFAULT_SEQUENCE)
 
     def largest_rank(self, sketched: bool) -> int:
-        """The largest rank that makes sense: the largest smaller side of a hidden matrix, for a sketch half of it."""
+        """Return the largest useful rank: the largest smaller side of a hidden matrix, for a sketch half of it."""
         return self._widest_side // 2 if sketched else self._widest_side
 
     def rank(self, asked: int | None, sketched: bool) -> int:
-        """The rank: as asked for, else 128, or a quarter of the widest matrix's smaller side where that is less.
+        """Return the rank: as asked for, else 128, or a quarter of the widest matrix's smaller side where that is less.
 
         Args:
             asked: By the user.
@@ -129,7 +129,7 @@ class PlannedModel:
             return widest_matrix(self.build(torch.bfloat16, 1))
 
     def build(self, dtype: torch.dtype, blocks: int) -> Any:
-        """The model in training mode, on torch's default device.
+        """Return the model in training mode, on torch's default device.
 
         Args:
             dtype: Of the weights.
@@ -200,7 +200,7 @@ def find_model(model: str) -> PlannedModel:
 
 
 def planned_model(config: Any, name: str) -> PlannedModel:
-    """The model of a configuration.
+    """Return the model of a configuration.
 
     Args:
         config: A configuration of transformers.
@@ -234,7 +234,7 @@ def _task(config: Any) -> Task | None:
 
 
 def _repeated_blocks(config: Any, task: Task, name: str) -> int:
-    """How many blocks there are if all but the first are alike; else 1."""
+    """Return the number of blocks if all but the first are alike; else 1."""
     depths = {getattr(config, name) for name in _DEPTHS if isinstance(getattr(config, name, None), int)}
     kinds = set((getattr(config, "layer_types", None) or [])[1:])
     if len(depths) != 1 or len(kinds) > 1 or depths <= {1, 2}:
@@ -250,14 +250,14 @@ def _repeated_blocks(config: Any, task: Task, name: str) -> int:
 
 
 def _shapes(config: Any, task: Task, name: str) -> Counter[tuple[int, ...]]:
-    """How many parameters of each shape a model has."""
+    """Count a model's parameters of each shape."""
     with torch.device("meta"):
         model = _built(config, task, name)
     return Counter(tuple(parameter.shape) for parameter in model.parameters())
 
 
 def _built(config: Any, task: Task, name: str, **options: Any) -> Any:
-    """A model of a configuration, on torch's default device.
+    """Return a model of a configuration, on torch's default device.
 
     Raises:
         UserError: It needs a package that is not installed.
@@ -269,7 +269,7 @@ def _built(config: Any, task: Task, name: str, **options: Any) -> Any:
 
 
 def _shallower(config: Any, blocks: int) -> Any:
-    """The configuration with fewer blocks."""
+    """Return the configuration with fewer blocks."""
     config = deepcopy(config)
     for name in _DEPTHS:
         if isinstance(getattr(config, name, None), int):

@@ -18,7 +18,7 @@ from floragrad.cli.plan.result import OptimizerName, PlanSettings
 from floragrad.torch import Flora, GradientAccumulator, param_groups
 
 LR: Final = 1e-3
-"""Any: no byte depends on it."""
+"""Learning rate; no byte depends on it."""
 
 
 @dataclass(frozen=True)

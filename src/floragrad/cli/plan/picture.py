@@ -21,7 +21,7 @@ COLOURS = {
 }
 PANELS_IN_A_ROW = 4
 STARTS = {"the batch": "forward", "forward": "forward", "backward": "backward", "clipping": "update"}
-"""What moments begin with that begin a pass, and the pass."""
+"""Prefixes of moments that begin a pass, and the pass."""
 STEP_BEGINS_WITH = "forward"
 MOST_LABELS = 3
 """The passes of more than one micro-batch are too narrow for labels."""
@@ -76,7 +76,7 @@ def _draw(panel: Axes, row: OptimizerPlan) -> None:
 
 
 def _passes(samples: Sequence[Sample]) -> list[tuple[str, list[Sample]]]:
-    """A step cut where a forward pass, a backward pass or the update of all tensors begins.
+    """Return a step cut where a forward pass, a backward pass or the update of all tensors begins.
 
     Folds and updates during a backward pass belong to it.
     """

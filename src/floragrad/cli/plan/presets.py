@@ -53,7 +53,7 @@ def _decoder(
     positions: int,
     **more: int | bool,
 ) -> ModelPreset:
-    """A decoder of Llama's kind; ``groups`` are its heads of keys and values."""
+    """Return a decoder of Llama's kind; ``groups`` are its heads of keys and values."""
     numbers = {
         "hidden_size": width,
         "intermediate_size": inner,

@@ -133,7 +133,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _profile(plan: Any, work: Callable[[Any], Callable[[], None]]) -> Moment:
-    """What work on a whole tensor makes: at its highest moment, and each category at its own."""
+    """Return the bytes that work on a whole tensor makes: at its highest moment, and each category at its own."""
     view = plan.view or MatrixView(1, 1, 1)
     few = _few_rows(view)
     if few is None:
@@ -168,7 +168,7 @@ def _few_rows(view: MatrixView) -> tuple[int, int] | None:
 
 
 def _with_rows(plan: Any, rows: int) -> Any:
-    """The same plan for a tensor of fewer rows."""
+    """Return the plan of a tensor of fewer rows."""
     view, shape = plan.view, plan.shape
     is_matrices = (view.rows, view.columns) == shape[-2:]
     fewer = (*shape[:-2], rows, shape[-1]) if is_matrices else (rows, *shape[1:])

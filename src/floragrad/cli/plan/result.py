@@ -1,4 +1,4 @@
-"""What a plan is asked for and what it answers: plain data, no framework.
+"""Settings and results of a plan: plain data, no framework.
 
 Bytes are integers; every category is counted at the storages that hold it, each storage once.
 """
@@ -28,7 +28,7 @@ CATEGORIES: Final = (
     "activations",
     "temporaries",
 )
-"""What bytes are held for, from what lives longest to what lives shortest."""
+"""Purposes of bytes, from the longest lived to the shortest lived."""
 
 LASTING: Final = ("parameters", "optimizer_state", "accumulation")
 """The categories that stay from step to step."""
@@ -178,7 +178,7 @@ class MemoryPlan:
     unavailable: Mapping[OptimizerName, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan in plain types: ``{"model": …, "settings": …, "optimizers": {"flora": {"peak": …}}}``."""
+        """Return the plan in plain types: ``{"model": …, "settings": …, "optimizers": {"flora": {"peak": …}}}``."""
         return {
             "model": self.model,
             "settings": {**asdict(self.settings), "optimizers": list(self.settings.optimizers)},

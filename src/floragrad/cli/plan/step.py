@@ -14,7 +14,7 @@ from floragrad.cli.plan.tracker import MemoryTracker
 from floragrad.torch import GradientAccumulator
 
 MAX_NORM: Final = 1.0
-"""What gradients are clipped to; no byte depends on it."""
+"""Norm that gradients are clipped to; no byte depends on it."""
 
 
 class TrainingStep:
@@ -146,7 +146,7 @@ def hold_sketches(tracker: MemoryTracker, accumulator: GradientAccumulator) -> N
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A model's blocks, one by one, and the largest modules that have no blocks in them."""
+    """Yield a model's blocks, one by one, and the largest modules that have no blocks in them."""
     for name, child in module.named_children():
         full = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList):

@@ -11,12 +11,12 @@ class Subject(Protocol):
 
     @property
     def name(self) -> str:
-        """What the plan calls it."""
+        """Name of the model in the plan."""
         ...
 
     @property
     def blocks(self) -> int:
-        """How often its repeated blocks are there; of an encoder-decoder, in each of both halves.
+        """Number of repeated blocks; of an encoder-decoder, in each of both halves.
 
         With n of N blocks :meth:`build` gives the same model, that many blocks shallower: memory is traced on a few
         blocks and is linear in their number.
@@ -24,7 +24,7 @@ class Subject(Protocol):
         ...
 
     def build(self, dtype: torch.dtype, blocks: int) -> nn.Module:
-        """The model in training mode, its weights in ``dtype``, with ``blocks`` blocks; no key-value cache."""
+        """Return the model in training mode, its weights in ``dtype``, with ``blocks`` blocks; no key-value cache."""
         ...
 
     def inputs(self, batch: int, sequence: int, dtype: torch.dtype) -> dict[str, Tensor]:

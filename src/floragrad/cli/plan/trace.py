@@ -29,7 +29,7 @@ DISTINCT_MICRO_BATCHES: Final = 3
 
 @dataclass(frozen=True)
 class Trace:
-    """What lived during a training step.
+    """Live bytes during a training step.
 
     Attributes:
         first: The moments of the first step, of one micro-batch; empty where the optimizer's state is allocated
@@ -65,7 +65,7 @@ def predict(subject: Subject, name: OptimizerName, settings: PlanSettings, block
 
 
 def meta_model(subject: Subject, name: OptimizerName, settings: PlanSettings, blocks: int) -> nn.Module:
-    """The model that a row trains, of shapes alone."""
+    """Return the model that a row trains, of shapes alone."""
     ROWS[name].load()
     with torch.device("meta"):
         return ROWS[name].adapted(subject.build(_dtype(settings), blocks), settings)

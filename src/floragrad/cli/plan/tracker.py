@@ -46,7 +46,7 @@ class Moment:
 
 
 Profiles = dict[Hashable, Moment]
-"""What pieces of work add to the live bytes while they run."""
+"""Bytes that pieces of work add to the live ones while they run."""
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._by[_POSITIONS[category]]
 
     def cut(self) -> tuple[Moment, ...]:
-        """The moments since the last cut, in order; neighbours of one name are one."""
+        """Return the moments since the last cut, in order; neighbours of one name are one."""
         self._finish()
         merged: list[Moment] = []
         for moment in self._moments:
@@ -100,13 +100,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(merged)
 
     def enter(self, name: str) -> None:
-        """What happens from now on happens at this moment."""
+        """Begin a moment."""
         self._finish()
         self._name = name
         self._begin()
 
     def phase(self, word: str, category: str, *, follow: bool = False) -> None:
-        """What is made from now on is of a category, and happens at a moment.
+        """Begin a moment, and count new tensors in a category.
 
         Args:
             word: The moment's name.
@@ -168,7 +168,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made inside is not counted, and must be freed inside."""
+        """Pause the counting of tensors that are made inside, and freed inside."""
         self._is_paused = True
         try:
             yield
@@ -246,7 +246,7 @@ def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages of a tensor, or of what it wraps."""
+    """Yield the storages of a tensor, or of what it wraps."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:

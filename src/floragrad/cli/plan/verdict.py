@@ -1,4 +1,4 @@
-"""Whether a step fits a device, and what to try where it does not."""
+"""Verdict on whether a step fits a device, and remedies where it does not."""
 
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ WORDS: Final = {
 }
 """The categories as they are called and ordered on the screen."""
 LARGE: Final = 0.25
-"""Of the peak: so much of it is worth shrinking, even where that alone is not enough."""
+"""Fraction of the peak that is worth shrinking, even where that alone is not enough."""
 ENOUGH: Final = 2
 """Times what is over: of so much, half is enough."""
 
@@ -55,14 +55,14 @@ def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size,
 
 
 def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
-    """The same in plain types."""
+    """Return the verdict in plain types."""
     return {"fits": row.peak <= device.nbytes, "spare": device.nbytes - row.peak}
 
 
 def _way_out(
     name: str, row: OptimizerPlan, settings: PlanSettings, over: int, reads_text: bool
 ) -> tuple[list[str], str]:
-    """The largest category at the peak, the largest one that something can be done about, and what that is."""
+    """Return the largest category at the peak, the largest one that something can be done about, and what that is."""
     descending = sorted(row.at_peak, key=lambda category: -row.at_peak[category])
     worth = min(LARGE * row.peak, ENOUGH * over)
     for category in descending:
@@ -75,7 +75,7 @@ def _way_out(
 
 
 def _ways(category: str, name: str, settings: PlanSettings, reads_text: bool) -> list[tuple[bool, str]]:
-    """What makes a category smaller, the best first, and whether it is not done yet."""
+    """Return the remedies that make a category smaller, the best first, and whether each is not applied yet."""
     flora = name.startswith("flora")
     ways = {
         "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],

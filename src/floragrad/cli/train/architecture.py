@@ -9,7 +9,7 @@ from floragrad.cli.train.config import RunConfig
 
 
 def llama_config(config: RunConfig, vocab_size: int) -> Any:
-    """The configuration of the run's preset. Its embeddings are not tied."""
+    """Return the configuration of the run's preset. Its embeddings are not tied."""
     preset = PRESETS[config.model]
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -411,7 +411,7 @@ class RunConfig:
 
     @property
     def uses_hub(self) -> bool:
-        """Whether the Hugging Face hub may be asked for the model or the text."""
+        """True where the Hugging Face hub may be asked for the model or the text."""
         names = (self.dataset, None if self.model in PRESETS else self.model)
         return any(name is not None and not Path(name).is_dir() for name in names)
 

@@ -29,7 +29,7 @@ DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What was prepared, for the summary and for whoever reads the folder later.
+    """Facts of a prepared corpus, for the summary and for readers of the folder.
 
     Attributes:
         source: Where the text comes from.
@@ -73,11 +73,11 @@ class Corpus:
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
 
     def train_blocks(self, config: RunConfig) -> "Blocks":
-        """What the run reads, batch after batch, to its end."""
+        """Return the blocks that the run trains on, in order, to its end."""
         return Blocks(self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps)
 
     def validation_blocks(self, config: RunConfig) -> "Blocks":
-        """A sample of the held-out blocks, the same whatever the seed, the backend and the processes."""
+        """Return a sample of the held-out blocks, the same whatever the seed, the backend and the processes."""
         chosen = sampled(self.held_out_blocks(config), config.eval_blocks)
         return Blocks(self._tokens("validation"), config.sequence_length, chosen=chosen)
 
@@ -131,7 +131,7 @@ class Blocks:
 
 
 def sampled(blocks: int, count: int) -> NDArray[np.int64]:
-    """Indices of ``count`` of ``blocks`` blocks, drawn without replacement and sorted; all where there are no more.
+    """Draw ``count`` of ``blocks`` indices without replacement and sort them; all where there are no more.
 
     The draw is fixed, so that all runs on one text validate with the same blocks, and a larger sample contains
     the smaller ones. It uses the generator's raw bits, which are the same in every version of NumPy.
@@ -203,7 +203,7 @@ def _check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | 
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The texts to train on, and those held out. It goes by position, never by chance.
+    """Return the texts to train on, and those held out. It goes by position, never by chance.
 
     Example:
         >>> train, validation = split([str(number) for number in range(20)])
@@ -226,7 +226,7 @@ def _tokenizer(config: RunConfig, texts: list[str]) -> Any:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` entries, trained on a sample of ``texts``."""
+    """Return a byte-level BPE tokenizer of at most ``vocab_size`` entries, trained on a sample of ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -243,7 +243,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def own_tokenizer(model: str) -> Any:
-    """The tokenizer of a model given by name or folder.
+    """Return the tokenizer of a model given by name or folder.
 
     Raises:
         UserError: It has none that can be loaded.
@@ -263,7 +263,7 @@ def own_tokenizer(model: str) -> Any:
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:
-    """The first characters of all texts together, as many as the tokenizer is trained on."""
+    """Yield the first characters of all texts together, as many as the tokenizer is trained on."""
     left = TOKENIZER_SAMPLE
     for text in texts:
         if left <= 0:
@@ -273,7 +273,7 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    """The tokens of each text, its end marked; many texts at once are encoded in parallel."""
+    """Yield the tokens of each text, its end marked; many texts at once are encoded in parallel."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
         batch = tokenizer(texts[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""What a run shows on the screen."""
+"""Screen of a run: opening, progress, summary; and the table of a comparison."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LINES_WITHOUT_TERMINAL = 10
 
 
 def duration(seconds: float) -> str:
-    """A time in words: ``"1 h 02 min"``, ``"1 min 34 s"``, ``"12.3 s"``."""
+    """Return a time in words: ``"1 h 02 min"``, ``"1 min 34 s"``, ``"12.3 s"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -60,7 +60,7 @@ class Display:
             self._progress.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
-        """One training step is done."""
+        """Show the progress after a training step."""
         numbers = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s · {format_bytes(memory)}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
@@ -68,7 +68,7 @@ class Display:
             self.say(f"step {step}/{self._steps} · {numbers}")
 
     def evaluation(self, step: int, loss: float, perplexity: float) -> None:
-        """The validation loss was measured."""
+        """Show a validation loss."""
         self.say(f"step {step}/{self._steps} · validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
 
     def end(self) -> None:
@@ -78,7 +78,7 @@ class Display:
             self._progress = None
 
     def summary(self, summary: dict[str, Any], folder: str) -> None:
-        """The last thing of a run that is finished."""
+        """Show the summary of a run that is finished."""
         if self._brief:
             return
         table = Table(show_header=False, title=f"{summary['model']} with {summary['optimizer']}", title_justify="left")
@@ -89,7 +89,7 @@ class Display:
 
 
 def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
-    """The last thing of a comparison: its table, as wide as a terminal."""
+    """Show the table of a comparison, as wide as a terminal."""
     table = Table()
     step = "step time" if yardstick is None else f"step / {yardstick}'s"
     minus = "difference" if yardstick is None else f"minus {yardstick}'s"
@@ -134,7 +134,7 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """How well the validation loss is known. Runs that an earlier version finished do not say."""
+    """Return the rows on the error of the validation loss; none for runs that an earlier version finished."""
     if summary.get("standard_error") is None:
         return []
     count, held_out = len(summary["block_losses"]), summary["held_out_blocks"]
@@ -142,7 +142,7 @@ def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """How several processes trained. Runs that were finished before there could be several do not say."""
+    """Return the rows on several processes; none for runs of versions that had one."""
     count = summary.get("processes", 1)
     if count == 1:
         return []
@@ -150,7 +150,7 @@ def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gathered(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the gradients of a window take, where there are windows."""
+    """Return the rows on the gradients of a window, where there are windows."""
     if summary["micro_batches"] == 1:
         return []
     kept, exact = summary["accumulation_bytes"], summary["gradient_bytes"]

@@ -1,4 +1,4 @@
-"""What a run asks of the framework that does the arithmetic."""
+"""Interface of the framework that trains a run."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -22,7 +22,7 @@ class Engine(Protocol):
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has."""
+        """Number of elements of all parameters."""
         ...
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
@@ -31,12 +31,12 @@ class Engine(Protocol):
 
     @property
     def optimizer_state_bytes(self) -> int:
-        """What the optimizer keeps between steps, measured from its arrays after the run."""
+        """Bytes of the optimizer's state, measured from its arrays after the run."""
         ...
 
     @property
     def adamw_state_bytes(self) -> int:
-        """What AdamW would keep for the same parameters."""
+        """Bytes of AdamW's state for the same parameters."""
         ...
 
     @property
@@ -46,5 +46,5 @@ class Engine(Protocol):
 
     @property
     def accumulation_bytes(self) -> int:
-        """What the gradients of a step's earlier micro-batches take."""
+        """Bytes of the gradients of a step's earlier micro-batches."""
         ...

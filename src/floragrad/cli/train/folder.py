@@ -26,7 +26,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
+    """Yield a folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
 
     The files that lie in it then are listed in its manifest.
 
@@ -97,7 +97,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The run in ``path``.
+        """Return the run in ``path``.
 
         Raises:
             UserError: There is none, or its configuration is damaged.
@@ -123,13 +123,13 @@ class RunFolder:
 
     @property
     def corpus(self) -> Path:
-        """Where the run's text and tokenizer lie."""
+        """Folder of the run's text and tokenizer."""
         shared = self.config.prepared
         return self.path / CORPUS if shared is None else self.path / shared
 
     @property
     def staging(self) -> Path:
-        """Where checkpoints are written until they are whole."""
+        """Folder in which checkpoints are written until they are whole."""
         return self.path / STAGING
 
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -226,12 +226,12 @@ class RunFolder:
         return manifest.digest(path)
 
     def _newest_whole(self, below: int | None = None) -> Path | None:
-        """The newest checkpoint that a run can go on from."""
+        """Return the newest checkpoint that a run can go on from."""
         older = [each for each in self.checkpoints() if below is None or each[0] < below]
         return next((path for step, path in reversed(older) if self._fault(step, path) is None), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the metrics. A last line that a crash has cut short is left out.
+        """Return the lines of the metrics. A last line that a crash has cut short is left out.
 
         Raises:
             UserError: Another line is no object with a step.
@@ -253,7 +253,7 @@ class RunFolder:
             write_text(self.path / SUMMARY, text)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that.
+        """Return the summary of a finished run; None before that.
 
         Raises:
             UserError: It is damaged, or the metrics are.
@@ -298,7 +298,7 @@ class RunFolder:
 
 
 def _place(checkpoint: Path | None) -> str:
-    """Where a run goes on."""
+    """Describe the position from which a run continues."""
     if checkpoint is None:
         return "from the beginning, for there is no other checkpoint that is whole"
     return f"from {checkpoint.name}"
@@ -316,5 +316,5 @@ def _metric(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _seal(summary: dict[str, Any]) -> str:
-    """The SHA-256 of a summary's values."""
+    """Return the SHA-256 of a summary's values."""
     return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether a signal has asked to stop.
+    """Request of a signal to stop.
 
     Attributes:
         signum: The signal; None while there was none.

@@ -18,7 +18,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> Any:
-    """The architecture of the run's model, in transformers' terms.
+    """Return the architecture of the run's model, in transformers' terms.
 
     Raises:
         UserError: There is no such model, or it cannot read blocks of the run's length.
@@ -44,7 +44,7 @@ def model_config(config: RunConfig, vocab_size: int) -> Any:
 
 
 def build_model(config: RunConfig, vocab_size: int) -> Any:
-    """The model to train, with its weights where it has some, else newly drawn from the global generator."""
+    """Return the model to train, with its weights where it has some, else newly drawn from the global generator."""
     found = model_config(config, vocab_size)
     folder = Path(config.model)
     bare = folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
@@ -61,22 +61,22 @@ def build_model(config: RunConfig, vocab_size: int) -> Any:
 
 
 def rebuild_model(config: RunConfig, checkpoint: Path) -> Any:
-    """A model of the checkpoint's architecture, whose weights the Trainer will load."""
+    """Return a model of the checkpoint's architecture, whose weights the Trainer will load."""
     return _from_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), config)
 
 
 def trained_model(config: RunConfig, checkpoint: Path) -> Any:
-    """The checkpoint's model with its weights."""
+    """Return the checkpoint's model with its weights."""
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.dtype], trust_remote_code=False)
 
 
 def embedding_rows(config: RunConfig) -> int:
-    """How many tokens a model of Hugging Face knows."""
+    """Return the vocabulary size of a model of Hugging Face."""
     return int(model_config(config, 0).get_text_config().vocab_size)
 
 
 def widest_matrix(config: RunConfig) -> int:
-    """The largest smaller side of the hidden matrices of a model of Hugging Face.
+    """Return the largest smaller side of the hidden matrices of a model of Hugging Face.
 
     Raises:
         UserError: There is no such model, or it is no causal language model.

@@ -1,4 +1,4 @@
-"""What is said of the optimizer before the first step."""
+"""Opening of a run: the optimizer's state before the first step."""
 
 import re
 from itertools import groupby
@@ -10,7 +10,7 @@ from floragrad.cli.train.engine import Engine
 
 
 def opening(config: RunConfig, report: Any, engine: Engine) -> str:
-    """What the optimizer compresses and what it will keep, and how gradients are gathered where they are.
+    """Describe the optimizer's state, and how gradients are gathered where they are.
 
     Args:
         config: Of the run.
@@ -31,7 +31,7 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
 
 
 def _accumulation_line(config: RunConfig, engine: Engine) -> str:
-    """How the gradients of several micro-batches are gathered, and in how many bytes."""
+    """Describe how the gradients of several micro-batches are gathered, and in how many bytes."""
     kept, exact = engine.accumulation_bytes, engine.gradient_bytes
     if config.accumulator == "exact":
         return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"

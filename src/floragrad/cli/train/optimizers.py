@@ -47,5 +47,5 @@ def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """What this process has of every parameter."""
+    """Return this process's part of every parameter."""
     return [to_local(parameter) for group in optimizer.param_groups for parameter in group["params"]]

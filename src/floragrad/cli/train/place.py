@@ -1,4 +1,4 @@
-"""Where a run or a comparison is kept, and the options beside it."""
+"""Folder of a run or a comparison, and the options beside it."""
 
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,7 +13,7 @@ from floragrad.cli.train.config import OPTIONS, OUTPUT
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run or a comparison is kept."""
+    """Options of the folder of a run or a comparison."""
 
     out: Path | None = option(
         "A new folder for everything that is written.",
@@ -48,7 +48,7 @@ def run_fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def new_name(name: str) -> Path:
-    """A folder below ``runs`` that is not there yet, and that no other process prepares."""
+    """Return a folder below ``runs`` that is not there yet, and that no other process prepares."""
     stem = f"{name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     candidates = (Path("runs", stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))
     return next(path for path in candidates if not path.exists() and not any(path.parent.glob(f".{path.name}.*")))

@@ -15,9 +15,9 @@ from floragrad.cli.train.config import RunConfig
 T = TypeVar("T")
 
 _PATIENCE: Final = timedelta(days=7)
-"""How long the others wait for the leader to read and tokenize a text."""
+"""Time that the others wait for the leader to read and tokenize a text."""
 _LAUNCHER: Final = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets, beside WORLD_SIZE."""
+"""Variables that torchrun sets, beside WORLD_SIZE."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first one."""
+        """True for the first process."""
         return self.rank == 0
 
     @property
     def program(self) -> str:
-        """What a user types to start as many."""
+        """Command that starts as many processes."""
         return "floragrad" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m floragrad"
 
     def share(self, make: Callable[[], T]) -> T:
@@ -73,7 +73,7 @@ class Processes:
         self.largest(0)
 
     def largest(self, value: int) -> int:
-        """The largest of what the processes say, so that all do the same with it."""
+        """Return the largest of what the processes say, so that all do the same with it."""
         if self.size == 1:
             return value
         import torch
@@ -84,7 +84,7 @@ class Processes:
         return int(found)
 
     def total(self, *values: float) -> list[float]:
-        """The sums of what the processes say, the same on all."""
+        """Return the sums of what the processes say, the same on all."""
         if self.size == 1:
             return list(values)
         import torch
@@ -165,7 +165,7 @@ def _meet(config: RunConfig, size: int) -> Processes:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Whether it comes from talking to another process; gloo raises bare RuntimeErrors."""
+    """Return whether an error comes from a collective with another process; gloo raises bare RuntimeErrors."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)

@@ -1,4 +1,4 @@
-"""What watches a run, whatever the framework: when to evaluate, save and stop, and what is written down."""
+"""Schedule and recorder of a run in any framework: when to evaluate, save and stop, and the metrics."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def perplexity(loss: float) -> float:
 
 
 class Due(NamedTuple):
-    """What a step is followed by. Saving comes last, so that a resumed run evaluates nothing twice."""
+    """Actions after a step. Saving comes last, so that a resumed run evaluates nothing twice."""
 
     evaluate: bool
     save: bool
@@ -41,7 +41,7 @@ class Schedule:
         self._processes = processes
 
     def after(self, step: int) -> Due:
-        """What follows a step that is just over."""
+        """Return the actions after a step."""
         config, last = self._config, step >= self._config.steps
         # A signal reaches the processes in different steps, or one of them only.
         signum = self._processes.largest(self._stop.signum or 0)

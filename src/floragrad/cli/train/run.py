@@ -22,11 +22,11 @@ from floragrad.cli.train.recorder import Recorder, Schedule, perplexity
 from floragrad.cli.train.sources import read_documents
 
 Start: TypeAlias = Callable[[RunConfig, RunFolder, Corpus, int, Processes], Engine]
-"""What makes the engine of a run, as :func:`start` does."""
+"""Constructor of the engine of a run, like :func:`start`."""
 
 
 def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> Engine:
-    """The engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
+    """Return the engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
     if config.backend == "jax":
         from floragrad.cli.train.jax.loop import JaxEngine
 

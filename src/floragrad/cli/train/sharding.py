@@ -38,7 +38,7 @@ def shard(model: Any, processes: Processes) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as one process saves them, on the leader; nothing on the others. All call it."""
+    """Return the weights as one process saves them, on the leader; nothing on the others. All call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
     # Gathered, tied weights are two tensors, which nothing would find to be the same.
@@ -47,7 +47,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state(optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Any]:
-    """The optimizer's state as one process has it, on the leader; nothing on the others. All call it."""
+    """Return the optimizer's state as one process has it, on the leader; nothing on the others. All call it."""
     saved = optimizer.state_dict()
     states = {}
     for index, state in saved["state"].items():
@@ -74,7 +74,7 @@ def _gathered(value: Any, processes: Processes) -> Any:
 
 
 def _cut(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """A parameter's state with every tensor of its shape placed as it is."""
+    """Return a parameter's state with every tensor of its shape placed as it is."""
     if not isinstance(param, DTensor):
         return dict(state)
     mesh, placements = param.device_mesh, param.placements

@@ -1,4 +1,4 @@
-"""Where the text comes from: files, a dataset, or the standard library of the running interpreter."""
+"""Sources of text: files, a dataset, or the standard library of the running interpreter."""
 
 import glob
 import hashlib
@@ -74,7 +74,7 @@ def _standard_library() -> Iterator[_File]:
 
 
 def _named_files(arguments: Iterable[str]) -> Iterator[_File]:
-    """The files behind ``--text``: files, folders with everything in them, and patterns."""
+    """Yield the files behind ``--text``: files, folders with everything in them, and patterns."""
     seen = set()
     for argument in arguments:
         matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
@@ -110,7 +110,7 @@ def _from_files(files: list[_File], source: str, max_megabytes: float | None) ->
 
 
 def _read(file: _File) -> str | None:
-    """The file's text; None where a folder's file is not text."""
+    """Return the file's text; None where a folder's file is not text."""
     try:
         text = file.path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -160,7 +160,7 @@ def _from_dataset(config: RunConfig) -> Documents:
 
 
 def _column(rows: Iterable[dict[str, Any]], config: RunConfig) -> tuple[list[str], int]:
-    """The texts of a dataset's column, and how many rows have none (null)."""
+    """Return the texts of a dataset's column, and how many rows have none (null)."""
     texts, skipped, budget, name = [], 0, _Budget(config.max_megabytes), config.text_column
     assert name is not None
     for row in rows:

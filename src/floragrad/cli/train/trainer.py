@@ -28,7 +28,7 @@ from floragrad.torch.integrations import AccumulationOptions
 from floragrad.torch.integrations.transformers import FloraTrainerMixin
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
-"""What the Trainer calls them."""
+"""Names of the files in the Trainer's checkpoints."""
 
 
 class TrainerEngine:
@@ -55,13 +55,13 @@ class TrainerEngine:
         self.accumulation_bytes = 0
 
     def _whole_model(self) -> Any:
-        """The model at its start, or one that the Trainer will load the checkpoint's weights into."""
+        """Return the model at its start, or one that the Trainer will load the checkpoint's weights into."""
         if self._checkpoint is None:
             return build_model(self._config, self._corpus.facts.vocab_size)
         return rebuild_model(self._config, self._checkpoint)
 
     def _sharded_model(self) -> Any:
-        """The model with its weights, which cannot be loaded any more once it is cut."""
+        """Return the model with its weights, which cannot be loaded any more once it is cut."""
         from floragrad.cli.train.sharding import shard
 
         trained = self._checkpoint
@@ -76,11 +76,11 @@ class TrainerEngine:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has."""
+        """Number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """What trains: its class and its arguments. Override it to put another one to the same job."""
+        """Return the optimizer's class and its arguments. Override it to put another one to the same job."""
         return optimizer_class(self._config, self._model)
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
@@ -109,7 +109,7 @@ class TrainerEngine:
         return int(trainer.state.global_step)
 
     def _opened(self, optimizer: Any) -> str:
-        """What to say of the optimizer that the Trainer has prepared."""
+        """Describe the optimizer that the Trainer has prepared."""
         self._optimizer = optimizer.optimizer
         self.accumulation_bytes = accumulation_bytes(self._config, optimizer)
         report = self._optimizer.report() if isinstance(self._optimizer, Flora) else None
@@ -117,12 +117,12 @@ class TrainerEngine:
 
     @property
     def optimizer_state_bytes(self) -> int:
-        """What the optimizer keeps, measured from its tensors."""
+        """Bytes of the optimizer's state, measured from its tensors."""
         return state_bytes(self._optimizer)
 
     @property
     def adamw_state_bytes(self) -> int:
-        """What AdamW would keep."""
+        """Bytes of AdamW's state."""
         return adamw_bytes(self._optimizer)
 
     @property
@@ -155,7 +155,7 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
-        """The loss of each validation block, however they are divided over processes, and their mean."""
+        """Return the loss of each validation block, however they are divided over processes, and their mean."""
         self.model.eval()
         losses = [0.0] * len(self.eval_dataset)
         for part in _parts(len(losses), self.args.per_device_eval_batch_size, self._processes):
@@ -212,7 +212,7 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
 
 class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
-    """The same, with the gradients of a step's micro-batches kept as sketches."""
+    """Trainer that keeps the gradients of a step's micro-batches as sketches."""
 
     def __init__(self, processes: Processes, **kwargs: Any) -> None:
         super().__init__(processes=processes, **kwargs)
@@ -226,13 +226,13 @@ def _as_it_is(model: Any, **_kwargs: Any) -> Any:
 
 
 def _block_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats and float32, of every token but the first of each block (batch, length)."""
+    """Return the mean cross-entropy, in nats and float32, of each block's (batch, length) tokens but the first."""
     losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return losses.view(len(tokens), -1).mean(1)
 
 
 def _parts(blocks: int, share: int, processes: Processes) -> Iterator[range]:
-    """The blocks of each batch that are this process's, as many times on all of them."""
+    """Yield the blocks of each batch that are this process's, as many times on all of them."""
     for first in range(0, blocks, share * processes.size):
         begin = first + share * processes.rank
         yield range(min(begin, blocks), min(begin + share, blocks))
@@ -243,12 +243,12 @@ def _seed(*words: int) -> int:
 
 
 def _accumulation(config: RunConfig) -> AccumulationOptions:
-    """Of the sketches."""
+    """Return the options of the sketches."""
     return cast(AccumulationOptions, {**config.keywords("accumulator"), "release": config.release})
 
 
 def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begins: bool) -> TrainingArguments:
-    """The Trainer's settings. Evaluating, saving and logging are ours."""
+    """Return the Trainer's settings. Evaluating, saving and logging are ours."""
     share = config.batch_size // processes.size
     return TrainingArguments(
         output_dir=str(folder.staging),

@@ -1,4 +1,4 @@
-"""How well a validation loss is known: its error over blocks, and how to say so."""
+"""Error of a validation loss over blocks, and the words for it."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan, sqrt
@@ -10,14 +10,14 @@ NOTHING = "–"
 
 
 def standard_error(losses: Sequence[float]) -> float | None:
-    """The standard error of the mean over blocks, s/√n; None of a single block, NaN where a loss is not finite."""
+    """Return the standard error of the mean over blocks, s/√n; None of a single one, NaN where a loss is not finite."""
     if len(losses) < 2:
         return None
     return stdev(losses) / sqrt(len(losses)) if all(map(isfinite, losses)) else nan
 
 
 def difference(row: Mapping[str, Any]) -> str:
-    """A row's loss beyond the yardstick's, ± its standard error over the validation blocks."""
+    """Return a row's loss beyond the yardstick's, ± its standard error over the validation blocks."""
     if row["difference"] is None:
         return NOTHING
     error = row["difference_standard_error"]
@@ -26,7 +26,7 @@ def difference(row: Mapping[str, Any]) -> str:
 
 
 def validation_notes(rows: Sequence[Mapping[str, Any]], of: str) -> list[str]:
-    """What the losses were measured on, and what their errors are."""
+    """Describe the blocks that the losses were measured on, and their errors."""
     row = next((row for row in rows if row.get("validation_blocks")), None)
     if row is None:
         return []

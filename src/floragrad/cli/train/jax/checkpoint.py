@@ -1,4 +1,4 @@
-"""What the JAX backend saves: the weights as transformers reads them, and the optimizer's state beside them."""
+"""Checkpoints of the JAX backend: weights as transformers reads them, and the optimizer's state."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def _has_ids(state: Any) -> bool:
 
 
 def load_llama(folder: str | Path) -> Llama:
-    """The trained model of a checkpoint's folder, or of any folder with such a Llama of transformers.
+    """Return the trained model of a checkpoint's folder, or of any folder with such a Llama of transformers.
 
     Args:
         folder: With ``config.json`` and ``model.safetensors``.

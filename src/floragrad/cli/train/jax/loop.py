@@ -66,17 +66,17 @@ class JaxEngine:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has."""
+        """Number of elements of all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._params))
 
     @property
     def optimizer_state_bytes(self) -> int:
-        """What the optimizer keeps, measured from its arrays."""
+        """Bytes of the optimizer's state, measured from its arrays."""
         return _bytes(self._state if self._config.micro_batches == 1 else self._state.inner_opt_state)
 
     @property
     def adamw_state_bytes(self) -> int:
-        """What optax's AdamW would keep."""
+        """Bytes of optax's AdamW's state."""
         return _bytes(jax.eval_shape(optax.adamw(1.0).init, self._params))
 
     @property
@@ -86,7 +86,7 @@ class JaxEngine:
 
     @property
     def accumulation_bytes(self) -> int:
-        """What the gradients of earlier micro-batches take, measured from their arrays."""
+        """Bytes of the gradients of earlier micro-batches, measured from their arrays."""
         return 0 if self._config.micro_batches == 1 else _bytes(self._state.acc_grads)
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
@@ -137,7 +137,7 @@ class JaxEngine:
         return next_token_losses(nnx.merge(self._graph, params), tokens)
 
     def _validate(self) -> list[float]:
-        """The loss of each validation block."""
+        """Return the loss of each validation block."""
         losses: list[float] = []
         for first in range(0, len(self._held_out), self._config.batch_size):
             tokens = _stacked(self._held_out, first, min(self._config.batch_size, len(self._held_out) - first))
@@ -146,7 +146,7 @@ class JaxEngine:
 
 
 def _stacked(blocks: Blocks, first: int, count: int) -> jax.Array:
-    """A batch of ``count`` blocks from ``first`` on."""
+    """Return a batch of ``count`` blocks from ``first`` on."""
     rows = [blocks[position]["input_ids"] for position in range(first, first + count)]
     return jnp.asarray(np.stack(rows), jnp.int32)
 

@@ -60,18 +60,18 @@ class Llama(nnx.Module):
 
 
 def abstract_llama(config: Any, dtype: jax.typing.DTypeLike) -> tuple[Any, Params]:
-    """The model's structure for ``nnx.merge``, and the shapes of its weights: no memory is taken for them."""
+    """Return the model's structure for ``nnx.merge``, and the shapes of its weights: no memory is taken for them."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 
 def next_token_loss(model: Llama, tokens: jax.Array) -> jax.Array:
-    """The mean cross-entropy, in nats and float32, of every token but the first of each block (batch, length)."""
+    """Return the mean cross-entropy, in nats and float32, of each block's (batch, length) tokens but the first."""
     return jnp.mean(next_token_losses(model, tokens))
 
 
 def next_token_losses(model: Llama, tokens: jax.Array) -> jax.Array:
-    """The mean cross-entropy of each block (batch), as :func:`next_token_loss` averages it."""
+    """Return the mean cross-entropy of each block (batch), as :func:`next_token_loss` averages it."""
     logits = model(tokens)[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen, axis=-1)

@@ -18,7 +18,7 @@ VOCABULARIES = ("embed_tokens", "lm_head")
 
 
 def kinds(params: Params) -> Params:
-    """What every parameter is, in a tree of the same structure, as ``floragrad.param_groups`` has it."""
+    """Return the kind of every parameter, as ``floragrad.param_groups`` has it, in a tree of the same structure."""
     found: Params = jax.tree_util.tree_map_with_path(lambda path, leaf: _kind(path[0].key, leaf), params)
     return found
 
@@ -45,14 +45,14 @@ def transformation(config: RunConfig) -> optax.GradientTransformation:
 
 
 def report(config: RunConfig, params: Params) -> Report:
-    """What Flora keeps for every parameter, under transformers' names."""
+    """Report Flora's state of every parameter, under transformers' names."""
     leaves = zip(*map(jax.tree.leaves, (parameter_names(params), kinds(params), params)), strict=True)
     parts = [flora_report({name: leaf}, **_compression(config, kind)) for name, kind, leaf in leaves]
     return Report(tuple(row for part in parts for row in part.rows))
 
 
 def windowed(config: RunConfig, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same for a step of several micro-batches, whose gradients are gathered first."""
+    """Wrap a transformation for steps of several micro-batches, whose gradients are gathered first."""
     if config.micro_batches == 1:
         return inner
     if config.accumulator == "exact":
@@ -101,7 +101,7 @@ def _flora(config: RunConfig, kind: Kind, rate: optax.Schedule) -> optax.Gradien
 
 
 def _compression(config: RunConfig, kind: Kind) -> dict[str, Any]:
-    """What Flora compresses of one kind of parameter; vocabulary-like ones keep no momentum, as in PyTorch."""
+    """Return Flora's options for one kind of parameter; vocabulary-like ones keep no momentum, as in PyTorch."""
     return {
         "rank": config.rank,
         "b1": None if kind == "vocabulary" else 0.9,
@@ -114,6 +114,6 @@ _OPTIMIZERS = {"flora": _flora, "adamw": _adamw, "adafactor": _adafactor}
 
 
 def _norm(gradients: optax.Updates) -> jax.Array:
-    """The global norm, in float32 whatever the gradients are in."""
+    """Return the global norm, in float32 whatever the gradients are in."""
     norm: jax.Array = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
     return norm

@@ -12,7 +12,7 @@ Params = dict[str, Any]
 
 
 def parameter_names(params: Params) -> Params:
-    """Transformers' name of every weight, in a tree of the same structure.
+    """Return Transformers' name of every weight, in a tree of the same structure.
 
     Example:
         >>> parameter_names({"layers": {0: {"mlp": {"up_proj": {"kernel": 0}}}}})
@@ -23,14 +23,14 @@ def parameter_names(params: Params) -> Params:
 
 
 def to_transformers(params: Params) -> dict[str, NDArray[Any]]:
-    """The weights as ``LlamaForCausalLM`` names and stores them: matrices are (outputs, inputs) there."""
+    """Return the weights as ``LlamaForCausalLM`` names and stores them: matrices are (outputs, inputs) there."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     # safetensors writes a buffer as it lies in memory, so that a transposed view would be saved untransposed.
     return {_name(path): np.ascontiguousarray(_turned(path, np.asarray(leaf))) for path, leaf in leaves}
 
 
 def from_transformers(weights: Mapping[str, NDArray[Any]], like: Params) -> Params:
-    """The weights of :func:`to_transformers` as a tree of the structure of ``like``, exactly."""
+    """Return the weights of :func:`to_transformers` as a tree of the structure of ``like``, exactly."""
     params: Params = jax.tree_util.tree_map_with_path(
         lambda path, _: jax.numpy.asarray(_turned(path, weights[_name(path)])), like
     )
