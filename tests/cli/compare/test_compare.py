@@ -7,9 +7,9 @@ from rich.console import Console
 
 from floragrad.cli.compare import compare as comparison
 from floragrad.cli.compare.compare import Plan, begin, compare
+from floragrad.cli.compare.table import difference
 from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.train.folder import RunFolder, new_folder
-from floragrad.cli.train.validation import difference
 from tests.cli.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
 
 QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}

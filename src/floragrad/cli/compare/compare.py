@@ -12,14 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from floragrad.cli.compare.grid import Grid
-from floragrad.cli.compare.table import Best, as_json, as_markdown
+from floragrad.cli.compare.table import Best, as_json, as_markdown, show
 from floragrad.cli.disk import write_text
 from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.figures import Contestant, comparison_figure, save
 from floragrad.cli.options import check_values, option_name, options_of
 from floragrad.cli.train import manifest
 from floragrad.cli.train.config import RunConfig, default_accumulator, needing
-from floragrad.cli.train.display import comparison
 from floragrad.cli.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest, blocked
 from floragrad.cli.train.run import check_model, write_corpus
@@ -151,7 +150,7 @@ def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console
     if finished:
         save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
     write_text(folder / TABLE, as_markdown(bests, numbers))
-    comparison(console, numbers["rows"], numbers["step_time_of"])
+    show(console, numbers["rows"], numbers["step_time_of"])
     console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
 
 

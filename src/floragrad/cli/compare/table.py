@@ -6,9 +6,15 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from floragrad._text import format_bytes
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.validation import NOTHING, difference, standard_error, validation_notes
+from floragrad.cli.train.recorder import standard_error
+
+NOTHING = "–"
+"""A cell without a value."""
 
 
 @dataclass(frozen=True)
@@ -232,3 +238,48 @@ def _number(value: float | None) -> str:
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def show(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
+    """Show the table of a comparison, as wide as a terminal."""
+    table = Table()
+    step = "step time" if yardstick is None else f"step / {yardstick}'s"
+    minus = "difference" if yardstick is None else f"minus {yardstick}'s"
+    heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "optimizer" else "right")
+    for row in rows:
+        cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
+        if row["validation_loss"] is None:
+            table.add_row(*cells, "diverged")
+            continue
+        spread = row["validation_loss_stdev"]
+        loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+        share = f"{100 * row['state_of_adamw']:.1f}%"
+        sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
+        table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
+    console.print(table)
+    for line in validation_notes(rows, yardstick or "adamw"):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def difference(row: Mapping[str, Any]) -> str:
+    """Return a row's loss beyond the yardstick's, ± its standard error over the validation blocks."""
+    if row["difference"] is None:
+        return NOTHING
+    error = row["difference_standard_error"]
+    sign = "−" if row["difference"] < 0 else "+"
+    return f"{sign}{abs(row['difference']):.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def validation_notes(rows: Sequence[Mapping[str, Any]], of: str) -> list[str]:
+    """Describe the blocks that the losses were measured on, and their errors."""
+    row = next((row for row in rows if row.get("validation_blocks")), None)
+    if row is None:
+        return []
+    return [
+        f"validated on {row['validation_blocks']:,} of {row['held_out_blocks']:,} held-out blocks, drawn from all "
+        "held-out documents, the same for all",
+        "error over blocks: the standard error of the loss for the choice of blocks, which all share; of what is "
+        f"minus {of}'s: of the differences block by block",
+    ]

@@ -1,4 +1,4 @@
-"""Screen of a run: opening, progress, summary; and the table of a comparison."""
+"""Screen of a run: opening, progress, summary."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from floragrad._text import format_bytes
-from floragrad.cli.train.validation import difference, validation_notes
 
 LINES_WITHOUT_TERMINAL = 10
 """A run whose output is no terminal writes so many lines instead of a bar."""
@@ -86,29 +85,6 @@ class Display:
             table.add_row(*row)
         self._console.print(table)
         self.say(f"everything is in {folder}")
-
-
-def comparison(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
-    """Show the table of a comparison, as wide as a terminal."""
-    table = Table()
-    step = "step time" if yardstick is None else f"step / {yardstick}'s"
-    minus = "difference" if yardstick is None else f"minus {yardstick}'s"
-    heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
-    for head in heads:
-        table.add_column(head, justify="left" if head == "optimizer" else "right")
-    for row in rows:
-        cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
-        if row["validation_loss"] is None:
-            table.add_row(*cells, "diverged")
-            continue
-        spread = row["validation_loss_stdev"]
-        loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-        share = f"{100 * row['state_of_adamw']:.1f}%"
-        sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
-        table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
-    console.print(table)
-    for line in validation_notes(rows, yardstick or "adamw"):
-        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from math import exp, isfinite
-from statistics import fmean
+from math import exp, isfinite, nan, sqrt
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from floragrad.cli.machine import Gpu, memory_bytes
@@ -12,7 +12,6 @@ from floragrad.cli.train.display import Display
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.interrupt import StopRequest
 from floragrad.cli.train.processes import ALONE, Processes
-from floragrad.cli.train.validation import standard_error
 
 LARGEST_EXPONENT = 700.0
 BLOCK_DIGITS = 6
@@ -22,6 +21,13 @@ BLOCK_DIGITS = 6
 def perplexity(loss: float) -> float:
     """E to the loss, bounded by what a float can hold."""
     return exp(min(loss, LARGEST_EXPONENT))
+
+
+def standard_error(losses: Sequence[float]) -> float | None:
+    """Return the standard error of the mean over blocks, s/√n; None of a single one, NaN where a loss is not finite."""
+    if len(losses) < 2:
+        return None
+    return stdev(losses) / sqrt(len(losses)) if all(map(isfinite, losses)) else nan
 
 
 class Due(NamedTuple):
