@@ -10,7 +10,7 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.options import Option, check_values, kinds, option, option_name, options_of
 from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
-from floragrad.policy import StateDtype
+from floragrad.policy import Projection, StateDtype
 
 MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
 TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
@@ -283,7 +283,7 @@ class RunConfig:
         OPTIMIZER,
         derive=_with("optimizer", "sign"),
         shown="sign",
-        choices=("sign", "adaptive", "gaussian"),
+        choices=get_args(Projection),
         needs=("optimizer",),
         keyword="projection",
     )
