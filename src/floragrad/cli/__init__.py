@@ -18,10 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code.
 
     0: done. 1: the training diverged, or nothing fits the device of ``plan --fits``. 2: the request cannot be met,
-    said in one line. 130: stopped by Ctrl-C (143: by SIGTERM); what can be continued is saved.
+    said in one line. 130: stopped by Ctrl-C (143: by SIGTERM); a run that can be continued is saved.
 
     Args:
-        arguments: What follows ``floragrad``; None reads ``sys.argv``.
+        arguments: Words after ``floragrad``; None reads ``sys.argv``.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given == ["--version"]:
@@ -80,7 +80,7 @@ def _option_error() -> type[Exception]:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    """Say what all processes know, once."""
+    """Print a message that all processes know, once."""
     from floragrad.cli.machine import is_spokesman
 
     return _say(message, exit_code) if is_spokesman() else exit_code

@@ -76,7 +76,7 @@ def refusal(error: BaseException, folder: Path) -> str | None:
     """Return why a folder could not be written, in the system's words; None if the error has another reason.
 
     Args:
-        error: What was raised while files were written below the folder.
+        error: Exception raised while files were written below the folder.
         folder: A new file in it finds out the reason where a library in C++ does not give one.
     """
     each: BaseException | None = error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """The request cannot be met. The message is one line: what was given, what is allowed, what to do."""
+    """The request cannot be met. The message is one line: the value, the allowed values, the remedy."""
 
 
 class StorageError(UserError):

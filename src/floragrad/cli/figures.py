@@ -37,7 +37,7 @@ class Contestant:
     """One line of a comparison's picture.
 
     Attributes:
-        label: What it is called.
+        label: Its name.
         optimizer: Which colour it has.
         accumulator: Which line it has.
         metrics: Of one run.
@@ -54,7 +54,7 @@ class Contestant:
 
 
 def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
-    """Each contestant's losses over the steps, and beside them a bar of what it keeps between micro-batches."""
+    """Each contestant's losses over the steps, and beside them a bar of its state between micro-batches."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
     gathers = any(each.accumulation_bytes for each in contestants)

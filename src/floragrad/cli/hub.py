@@ -6,7 +6,7 @@ from floragrad.cli.errors import UserError
 
 
 def refuse_remote_code(name: str, error: Exception) -> None:
-    """Say what is wrong where transformers would have to execute code of the model's own.
+    """Explain an error where transformers would have to execute code of the model's own.
 
     Raises:
         UserError: That is the error.

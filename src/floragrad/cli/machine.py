@@ -101,7 +101,7 @@ def prepare(backend: str, hub: bool, several: bool = False) -> None:
 
 
 def _silence() -> None:
-    """Leave the screen to us: what goes wrong reaches the user as an exception, not as a log line."""
+    """Leave the screen to us: an error reaches the user as an exception, not as a log line."""
     import datasets
     import transformers
 

@@ -45,7 +45,7 @@ class Option:
         parse: Reader of a value of another type; raises ValueError.
         example: List with commas, where the option takes one.
         needs: Options without which it has no effect.
-        keyword: Argument of what it needs (of ``Flora``, say) that takes the value.
+        keyword: Argument of ``Flora`` or its accumulator (see ``needs``) that takes the value.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Option:
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def fault(self, name: str, value: Any) -> str | None:
-        """Return why a value is not allowed and what is, or None where it is.
+        """Return why a value is not allowed and the allowed ones, or None where it is.
 
         Args:
             name: How to call the option.
@@ -134,7 +134,7 @@ class Option:
         return None
 
     def read(self, value: Any) -> Any:
-        """Convert what typer has read to the field's type.
+        """Convert the value that typer has read to the field's type.
 
         Raises:
             UserError: It is a list that cannot be read.
@@ -206,7 +206,7 @@ def command(
     Args:
         app: Where to.
         options: The command's options. The function gets the values of those that were given, by name.
-        help: What the command does.
+        help: Description of the command.
         epilog: Examples.
     """
 

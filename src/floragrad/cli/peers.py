@@ -72,7 +72,7 @@ PEERS: Final = {
     "adamw": Peer("torch.optim", "AdamW", {"fused": True}),
     "adamw-8bit": Peer("bitsandbytes.optim", "AdamW8bit"),
     "adamw-8bit-torchao": Peer("torchao.optim", "AdamW8bit"),
-    # With momentum, and learning rates that mean what they mean in AdamW.
+    # With momentum, and learning rates on AdamW's scale.
     "adafactor": Peer(
         "transformers.optimization", "Adafactor", {"beta1": 0.9, "scale_parameter": False, "relative_step": False}
     ),

@@ -163,7 +163,7 @@ class _Worker:
 
 def a_comparison(texts: Path, out: Path) -> Path:
     options = {**FAST, "steps": 2, "text": (str(texts),), "keep_checkpoint": False}
-    begin(Plan(("adamw",), None, (0,), None, None, options, "floragrad compare"), out)
+    begin(Plan(optimizers=("adamw",), options=options, command="floragrad compare"), out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""``floragrad compare``: takes its options, and calls what does the work."""
+"""``floragrad compare``: options and entry point."""
 
 import shlex
 import sys
@@ -32,7 +32,7 @@ COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
 
 @command(app, COMPARE_OPTIONS, help=HELP, epilog=EXAMPLES)
 def compare(given: dict[str, Any]) -> None:
-    """Compare, or continue what stopped."""
+    """Compare, or continue a comparison that stopped."""
     place, fields = take(Place, given), run_fields(given)
     if place.resume is not None:
         refuse_beside_resume(given, "resume")

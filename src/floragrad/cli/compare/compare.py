@@ -103,7 +103,7 @@ def begin(plan: Plan, out: Path) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse what cannot be compared.
+    """Refuse a comparison that is impossible.
 
     Raises:
         UserError: An optimizer is unknown or named twice, or an option belongs to none of them.
@@ -125,10 +125,10 @@ def check_plan(plan: Plan) -> None:
 
 
 def compare(folder: Path, console: Console) -> None:
-    """Do what is left of the comparison in ``folder``, then write its table and its picture.
+    """Finish the comparison in ``folder``, then write its table and its picture.
 
     Raises:
-        StoppedError: A signal has stopped it; what was done is kept.
+        StoppedError: A signal has stopped it; finished work is kept.
         UserError: A run cannot be done.
     """
     plan, stop = Plan.load(folder), StopRequest()

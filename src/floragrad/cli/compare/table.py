@@ -96,7 +96,7 @@ class Best:
 
     @property
     def about(self) -> dict[str, Any]:
-        """A summary that says on what machine this was."""
+        """A summary with the machine and the versions."""
         return self._finished[0]
 
     @property
@@ -176,11 +176,11 @@ def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
 
 
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
-    """Return the table to read, with what it was made of below it.
+    """Return the table in Markdown, with its settings below it.
 
     Args:
-        bests: What was compared.
-        numbers: What :func:`as_json` makes of it.
+        bests: Best setting of each optimizer.
+        numbers: Result of :func:`as_json`.
     """
     of = numbers["step_time_of"] or "adamw"
     heads = [

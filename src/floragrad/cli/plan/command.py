@@ -1,4 +1,4 @@
-"""``floragrad plan``: takes its options, has the step planned, and shows what came out."""
+"""``floragrad plan``: options and entry point."""
 
 import json
 from collections.abc import Mapping
@@ -150,7 +150,7 @@ def _as_json(
     limits: "Mapping[OptimizerName, Limits]",
     measurement: "Measurement | None",
 ) -> dict[str, Any]:
-    """Return the plan in plain types, and beside it what was asked of devices and of this machine."""
+    """Return the plan in plain types, with the verdicts on devices and the measurement."""
     plain = planned.to_json()
     if device is not None:
         plain["fits"] = {

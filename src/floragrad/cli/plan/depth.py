@@ -47,7 +47,7 @@ def deepened(shallow: Trace, deeper: Trace, blocks: int) -> Trace:
 
 
 def _moments(three: Sequence[Moment], four: Sequence[Moment], more: int) -> tuple[Moment, ...]:
-    """Return a section of a step: what is outside the blocks, and visits to all blocks in turn."""
+    """Return a section of a step: moments outside the blocks, and visits to all blocks in turn."""
     runs = [(stem, list(run)) for stem, run in groupby(three, key=_stem)]
     deep = [(stem, list(run)) for stem, run in groupby(four, key=_stem)]
     if [stem for stem, _ in runs] != [stem for stem, _ in deep]:
@@ -115,7 +115,7 @@ def _visits(run: list[Moment]) -> list[list[list[Moment]]]:
 
 
 def _stem(moment: Moment) -> str | None:
-    """Return the module list of a moment's block, without what happens there; None outside the blocks."""
+    """Return the module list of a moment's block, without the pass; None outside the blocks."""
     found = _BLOCK.match(moment.name)
     return None if found is None else found["stem"].rpartition(" ")[2]
 

@@ -15,7 +15,7 @@ def sharded(trace: Trace, model: nn.Module, devices: int) -> Trace:
 
     This is arithmetic on the step of one device, not a step of its own. Every tensor is cut along its first
     dimension; parameters, gradients, state and the temporaries of an update are scaled by the largest shard's part.
-    Activations stay. Counted as buckets are weights that are gathered (what is outside the blocks from forward to
+    Activations stay. Counted as buckets are weights that are gathered (those outside the blocks from forward to
     backward pass, the block at work, the next one) and in a backward pass two blocks of gradients: those that are
     made, and those that are being reduced.
 

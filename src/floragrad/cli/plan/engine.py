@@ -34,7 +34,7 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
     """Plan the memory of a model's training step with each optimizer, without allocating it.
 
     The whole step (forward and backward passes of all micro-batches, clipping, update) is run on fake tensors, with
-    the real model, optimizer and accumulator code, under a dispatch mode that counts what is made and freed.
+    the real model, optimizer and accumulator code, under a dispatch mode that counts allocations and frees.
 
     Args:
         model: A preset or another name or path that ``floragrad plan`` takes, a configuration or a model of
@@ -45,12 +45,12 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
             ``accumulate=1``, ``checkpointing=False``, ``ddp=1``, ``fsdp=1``.
 
     Returns:
-        A row for each optimizer. Bytes are counted as on a CPU: what a GPU's allocator rounds up, its context and
+        A row for each optimizer. Bytes are counted as on a CPU: a GPU's allocator's rounding, its context and
         its libraries' workspaces come on top.
 
     Raises:
         ValueError: A setting has a wrong value.
-        TypeError: The model is none of these, or has another head than what is planned for.
+        TypeError: The model is none of these, or has another head than the planned ones.
         floragrad.cli.errors.UserError: There is no such model, or it cannot be planned for.
 
     Example:
@@ -72,7 +72,7 @@ def plan_subject(
         subject: The model.
         settings: The step.
         progress: As in :func:`plan`.
-        profiles: What earlier plans of the same model found out about the work on one tensor.
+        profiles: Bytes of the work on single tensors, from earlier plans of the same model.
     """
     rows: dict[OptimizerName, OptimizerPlan] = {}
     unavailable: dict[OptimizerName, str] = {}

@@ -44,7 +44,7 @@ def limits_of(
         model: It was made for.
         room: Bytes that there are.
         profiles: That were found out while it was made.
-        report: Called with what is being done.
+        report: Called with the current task.
     """
     limits = {}
     for number, (name, row) in enumerate(planned.optimizers.items()):
@@ -73,7 +73,7 @@ def find_limits(
     Args:
         name: The optimizer.
         model: Whose positions and dimensions bound sequence and rank.
-        settings: What was asked for.
+        settings: The settings.
         room: Bytes that there are.
         peak: The optimizer's peak with other settings.
     """
@@ -127,7 +127,7 @@ def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: i
 
 
 def _next_guess(known: dict[int, int], room: int, fitting: int, failing: int) -> int:
-    """Return a number between one that fits and one that does not: by the line through what is known, or the middle."""
+    """Return a number between one that fits and one that does not: on the line through known peaks, or the middle."""
     middle = (fitting + failing) // 2
     if failing not in known:
         middle = min(middle, 2 * fitting)  # nothing is known up there: do not jump into it

@@ -17,7 +17,7 @@ from floragrad.cli.plan.trace import DISTINCT_MICRO_BATCHES, run
 from floragrad.cli.plan.tracker import Profiles
 
 MOST_TOKENS: Final = 128
-"""Tokens of a sequence that is run for real: time grows with them, and what is to be checked does not."""
+"""Tokens of a sequence that is run for real: time grows with them, and the check does not."""
 SHARE: Final = 0.5
 """Fraction of the free memory that a step may take."""
 
@@ -60,12 +60,12 @@ def measure(
 ) -> Measurement:
     """Run the step of every row for real, and predict it at the same size.
 
-    The size is what fits: one sequence of at most 128 tokens, three micro-batches, and as many of the model's blocks
+    The size fits: one sequence of at most 128 tokens, three micro-batches, and as many of the model's blocks
     as leave half of the free memory free. It runs in one process, without DDP and FSDP.
 
     Args:
         subject: The model.
-        settings: What was asked for.
+        settings: The settings.
         progress: Called with the row in work and the fraction that is done.
         room: Bytes that a step may take; None: half of the memory that is free.
 

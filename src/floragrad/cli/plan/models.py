@@ -51,9 +51,9 @@ class PlannedModel:
     """A model to plan for: a :class:`floragrad.cli.plan.subject.Subject`.
 
     Attributes:
-        name: What the user called it.
+        name: The user's name for it.
         config: Its configuration, transformers' own.
-        task: What it is trained for.
+        task: Its training task.
         blocks: How often its repeated block is there; 1 where its blocks differ, so that it is only built whole.
     """
 
@@ -204,7 +204,7 @@ def planned_model(config: Any, name: str) -> PlannedModel:
 
     Args:
         config: A configuration of transformers.
-        name: What to call it.
+        name: Its name.
 
     Raises:
         UserError: It is no model that is trained on tokens, or on images with labels, or cannot be built here.

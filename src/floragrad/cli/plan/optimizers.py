@@ -1,7 +1,7 @@
 """The rows of a plan: how each of them makes a model trainable, and which optimizer it takes.
 
-Every one is what its users run: torch's fused AdamW, bitsandbytes' 8-bit AdamW, Hugging Face's Adafactor, peft's
-LoRA, galore-torch, and Flora. All get the parameter groups of :func:`floragrad.param_groups`.
+Each is the implementation that users run: torch's fused AdamW, bitsandbytes' 8-bit AdamW, Hugging Face's Adafactor,
+peft's LoRA, galore-torch, and Flora. All get the parameter groups of :func:`floragrad.param_groups`.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Row:
     clip: bool | None = None
 
     def load(self) -> None:
-        """Import what it takes. Libraries make tensors as they are imported, which a trace would count, and fake."""
+        """Import its packages: they make tensors as they are imported, which a trace would count, and fake."""
         if self.peer is not None:
             PEERS[self.peer].load()
         if self.lora:
@@ -65,7 +65,7 @@ class Row:
         return optimizer  # type: ignore[no-any-return]
 
     def accumulator(self, optimizer: Optimizer, steps: int) -> GradientAccumulator | None:
-        """Construct what gathers the gradients of a window; None where ``.grad`` does."""
+        """Construct the accumulator of a window's gradients; None where ``.grad`` gathers them."""
         return None if self.clip is None else GradientAccumulator(optimizer, steps, clip=self.clip)
 
 

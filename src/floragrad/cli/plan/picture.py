@@ -31,7 +31,7 @@ def plan_figure(plan: MemoryPlan, heading: str, device: Size | None = None) -> F
     """Live bytes over one step in the steady state, stacked by category, all panels on one scale.
 
     Args:
-        plan: What to draw.
+        plan: The plan.
         heading: Over the picture.
         device: Memory to draw a line at.
     """

@@ -23,7 +23,7 @@ class ModelPreset:
 
     Attributes:
         model_type: Its architecture, as transformers names it.
-        numbers: What its configuration has beside that architecture's defaults.
+        numbers: Attributes that differ from that architecture's defaults.
         source: Where the numbers are published.
     """
 
@@ -125,4 +125,4 @@ MODELS: Final = {
     "vit-b-16": _vit(768, 3072, 12, 12),
     "vit-l-16": _vit(1024, 4096, 24, 16),
 }
-"""By name. What is not among the numbers is the default of transformers' configuration class."""
+"""Models by name. Other attributes have the defaults of transformers' configuration class."""

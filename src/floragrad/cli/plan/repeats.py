@@ -3,7 +3,7 @@
 Flora and its accumulator go through a tensor in blocks of rows, tens of thousands of them in a large model. What
 they make on the way depends on the tensor's layout and on options alone; and with more rows it grows by the same
 bytes for every block, since a block stays as high. So the code runs on a tensor with a few blocks and on one with a
-block more, and what the whole tensor needs follows without an error.
+block more, and the bytes of the whole tensor follow without an error.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -38,7 +38,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
     Args:
         tracker: Where they are counted.
-        profiles: What is known of them already.
+        profiles: Their bytes, as far as known.
     """
 
     def count_steps(updates: Iterable[ParamUpdate]) -> None:
@@ -110,7 +110,7 @@ def repeated_work(tracker: MemoryTracker, profiles: Profiles) -> Iterator[None]:
 
 @contextmanager
 def decoded_gradients(tracker: MemoryTracker) -> Iterator[None]:
-    """Inside, what an accumulator decodes into counts as a gradient."""
+    """Count the tensors that an accumulator decodes into as gradients."""
     decode = GradientSketch.decode_into
 
     def decode_into(sketch: GradientSketch, grad: Tensor, *args: Any) -> None:

@@ -34,15 +34,15 @@ LASTING: Final = ("parameters", "optimizer_state", "accumulation")
 """The categories that stay from step to step."""
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction of the whole that is done, 0 to 1."""
+"""Callback with the current task and the finished fraction of the whole, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """The training step that is planned: what the options of ``floragrad plan`` say, with their names and defaults.
+    """The training step that is planned: the options of ``floragrad plan``, with their names and defaults.
 
     Raises:
-        ValueError: Naming the setting, its value and what is allowed.
+        ValueError: A setting has a wrong value.
 
     Example:
         >>> PlanSettings(batch=4, accumulate=16).accumulate
@@ -120,19 +120,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """One row of a plan: what one optimizer's training step holds on one device.
+    """One row of a plan: bytes of one optimizer's training step on one device.
 
     ``parameters``, ``optimizer_state`` and ``accumulation`` stay from step to step. Of the others it is the most
     that is held at once in a step; these need not fall together, so that the peak is at most the sum of all.
 
     Attributes:
         parameters: Bytes of all weights, frozen ones and a model's buffers too.
-        optimizer_state: Of what the optimizer keeps between steps.
-        accumulation: Of what :class:`floragrad.GradientAccumulator` keeps of gradients.
+        optimizer_state: Of the optimizer's state between steps.
+        accumulation: Of the sketches of :class:`floragrad.GradientAccumulator`.
         gradients: Of gradients, at most.
         buckets: Of communication: DDP's buckets, FSDP2's gathered weights and gradients.
-        activations: Of what forward and backward passes make, at most; the batch and the logits too.
-        temporaries: Of what an update or a fold makes and frees again, at most.
+        activations: Of tensors of the forward and backward passes, at most; the batch and the logits too.
+        temporaries: Of tensors that an update or a fold makes and frees again, at most.
         peak: The most bytes that live at once, all categories together.
         peak_moment: When that is.
         at_peak: Bytes of each category then.
@@ -167,7 +167,7 @@ class MemoryPlan:
 
     Attributes:
         model: The model's name.
-        settings: What was asked for.
+        settings: The settings.
         optimizers: The rows, in the order of the settings.
         unavailable: Why a row that was asked for is not there (a missing package, by name), by optimizer.
     """

@@ -39,7 +39,7 @@ class TrainingStep:
 
         Args:
             count: Micro-batches of the window.
-            accumulator: What gathers their gradients; None: ``.grad``.
+            accumulator: Gathers their gradients; None: ``.grad``.
             is_last: Whether it ends the window.
         """
         self._is_last = is_last
@@ -79,7 +79,7 @@ class TrainingStep:
     def gradient_moments(self, clip: bool | None) -> Iterator[None]:
         """Gradients count as such as soon as they are there; inside, the accumulator is to be constructed.
 
-        What hooks on gradients make is temporary: those of an accumulator run between the two here.
+        Tensors made by hooks on gradients are temporary: hooks of an accumulator run between the two here.
 
         Args:
             clip: Of the accumulator; None where there is none.
@@ -96,7 +96,7 @@ class TrainingStep:
 
     @contextmanager
     def module_moments(self) -> Iterator[None]:
-        """Inside, passes of the model's blocks, and of what is outside of them, are moments of their own."""
+        """Make passes of the model's blocks, and of modules outside of them, moments of their own."""
         handles = []
         for name, module in _parts(self._model):
             handles.append(module.register_forward_pre_hook(partial(self._forward_begins, name)))

@@ -53,7 +53,7 @@ def predict(subject: Subject, name: OptimizerName, settings: PlanSettings, block
         name: The row.
         settings: The step.
         blocks: How many of the model's blocks to build.
-        profiles: What is known of the work on single tensors, from other traces too.
+        profiles: Bytes of the work on single tensors, from other traces too.
     """
     model = meta_model(subject, name, settings, blocks)
     # Of fake positions it cannot tell that they are of one text, and would have a mask drawn up for several.

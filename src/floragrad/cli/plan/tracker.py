@@ -1,7 +1,7 @@
 """Live bytes, seen by a dispatch mode: every storage that an operation makes, until it is freed.
 
-The mode works on real and on fake tensors alike, so that what is predicted and what is measured are counted by
-one rule. What a kernel takes and frees inside itself, and what an allocator rounds up, it does not see.
+The mode works on real and on fake tensors alike, so that predictions and measurements are counted by
+one rule. It does not see memory that a kernel takes and frees inside itself, nor an allocator's rounding.
 """
 
 import weakref
@@ -22,7 +22,7 @@ _POSITIONS = {category: position for position, category in enumerate(CATEGORIES)
 
 @dataclass
 class _Held:
-    """A live storage: its bytes, what they are for, and the parameter whose values or gradient it holds."""
+    """A live storage: its bytes, their category, and the parameter whose values or gradient it holds."""
 
     storage: "weakref.ref[torch.UntypedStorage]"
     size: int
@@ -52,7 +52,7 @@ Profiles = dict[Hashable, Moment]
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages made inside the context, by category and by moment of the step.
 
-    What is made counts as the category of :meth:`phase`, at first ``"temporaries"``, until :meth:`hold` says what
+    New tensors count in the category of :meth:`phase`, at first ``"temporaries"``, until :meth:`hold` says which
     it is. Storages that were there before count from when they are held.
 
     Attributes:
@@ -119,7 +119,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def during(self, word: str, category: str, *, follow: bool = False) -> Iterator[None]:
-        """:meth:`phase` for what is inside; then as before."""
+        """Begin a :meth:`phase` that ends with the context."""
         before = self._word, self._category, self._follows, self._name
         self.phase(word, category, follow=follow)
         try:
@@ -132,7 +132,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count a tensor's storages as a category from now on.
 
         Args:
-            tensor: Any tensor; subclasses that wrap others count as what they wrap.
+            tensor: Any tensor; subclasses that wrap others count as the wrapped ones.
             category: One of :data:`floragrad.cli.plan.result.CATEGORIES`.
             name: Of the parameter that they belong to.
         """
@@ -192,7 +192,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _notice(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
-        """Count what an operation made, unless it gave back what it was given."""
+        """Count the tensors that an operation made, unless it returned its arguments."""
         for storage in _storages(tensor):
             if not self._is_known(storage):
                 given = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
@@ -246,7 +246,7 @@ def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor, or of what it wraps."""
+    """Yield the storages of a tensor, or of the tensors that it wraps."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:

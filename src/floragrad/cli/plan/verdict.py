@@ -19,11 +19,11 @@ WORDS: Final = {
 LARGE: Final = 0.25
 """Fraction of the peak that is worth shrinking, even where that alone is not enough."""
 ENOUGH: Final = 2
-"""Times what is over: of so much, half is enough."""
+"""Multiple of the excess: of so much, half is enough."""
 
 
 def verdict(name: str, row: OptimizerPlan, settings: PlanSettings, device: Size, reads_text: bool = True) -> str:
-    """One line: how much room is left, or what the peak is and what to try.
+    """Return one line: the bytes to spare, or the peak and the remedies.
 
     Args:
         name: The optimizer.
@@ -62,7 +62,7 @@ def verdict_json(row: OptimizerPlan, device: Size) -> dict[str, Any]:
 def _way_out(
     name: str, row: OptimizerPlan, settings: PlanSettings, over: int, reads_text: bool
 ) -> tuple[list[str], str]:
-    """Return the largest category at the peak, the largest one that something can be done about, and what that is."""
+    """Return the largest category at the peak, the largest one with a remedy, and the remedy."""
     descending = sorted(row.at_peak, key=lambda category: -row.at_peak[category])
     worth = min(LARGE * row.peak, ENOUGH * over)
     for category in descending:

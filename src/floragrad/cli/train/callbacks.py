@@ -1,4 +1,4 @@
-"""The Trainer's side of what watches a run: its callbacks ask the schedule and tell the recorder."""
+"""Callbacks of the Trainer: they ask the schedule and tell the recorder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ BLOCK_LOSSES = "eval_block_losses"
 
 
 class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Sets the Trainer's flags after each step. The Trainer saves after it evaluates."""
+    """Set the Trainer's flags after each step. The Trainer saves after it evaluates."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -27,11 +27,11 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
 
 
 class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Passes on what the Trainer reports.
+    """Pass the Trainer's reports on to the recorder.
 
     Args:
         recorder: To whom.
-        opening: What to say of the optimizer before the first step.
+        opening: Describes the optimizer before the first step.
     """
 
     def __init__(self, recorder: Recorder, opening: Callable[[Any], str]) -> None:

@@ -1,6 +1,6 @@
-"""``floragrad train``: takes its options, and calls what does the work.
+"""``floragrad train``: options and entry point.
 
-What trains is imported inside the functions, so that ``--help`` and errors in options need no framework.
+Frameworks are imported inside the functions, so that ``--help`` and errors in options need no framework.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ TRAIN_OPTIONS = {**OPTIONS, **options_of(Place)}
 
 @command(app, TRAIN_OPTIONS, help=HELP, epilog=EXAMPLES)
 def train(given: dict[str, Any]) -> None:
-    """Train, or continue what stopped."""
+    """Train, or continue a run that stopped."""
     place, launch = take(Place, given), {name: given.get(name) for name in ("fsdp", "timeout")}
     _check_started(**launch)
     if place.resume is not None:
@@ -87,7 +87,7 @@ def _train(folder: "RunFolder", processes: Processes) -> None:
 
 
 def _check_started(fsdp: bool | None, timeout: int | None) -> None:
-    """Refuse what several processes do in one."""
+    """Refuse options of several processes in one."""
     purposes = {"--fsdp": "divides the model over", "--timeout": "is how long to wait for one of"}
     for (name, purpose), given in zip(purposes.items(), (fsdp, timeout), strict=True):
         if given and started() == 1:

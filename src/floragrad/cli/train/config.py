@@ -357,7 +357,7 @@ class RunConfig:
 
     @classmethod
     def resolve(cls, **given: Any) -> "RunConfig":
-        """Resolve what the user gave, with a default for everything else.
+        """Resolve the user's values, with a default for everything else.
 
         Args:
             **given: Values by field name; None, or nothing, means the default.
@@ -426,7 +426,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """Read what :meth:`to_json` wrote.
+        """Read the output of :meth:`to_json`.
 
         Raises:
             UserError: It is no such object, or a value is out of range.

@@ -56,14 +56,14 @@ class CorpusFacts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared text: where it lies, and what is known of it."""
+    """A prepared text: its folder, and its facts."""
 
     folder: Path
     facts: CorpusFacts
 
     @classmethod
     def load(cls, folder: Path) -> "Corpus":
-        """Open what :func:`prepare_corpus` wrote."""
+        """Open the output of :func:`prepare_corpus`."""
         values = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         return cls(folder, CorpusFacts(**values))
 
@@ -96,7 +96,7 @@ class Blocks:
     with different optimizers read the same batches.
 
     Args:
-        tokens: All tokens in one row; what does not fill a block is left out.
+        tokens: All tokens in one row; a rest that fills no block is left out.
         length: Tokens of a block.
         seed: Of the shuffling; None keeps the order.
         total: Tokens to serve; more than there are begin a further pass. None serves each block once.
@@ -145,7 +145,7 @@ def sampled(blocks: int, count: int) -> NDArray[np.int64]:
 
 
 def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: int | None = None) -> Corpus:
-    """Tokenize ``documents`` into ``folder``: two files of tokens, the tokenizer, and what is known of them.
+    """Tokenize ``documents`` into ``folder``: two files of tokens, the tokenizer, and their facts.
 
     Args:
         config: Of the run.

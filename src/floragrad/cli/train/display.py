@@ -27,7 +27,7 @@ class Display:
 
     Args:
         console: Where to write.
-        title: What the progress is labelled with.
+        title: Label of the progress.
         brief: Show the progress only, and leave nothing behind.
     """
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and nothing in it half-written."""
+"""The folder of a run: its files, none of them half-written."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     The files that lie in it then are listed in its manifest.
 
     Args:
-        out: What it will be called. It may exist if it is empty.
+        out: Its final name. It may exist if it is empty.
 
     Raises:
         UserError: ``out`` holds something already, or cannot be made.
@@ -139,7 +139,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Say in one line that the folder could not be written, and what is left.
+        """Report in one line that the folder could not be written, and its content.
 
         Raises:
             StorageError: The disk is full, read-only or failing, or a limit is reached.
@@ -169,13 +169,13 @@ class RunFolder:
                     remove(path)
 
     def tidy(self, checkpoints: bool) -> None:
-        """Remove what is written until it is whole, and every checkpoint where they are not to be kept."""
+        """Remove unfinished files, and every checkpoint where they are not to be kept."""
         with self.writing():
             for path in (self.staging, *(path for _, path in self.checkpoints() if not checkpoints)):
                 remove(path)
 
     def rewind(self) -> int:
-        """Go back to the newest checkpoint, and drop what came after it. Returns its step, or 0.
+        """Go back to the newest checkpoint, and drop everything after it. Returns its step, or 0.
 
         Raises:
             UserError: It is damaged, or the text is, or the metrics up to it.
@@ -200,7 +200,7 @@ class RunFolder:
         return step
 
     def _fault(self, step: int, checkpoint: Path) -> str | None:
-        """Say what is wrong with a checkpoint, or with the metrics up to it."""
+        """Describe the damage of a checkpoint, or of the metrics up to it."""
         found = manifest.fault(checkpoint)
         if found is not None:
             return f"{checkpoint} is damaged: {found}"
@@ -210,7 +210,7 @@ class RunFolder:
         return self._metrics_fault(facts.get("metrics"), f"{checkpoint.name} was saved")
 
     def _metrics_fault(self, wanted: Any, when: str) -> str | None:
-        """Say how the metrics differ from what they were when they were measured."""
+        """Describe how the metrics differ from those that were measured."""
         size = wanted.get("bytes") if isinstance(wanted, dict) else None
         path = self.path / METRICS
         found = manifest.digest(path, size) if path.is_file() else None

@@ -23,7 +23,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the first SIGINT or SIGTERM; a second one does what it does elsewhere.
+        """Note the first SIGINT or SIGTERM; a second one acts as elsewhere.
 
         A signal that came earlier to a process that was started with :func:`blocked` is noted too.
         """

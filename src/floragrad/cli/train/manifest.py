@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def fault(folder: Path) -> str | None:
-    """Find the first file of a folder that is not what its manifest says. None: all are."""
+    """Find the first file of a folder that differs from its manifest. None: all are."""
     if not folder.is_dir():
         return "it is no folder"
     if not (folder / MANIFEST).is_file():
@@ -69,11 +69,11 @@ def fault(folder: Path) -> str | None:
 
 
 def check(folder: Path, remedy: str) -> None:
-    """Refuse a folder with a file that is not what its manifest says.
+    """Refuse a folder with a file that differs from its manifest.
 
     Args:
         folder: With a manifest.
-        remedy: What to do about a damaged file.
+        remedy: Remedy for a damaged file.
 
     Raises:
         UserError: A file is missing or damaged, or the manifest is.

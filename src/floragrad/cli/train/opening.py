@@ -15,7 +15,7 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
     Args:
         config: Of the run.
         report: Flora's; None for the other optimizers.
-        engine: What counts the bytes.
+        engine: Counts the bytes.
     """
     whole = engine.adamw_state_bytes
     if report is not None:

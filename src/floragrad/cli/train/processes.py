@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun has started: who they are, and what they tell one another."""
+"""The processes of a run that torchrun has started: their ranks, and their communication."""
 
 import contextlib
 import os
@@ -49,7 +49,7 @@ class Processes:
         return "floragrad" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m floragrad"
 
     def share(self, make: Callable[[], T]) -> T:
-        """Let the leader make something, however long it takes, and give it to all. What it raises, all raise."""
+        """Let the leader make something, however long it takes, and give it to all; all raise its exceptions."""
         if self.size == 1:
             return make()
         from torch.distributed import broadcast_object_list
@@ -73,7 +73,7 @@ class Processes:
         self.largest(0)
 
     def largest(self, value: int) -> int:
-        """Return the largest of what the processes say, so that all do the same with it."""
+        """Return the largest of the processes' values, the same on all."""
         if self.size == 1:
             return value
         import torch
@@ -84,7 +84,7 @@ class Processes:
         return int(found)
 
     def total(self, *values: float) -> list[float]:
-        """Return the sums of what the processes say, the same on all."""
+        """Return the sums of the processes' values, the same on all."""
         if self.size == 1:
             return list(values)
         import torch

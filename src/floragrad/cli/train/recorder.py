@@ -19,7 +19,7 @@ BLOCK_DIGITS = 6
 
 
 def perplexity(loss: float) -> float:
-    """E to the loss, bounded by what a float can hold."""
+    """Return e to the loss, bounded by the largest float."""
     return exp(min(loss, LARGEST_EXPONENT))
 
 
@@ -93,7 +93,7 @@ class Recorder:
         return float(self._seconds_before + time.perf_counter() - self._began)
 
     def begin(self, opening: str, step: int) -> None:
-        """Show what the optimizer keeps, then the progress after ``step``."""
+        """Show the optimizer's state, then the progress after ``step``."""
         self._began = time.perf_counter()
         self._display.say(opening)
         self._display.begin(step, self._config.steps)

@@ -91,7 +91,7 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
         folder: Of the run.
         display: Where to show it.
         processes: Who trains.
-        start: What makes the engine; the default follows ``--backend``.
+        start: Constructs the engine; the default follows ``--backend``.
 
     Raises:
         StoppedError: A signal has stopped it; everything is saved.
@@ -127,7 +127,7 @@ def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
 
 
 def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
-    """Say what is about to happen."""
+    """Show the model, the text and the validation blocks."""
     facts, held_out = corpus.facts, corpus.held_out_blocks(config)
     skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
     display.say(

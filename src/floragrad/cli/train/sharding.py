@@ -16,14 +16,14 @@ from floragrad.cli.train.processes import Processes
 
 
 def shard(model: Any, processes: Processes) -> None:
-    """Leave each process its part of every block, and of what lies outside them.
+    """Leave each process its part of every block, and of the modules outside them.
 
     Args:
         model: One of transformers', whole and the same on all processes.
         processes: Who shares it.
 
     Raises:
-        UserError: The model does not say what its blocks are.
+        UserError: The model does not name its blocks.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]

@@ -24,7 +24,7 @@ class Documents:
     Attributes:
         texts: One string a document.
         source: Where they come from, in a few words.
-        skipped: What was left out because it is no text: files of a folder that are not UTF-8, and null rows.
+        skipped: Left out because they are no text: files of a folder that are not UTF-8, and null rows.
     """
 
     texts: list[str]

@@ -37,7 +37,7 @@ def restore(folder: Path, params: Params, init: Callable[[Params], Any], kappa: 
     """Read the weights and the optimizer's state of a checkpoint, bit for bit.
 
     Args:
-        folder: What :func:`save` wrote, of this version or one whose states had no ``projection_id``.
+        folder: Output of :func:`save`, of this version or one whose states had no ``projection_id``.
         params: The weights' tree, of arrays or their shapes.
         init: The optimizer's.
         kappa: Flora's interval between projections; None for other optimizers.

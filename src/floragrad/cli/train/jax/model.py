@@ -15,12 +15,12 @@ class Llama(nnx.Module):
     """A causal language model: tokens to logits, as transformers' ``LlamaForCausalLM`` computes them.
 
     The modules have transformers' names. Matrices are drawn from a normal distribution with the configuration's
-    ``initializer_range``; the embedding of the padding token is zero and is not trained, which is what torch's
+    ``initializer_range``; the embedding of the padding token is zero and is not trained, which is the effect of torch's
     ``padding_idx`` does. Embedding and output head are two matrices.
 
     Args:
         config: A ``LlamaConfig`` with untied embeddings, as many key heads as query heads, and plain rotary
-            positions: what ``floragrad train`` makes of its sizes.
+            positions: the models of ``floragrad train``.
         dtype: Of the weights and of the computation; normalisation and softmax are done in float32.
         rngs: Draws the weights.
 
@@ -33,7 +33,7 @@ class Llama(nnx.Module):
         (1, 3, 11)
 
     Sources: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), and
-    transformers' ``modeling_llama.py`` for what the paper leaves open.
+    transformers' ``modeling_llama.py`` for details that the paper leaves open.
     """
 
     def __init__(self, config: Any, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:

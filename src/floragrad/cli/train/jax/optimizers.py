@@ -36,7 +36,7 @@ def transformation(config: RunConfig) -> optax.GradientTransformation:
     """Everything between the gradient and the update, clipping by the global norm included.
 
     AdamW has torch's defaults. Adafactor has those of Hugging Face's, with momentum, every matrix factored, and
-    learning rates that mean what they mean in AdamW.
+    learning rates on AdamW's scale.
     """
     rates = learning_rates(config)
     groups = {kind: _OPTIMIZERS[config.optimizer](config, kind, rate) for kind, rate in rates.items()}
