@@ -8,8 +8,8 @@ from floragrad.cli.plan.models import find_model
 from floragrad.cli.plan.result import OptimizerName, PlanSettings
 
 
-def by_trying_all(peak: Callable[[int], int], room: int, most: int) -> int:
-    return max((number for number in range(1, most + 1) if peak(number) <= room), default=0)
+def by_trying_all(peak: Callable[[int], int], budget: int, most: int) -> int:
+    return max((number for number in range(1, most + 1) if peak(number) <= budget), default=0)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -25,11 +25,11 @@ def test_it_is_the_largest(seed: int) -> None:
         tried.append(number)
         return max(5000, 1000 + base * 10 + slope * number + bend * number**2 + more * max(0, number - kink))
 
-    room = draw.randint(0, 20_000)
-    found = largest_that_fits(peak, room, start, most)
+    budget = draw.randint(0, 20_000)
+    found = largest_that_fits(peak, budget, start, most)
     assert len(tried) == len(set(tried)), "no peak is asked for twice"
     assert all(1 <= number <= most for number in tried)
-    assert found == by_trying_all(peak, room, most)
+    assert found == by_trying_all(peak, budget, most)
 
 
 def test_a_straight_line_takes_five_peaks_and_not_twenty() -> None:
@@ -49,7 +49,7 @@ def peak(settings: PlanSettings) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "room", "expected"),
+    ("name", "budget", "expected"),
     [
         # 1000 + 2·1·100 + 10·50 = 1700 is what was asked for.
         ("flora", 1700, Limits(batch=1, sequence=100, rank=50)),
@@ -61,9 +61,9 @@ def peak(settings: PlanSettings) -> int:
         ("flora", 10**9, Limits(batch=MOST_EXAMPLES, sequence=1024, rank=384)),
     ],
 )
-def test_each_limit_leaves_all_else_as_it_was(name: OptimizerName, room: int, expected: Limits) -> None:
+def test_each_limit_leaves_all_else_as_it_was(name: OptimizerName, budget: int, expected: Limits) -> None:
     settings = PlanSettings(batch=1, sequence=100, rank=50)
-    assert find_limits(name, find_model("gpt2"), settings, room, peak) == expected
+    assert find_limits(name, find_model("gpt2"), settings, budget, peak) == expected
 
 
 def test_a_model_without_a_longest_sequence_has_a_bound_all_the_same() -> None:

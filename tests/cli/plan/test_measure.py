@@ -26,11 +26,11 @@ def test_every_row_is_run_and_predicted_at_one_size() -> None:
 def test_blocks_are_left_out_until_it_fits() -> None:
     whole = measure(subject("llama", 4), SETTINGS)
     largest = max(row.peak for row in whole.predicted.optimizers.values())
-    less = measure(subject("llama", 4), SETTINGS, room=largest - 1)
+    less = measure(subject("llama", 4), SETTINGS, budget=largest - 1)
     assert less.blocks == 2
     assert max(row.peak for row in less.measured.values()) < largest
 
 
 def test_what_does_not_fit_at_all_is_refused() -> None:
     with pytest.raises(UserError, match=r"for the least of MODEL llama, and 1\.0 kB may be taken here"):
-        measure(subject("llama", 2), SETTINGS, room=1000)
+        measure(subject("llama", 2), SETTINGS, budget=1000)

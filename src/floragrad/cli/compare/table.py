@@ -106,10 +106,10 @@ class Best:
 
 def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
     """Return the table as numbers."""
-    yardstick = _yardstick(bests)
+    baseline = _baseline(bests)
     return {
         "command": command,
-        "rows": [_row(best, yardstick) for best in bests],
+        "rows": [_row(best, baseline) for best in bests],
         "grid": [
             {
                 "optimizer": config.optimizer,
@@ -123,19 +123,19 @@ def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
             for best in bests
             for config, summary in best.grid
         ],
-        "step_time_of": yardstick.config.label if yardstick else None,
-        "machine": yardstick.about["machine"] if yardstick else None,
-        "versions": yardstick.about["versions"] if yardstick else None,
+        "step_time_of": baseline.config.label if baseline else None,
+        "machine": baseline.about["machine"] if baseline else None,
+        "versions": baseline.about["versions"] if baseline else None,
     }
 
 
-def _yardstick(bests: Sequence[Best]) -> Best | None:
+def _baseline(bests: Sequence[Best]) -> Best | None:
     """Whose step time is 1: AdamW's, or the first one's that did not diverge."""
     finished = [best for best in bests if best.loss is not None]
     return next((best for best in finished if best.optimizer == "adamw"), finished[0] if finished else None)
 
 
-def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
+def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
     row = {
         "optimizer": best.optimizer,
         "accumulator": best.config.accumulator,
@@ -146,7 +146,7 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
         "validation_losses": [summary["validation_loss"] for summary in best.summaries],
         "validation_loss": best.loss,
     }
-    if best.loss is None or yardstick is None:
+    if best.loss is None or baseline is None:
         return row
     return {
         **row,
@@ -156,23 +156,23 @@ def _row(best: Best, yardstick: Best | None) -> dict[str, Any]:
         "validation_blocks": len(best.block_losses),
         "held_out_blocks": best.about.get("held_out_blocks"),
         "standard_error": standard_error(best.block_losses),
-        **_difference(best, yardstick),
+        **_difference(best, baseline),
         "optimizer_state_bytes": best.state_bytes,
         "state_of_adamw": best.state_bytes / best.adamw_bytes,
         "accumulation_bytes": best.accumulation_bytes,
         "peak_memory_bytes": best.peak_memory_bytes,
         "step_seconds": best.step_seconds,
-        "step_time_ratio": best.step_seconds / yardstick.step_seconds,
+        "step_time_ratio": best.step_seconds / baseline.step_seconds,
     }
 
 
-def _difference(best: Best, yardstick: Best) -> dict[str, Any]:
-    """Return the loss beyond the yardstick's, and the standard error of the differences block by block."""
-    if best is yardstick or best.loss is None or yardstick.loss is None:
+def _difference(best: Best, baseline: Best) -> dict[str, Any]:
+    """Return the loss beyond the baseline's, and the standard error of the differences block by block."""
+    if best is baseline or best.loss is None or baseline.loss is None:
         return {"difference": None, "difference_standard_error": None}
-    pairs = zip(best.block_losses, yardstick.block_losses, strict=True)
+    pairs = zip(best.block_losses, baseline.block_losses, strict=True)
     error = standard_error([one - other for one, other in pairs])
-    return {"difference": best.loss - yardstick.loss, "difference_standard_error": error}
+    return {"difference": best.loss - baseline.loss, "difference_standard_error": error}
 
 
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
@@ -240,11 +240,11 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def show(console: Console, rows: list[dict[str, Any]], yardstick: str | None) -> None:
+def show(console: Console, rows: list[dict[str, Any]], baseline: str | None) -> None:
     """Show the table of a comparison, as wide as a terminal."""
     table = Table()
-    step = "step time" if yardstick is None else f"step / {yardstick}'s"
-    minus = "difference" if yardstick is None else f"minus {yardstick}'s"
+    step = "step time" if baseline is None else f"step / {baseline}'s"
+    minus = "difference" if baseline is None else f"minus {baseline}'s"
     heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
     for head in heads:
         table.add_column(head, justify="left" if head == "optimizer" else "right")
@@ -259,12 +259,12 @@ def show(console: Console, rows: list[dict[str, Any]], yardstick: str | None) ->
         sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
         table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
     console.print(table)
-    for line in validation_notes(rows, yardstick or "adamw"):
+    for line in validation_notes(rows, baseline or "adamw"):
         console.print(line, soft_wrap=True, highlight=False)
 
 
 def difference(row: Mapping[str, Any]) -> str:
-    """Return a row's loss beyond the yardstick's, ± its standard error over the validation blocks."""
+    """Return a row's loss beyond the baseline's, ± its standard error over the validation blocks."""
     if row["difference"] is None:
         return NOTHING
     error = row["difference_standard_error"]

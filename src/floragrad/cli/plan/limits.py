@@ -35,14 +35,14 @@ class Limits:
 
 
 def limits_of(
-    planned: MemoryPlan, model: PlannedModel, room: int, profiles: Profiles, report: Progress
+    planned: MemoryPlan, model: PlannedModel, budget: int, profiles: Profiles, report: Progress
 ) -> dict[OptimizerName, Limits]:
     """Return the limits of every row of a plan.
 
     Args:
         planned: The plan.
         model: It was made for.
-        room: Bytes that there are.
+        budget: Bytes that there are.
         profiles: That were found out while it was made.
         report: Called with the current task.
     """
@@ -57,7 +57,7 @@ def limits_of(
                 known[settings] = plan_subject(model, settings, profiles=profiles).optimizers[name].peak
             return known[settings]
 
-        limits[name] = find_limits(name, model, alone, room, peak)
+        limits[name] = find_limits(name, model, alone, budget, peak)
     return limits
 
 
@@ -65,7 +65,7 @@ def find_limits(
     name: OptimizerName,
     model: PlannedModel,
     settings: PlanSettings,
-    room: int,
+    budget: int,
     peak: Callable[[PlanSettings], int],
 ) -> Limits:
     """Find an optimizer's limits.
@@ -74,20 +74,20 @@ def find_limits(
         name: The optimizer.
         model: Whose positions and dimensions bound sequence and rank.
         settings: The settings.
-        room: Bytes that there are.
+        budget: Bytes that there are.
         peak: The optimizer's peak with other settings.
     """
     sequence = rank = None
     if model.reads_text:
         longest = model.positions or MOST_TOKENS
         sequence = largest_that_fits(
-            lambda tokens: peak(replace(settings, sequence=tokens)), room, settings.sequence, longest
+            lambda tokens: peak(replace(settings, sequence=tokens)), budget, settings.sequence, longest
         )
     if has_rank(name, settings):
         largest = model.largest_rank(sketched=name.startswith("flora"))
-        rank = largest_that_fits(lambda r: peak(replace(settings, rank=r)), room, settings.rank, largest)
+        rank = largest_that_fits(lambda r: peak(replace(settings, rank=r)), budget, settings.rank, largest)
     batch = largest_that_fits(
-        lambda examples: peak(replace(settings, batch=examples)), room, settings.batch, MOST_EXAMPLES
+        lambda examples: peak(replace(settings, batch=examples)), budget, settings.batch, MOST_EXAMPLES
     )
     return Limits(batch, sequence, rank)
 
@@ -97,20 +97,20 @@ def has_rank(name: OptimizerName, settings: PlanSettings) -> bool:
     return name in ("lora", "galore") or (name.startswith("flora") and settings.ratio is None)
 
 
-def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: int) -> int:
-    """Return the largest number from 1 to ``most`` whose peak is within ``room``; 0 if none is.
+def largest_that_fits(peak: Callable[[int], int], budget: int, start: int, most: int) -> int:
+    """Return the largest number from 1 to ``most`` whose peak is within ``budget``; 0 if none is.
 
     Bisection that guesses by the line through the two nearest numbers known: memory grows with little curvature, so
     that a few peaks are enough. Every third guess is the middle, which bounds their number by the logarithm.
 
     Args:
         peak: The peak of a number, which does not fall as the number grows.
-        room: Bytes that there are.
+        budget: Bytes that there are.
         start: The number to begin with.
         most: The largest number that makes sense.
 
     Example:
-        >>> largest_that_fits(lambda batch: 100 + 7 * batch, room=1000, start=1, most=10_000)
+        >>> largest_that_fits(lambda batch: 100 + 7 * batch, budget=1000, start=1, most=10_000)
         128
     """
     known: dict[int, int] = {}
@@ -118,15 +118,15 @@ def largest_that_fits(peak: Callable[[int], int], room: int, start: int, most: i
     guess = min(max(start, 1), most)
     while failing - fitting > 1:
         known[guess] = peak(guess)
-        if known[guess] <= room:
+        if known[guess] <= budget:
             fitting = guess
         else:
             failing = guess
-        guess = _next_guess(known, room, fitting, failing)
+        guess = _next_guess(known, budget, fitting, failing)
     return fitting
 
 
-def _next_guess(known: dict[int, int], room: int, fitting: int, failing: int) -> int:
+def _next_guess(known: dict[int, int], budget: int, fitting: int, failing: int) -> int:
     """Return a number between one that fits and one that does not: on the line through known peaks, or the middle."""
     middle = (fitting + failing) // 2
     if failing not in known:
@@ -134,10 +134,10 @@ def _next_guess(known: dict[int, int], room: int, fitting: int, failing: int) ->
     if fitting not in known:
         middle = min(middle, failing // 2)
     by_line = middle
-    nearest = sorted(known, key=lambda number: abs(known[number] - room))[:2]
+    nearest = sorted(known, key=lambda number: abs(known[number] - budget))[:2]
     if len(nearest) == 2 and len(known) % 3:
         low, high = sorted(nearest)
         rise = known[high] - known[low]
         if rise > 0:
-            by_line = low + (room - known[low]) * (high - low) // rise
+            by_line = low + (budget - known[low]) * (high - low) // rise
     return min(max(by_line, fitting + 1), failing - 1)

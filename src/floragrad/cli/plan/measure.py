@@ -56,7 +56,7 @@ class _Shallow:
 
 
 def measure(
-    subject: Subject, settings: PlanSettings, progress: Progress | None = None, room: int | None = None
+    subject: Subject, settings: PlanSettings, progress: Progress | None = None, budget: int | None = None
 ) -> Measurement:
     """Run the step of every row for real, and predict it at the same size.
 
@@ -67,12 +67,12 @@ def measure(
         subject: The model.
         settings: The settings.
         progress: Called with the row in work and the fraction that is done.
-        room: Bytes that a step may take; None: half of the memory that is free.
+        budget: Bytes that a step may take; None: half of the memory that is free.
 
     Raises:
         floragrad.cli.errors.UserError: Not even one block fits.
     """
-    free = int(SHARE * require("psutil", "plan").virtual_memory().available) if room is None else room
+    free = int(SHARE * require("psutil", "plan").virtual_memory().available) if budget is None else budget
     settings = replace(
         settings,
         batch=1,

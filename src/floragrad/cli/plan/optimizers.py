@@ -56,7 +56,7 @@ class Row:
         peer = PEERS[self.peer]
         if self.peer != "adamw-8bit":
             return peer.optimizer(groups, LR, settings.rank)
-        # The constructor looks at the numbers of its tables, which fake tensors do not have.
+        # The constructor reads the values of its tables, which fake tensors do not have.
         with unset_fake_temporarily():
             optimizer: Any = peer.optimizer(groups, LR)
         fake = active_fake_mode()

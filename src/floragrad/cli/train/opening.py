@@ -21,10 +21,10 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
     if report is not None:
         said = _condensed(report)
     elif config.optimizer == "adamw":
-        said = f"AdamW compresses nothing: two numbers for every parameter, {format_bytes(whole)} of state"
+        said = f"AdamW compresses nothing: two elements for every parameter, {format_bytes(whole)} of state"
     else:
         said = (
-            "Adafactor keeps rows and columns of the second moment, and one number of momentum for every "
+            "Adafactor keeps rows and columns of the second moment, and one element of momentum for every "
             f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
         )
     return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, engine)}"
@@ -35,7 +35,7 @@ def _accumulation_line(config: RunConfig, engine: Engine) -> str:
     kept, exact = engine.accumulation_bytes, engine.gradient_bytes
     if config.accumulator == "exact":
         return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"
-    projected = "" if config.accumulator_ratio == 1 else f" of one number for {config.accumulator_ratio} columns"
+    projected = "" if config.accumulator_ratio == 1 else f" of one element for {config.accumulator_ratio} columns"
     return (
         f"gradients of {config.micro_batches} micro-batches are gathered as {config.accumulator_dtype} "
         f"sketches{projected}: {format_bytes(kept)}, {kept / exact:.1%} of the gradients' {format_bytes(exact)}"
