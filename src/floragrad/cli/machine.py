@@ -178,7 +178,7 @@ def versions(libraries: Sequence[str]) -> dict[str, str]:
     return {"python": platform.python_version(), "floragrad": version("floragrad"), **found}
 
 
-def machine(gpu: Gpu | None) -> str:
+def describe(gpu: Gpu | None) -> str:
     """Return the machine in a few words: the processor, the cores, the GPU."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")

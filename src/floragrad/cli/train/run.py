@@ -131,7 +131,7 @@ def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, dis
     facts, held_out = corpus.facts, corpus.held_out_blocks(config)
     skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
     display.say(
-        f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {machine.machine(engine.gpu)}\n"
+        f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {machine.describe(engine.gpu)}\n"
         f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
         f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
         f"vocabulary {facts.vocab_size:,}\n"
@@ -178,7 +178,7 @@ def _finish(
         "peak_memory_of": "process" if engine.gpu is None else "GPU",
         "seconds": recorder.seconds,
         "step_seconds": median(line["step_seconds"] for line in metrics if "step_seconds" in line),
-        "machine": machine.machine(engine.gpu),
+        "machine": machine.describe(engine.gpu),
         "versions": machine.versions(engine.libraries),
     }
     folder.write_summary(summary)
