@@ -5,7 +5,8 @@ import pytest
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS
-from floragrad.cli.train.config import RunConfig, default_rank
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.defaults import rank_of
 
 
 def test_defaults_are_the_presets() -> None:
@@ -17,7 +18,7 @@ def test_defaults_are_the_presets() -> None:
             preset.sequence_length,
             preset.vocab_size,
         )
-        assert config.rank == default_rank(preset.hidden_size) == preset.hidden_size // 4
+        assert config.rank == rank_of(preset.hidden_size) == preset.hidden_size // 4
 
 
 @pytest.mark.parametrize("optimizer", LEARNING_RATES)

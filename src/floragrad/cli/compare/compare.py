@@ -18,7 +18,8 @@ from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.figures import Contestant, comparison_figure, save
 from floragrad.cli.options import check_values, option_name, options_of
 from floragrad.cli.train import manifest
-from floragrad.cli.train.config import RunConfig, default_accumulator, needing
+from floragrad.cli.train.config import RunConfig, needing
+from floragrad.cli.train.defaults import accumulator as default_accumulator
 from floragrad.cli.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest, blocked
 from floragrad.cli.train.run import check_model, write_corpus

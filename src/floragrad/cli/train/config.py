@@ -9,7 +9,8 @@ from typing import Any, Final, get_args, get_type_hints
 from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.options import Option, check_values, kinds, option, option_name, options_of
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates
+from floragrad.cli.presets import LEARNING_RATES, PRESETS
+from floragrad.cli.train import defaults
 from floragrad.policy import Projection, StateDtype
 
 MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
@@ -17,88 +18,6 @@ TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several process
 _RATES = ", ".join(f"{name} {rates.lr:g}" for name, rates in LEARNING_RATES.items())
 _RATIOS = ", ".join(f"{name} {rates.embedding_lr / rates.lr:g}" for name, rates in LEARNING_RATES.items())
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
-STANDARD_LIBRARY_MEGABYTES: Final = 4.0
-DATASET_MEGABYTES: Final = 200.0
-
-
-def learning_rates(model: str, optimizer: str) -> LearningRates:
-    """Return the default learning rates of an optimizer on a model."""
-    if model in PRESETS:
-        return LEARNING_RATES[optimizer]
-    return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
-
-
-def default_rank(hidden_size: int) -> int:
-    """Return a quarter of the hidden size, as the GaLore paper has it for its larger models."""
-    return max(1, hidden_size // 4)
-
-
-def default_accumulator(given: Mapping[str, Any]) -> str:
-    """Return how gradients are gathered: as given, else in sketches with Flora and exactly with the others."""
-    if given.get("accumulate", 1) == 1:
-        return "none"
-    return str(given.get("accumulator", "flora" if _flora(given) else "exact"))
-
-
-def _flora(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("optimizer", "flora") == "flora")
-
-
-def _of_preset(name: str, otherwise: Any) -> Any:
-    """Return the function that derives a default: the preset's attribute, else the same for every other model."""
-
-    def derive(given: Mapping[str, Any]) -> Any:
-        preset = PRESETS.get(given.get("model", "tiny"))
-        return getattr(preset, name) if preset else otherwise
-
-    return derive
-
-
-def _with(needed: str, default: Any) -> Any:
-    """Return the function that derives a default where ``dataset``, ``flora`` or ``sketches`` are used, else None."""
-
-    def derive(given: Mapping[str, Any]) -> Any:
-        used = {
-            "dataset": "dataset" in given,
-            "optimizer": _flora(given),
-            "accumulator": default_accumulator(given) == "flora",
-        }
-        return (default(given) if callable(default) else default) if used[needed] else None
-
-    return derive
-
-
-def _rates(given: Mapping[str, Any]) -> LearningRates:
-    return learning_rates(given.get("model", "tiny"), given.get("optimizer", "flora"))
-
-
-def _embedding_lr(given: Mapping[str, Any]) -> float:
-    rates = _rates(given)
-    return float(given.get("lr", rates.lr) * (rates.embedding_lr / rates.lr))
-
-
-def _megabytes(given: Mapping[str, Any]) -> float | None:
-    if "dataset" in given:
-        return DATASET_MEGABYTES
-    return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
-
-
-def _rank(given: Mapping[str, Any]) -> int:
-    preset = PRESETS.get(given.get("model", "tiny"))
-    return default_rank(preset.hidden_size) if preset else 128
-
-
-_steps = _of_preset("steps", 1000)
-
-
-def _part_of_steps(part: int, least: int, most: int | None = None) -> Any:
-    """Return the function that derives a default: a part of the steps, between two bounds."""
-
-    def derive(given: Mapping[str, Any]) -> int:
-        steps = max(least, int(given.get("steps", _steps(given))) // part)
-        return steps if most is None else min(most, steps)
-
-    return derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,19 +54,19 @@ class RunConfig:
     )
     dataset_config: str | None = option("Configuration of the dataset.", MODEL, default=None, needs=("dataset",))
     dataset_split: str | None = option(
-        "Split of the dataset.", MODEL, derive=_with("dataset", "train"), shown="train", needs=("dataset",)
+        "Split of the dataset.", MODEL, derive=defaults.with_dataset("train"), shown="train", needs=("dataset",)
     )
     text_column: str | None = option(
         "Column of the dataset that holds the text.",
         MODEL,
-        derive=_with("dataset", "text"),
+        derive=defaults.with_dataset("text"),
         shown="text",
         needs=("dataset",),
     )
     max_megabytes: float | None = option(
         "Read at most so much text.",
         MODEL,
-        derive=_megabytes,
+        derive=defaults.max_megabytes,
         shown="4 for tiny on the standard library, 200 of a dataset, else everything",
         above=0,
         maximum=1e12,
@@ -155,21 +74,21 @@ class RunConfig:
     vocab_size: int | None = option(
         "Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
         MODEL,
-        derive=_of_preset("vocab_size", None),
+        derive=defaults.of_preset("vocab_size", None),
         shown="2048 for tiny, 8192 for small, 32000 above",
         minimum=257,  # the 256 bytes and the end of a text
     )
     sequence_length: int = option(
         "Tokens of a block.",
         MODEL,
-        derive=_of_preset("sequence_length", 256),
+        derive=defaults.of_preset("sequence_length", 256),
         shown="128 for tiny, else 256",
         minimum=2,
     )
     batch_size: int = option(
         "Blocks at once, in all processes together.",
         TRAINING,
-        derive=_of_preset("batch_size", 8),
+        derive=defaults.of_preset("batch_size", 8),
         shown="8 for tiny, 16 for small, 32 above, else 8",
         minimum=1,
     )
@@ -180,14 +99,14 @@ class RunConfig:
         "How the gradients of --accumulate micro-batches are gathered: as sketches, each freed at once; exactly, which "
         "keeps them all; or not at all, so that one micro-batch makes a step.",
         ACCUMULATION,
-        derive=default_accumulator,
+        derive=defaults.accumulator,
         shown="flora with --optimizer flora, else exact",
         choices=tuple(_GATHERED),
     )
     accumulator_ratio: int | None = option(
         "Sketched gradients: columns of a hidden matrix that share one element; 1 keeps them all.",
         ACCUMULATION,
-        derive=_with("accumulator", 1),
+        derive=defaults.with_sketches(1),
         shown="1",
         minimum=1,
         needs=("accumulator",),
@@ -196,7 +115,7 @@ class RunConfig:
     accumulator_dtype: str | None = option(
         "Sketched gradients: how they are stored.",
         ACCUMULATION,
-        derive=_with("accumulator", "int4"),
+        derive=defaults.with_sketches("int4"),
         shown="int4",
         choices=get_args(StateDtype),
         needs=("accumulator",),
@@ -205,7 +124,7 @@ class RunConfig:
     accumulator_projection: str | None = option(
         "Sketched gradients: random signs, or the paper's Gaussian.",
         ACCUMULATION,
-        derive=_with("accumulator", "sign"),
+        derive=defaults.with_sketches("sign"),
         shown="sign",
         choices=("sign", "gaussian"),
         needs=("accumulator",),
@@ -215,7 +134,7 @@ class RunConfig:
         "Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in .grad "
         "before the step.",
         ACCUMULATION,
-        derive=_with("accumulator", lambda given: _flora(given) and given.get("backend") != "jax"),
+        derive=defaults.with_sketches(lambda given: defaults.is_flora(given) and given.get("backend") != "jax"),
         shown="release",
         negatable=True,
         needs=("optimizer", "accumulator"),
@@ -223,14 +142,14 @@ class RunConfig:
     steps: int = option(
         "Optimizer steps.",
         TRAINING,
-        derive=_steps,
+        derive=defaults.steps,
         shown=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
         minimum=1,
     )
     lr: float = option(
         "Peak learning rate of the hidden matrices and the vectors.",
         OPTIMIZER,
-        derive=lambda given: _rates(given).lr,
+        derive=defaults.lr,
         shown=f"{_RATES}; 5e-5 for a model of Hugging Face",
         above=0,
         maximum=1e37,  # its default multiple for the embedding is a float32 too
@@ -238,7 +157,7 @@ class RunConfig:
     embedding_lr: float = option(
         "Peak learning rate of the embedding and the output head, which want a larger one.",
         OPTIMIZER,
-        derive=_embedding_lr,
+        derive=defaults.embedding_lr,
         shown=f"--lr times so much: {_RATIOS}; 1 for a model of Hugging Face",
         above=0,
         maximum=1e38,
@@ -246,7 +165,7 @@ class RunConfig:
     warmup_steps: int = option(
         "Steps until the learning rate has risen to its peak; a cosine takes it to 0 from there.",
         TRAINING,
-        derive=_part_of_steps(10, least=0),
+        derive=defaults.part_of_steps(10, least=0),
         shown="a tenth of --steps",
         minimum=0,
     )
@@ -263,7 +182,7 @@ class RunConfig:
     rank: int | None = option(
         "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements.",
         OPTIMIZER,
-        derive=_with("optimizer", _rank),
+        derive=defaults.with_flora(defaults.rank),
         shown="a quarter of the hidden size; 128 for a model of Hugging Face",
         minimum=1,
         needs=("optimizer",),
@@ -272,7 +191,7 @@ class RunConfig:
     kappa: int | None = option(
         "Flora: steps until the projection is drawn anew.",
         OPTIMIZER,
-        derive=_with("optimizer", lambda given: 100 if given.get("projection") == "adaptive" else 1000),
+        derive=defaults.with_flora(lambda given: 100 if given.get("projection") == "adaptive" else 1000),
         shown="1000; 100 for adaptive",
         minimum=1,
         needs=("optimizer",),
@@ -281,7 +200,7 @@ class RunConfig:
     projection: str | None = option(
         "Flora: random signs, weights that are learnt, or the paper's Gaussian.",
         OPTIMIZER,
-        derive=_with("optimizer", "sign"),
+        derive=defaults.with_flora("sign"),
         shown="sign",
         choices=get_args(Projection),
         needs=("optimizer",),
@@ -290,7 +209,7 @@ class RunConfig:
     state_dtype: str | None = option(
         "Flora: how the sketch is stored.",
         OPTIMIZER,
-        derive=_with("optimizer", "int8"),
+        derive=defaults.with_flora("int8"),
         shown="int8",
         choices=get_args(StateDtype),
         needs=("optimizer",),
@@ -311,7 +230,7 @@ class RunConfig:
     eval_every: int = option(
         "Steps between two looks at the validation loss; there is one at the start and one at the end.",
         TRAINING,
-        derive=_part_of_steps(10, least=1, most=1000),
+        derive=defaults.part_of_steps(10, least=1, most=1000),
         shown="a tenth of --steps, at most 1000",
         minimum=1,
     )
@@ -324,7 +243,7 @@ class RunConfig:
     save_every: int = option(
         "Steps between two checkpoints; only the newest is kept.",
         OUTPUT,
-        derive=_part_of_steps(4, least=1, most=1000),
+        derive=defaults.part_of_steps(4, least=1, most=1000),
         shown="a quarter of --steps, at most 1000",
         minimum=1,
     )
@@ -500,7 +419,7 @@ def _check_conflicts(given: Mapping[str, Any]) -> None:
             f"--accumulator {given['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
             "is 1: give --accumulate 2 or more, or leave it out"
         )
-    accumulator = default_accumulator(given)
+    accumulator = defaults.accumulator(given)
     for each in needing("accumulator"):
         if each.name in given and accumulator != "flora":
             raise UserError(

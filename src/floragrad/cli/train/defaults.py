@@ -1,0 +1,104 @@
+"""Defaults of a run's options that depend on the other options: functions of the given values, by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
+
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates, Preset
+
+STANDARD_LIBRARY_MEGABYTES: Final = 4.0
+DATASET_MEGABYTES: Final = 200.0
+Given: TypeAlias = Mapping[str, Any]
+Derive: TypeAlias = Callable[[Given], Any]
+
+
+def rank_of(hidden_size: int) -> int:
+    """Return a quarter of the hidden size, as the GaLore paper has it for its larger models."""
+    return max(1, hidden_size // 4)
+
+
+def accumulator(given: Given) -> str:
+    """Return how gradients are gathered: as given, else in sketches with Flora and exactly with the others."""
+    if given.get("accumulate", 1) == 1:
+        return "none"
+    return str(given.get("accumulator", "flora" if is_flora(given) else "exact"))
+
+
+def is_flora(given: Given) -> bool:
+    """Return whether Flora trains."""
+    return bool(given.get("optimizer", "flora") == "flora")
+
+
+def of_preset(name: str, otherwise: Any) -> Derive:
+    """Derive a default from the preset's attribute; every other model has the same."""
+
+    def derive(given: Given) -> Any:
+        preset = _preset(given)
+        return getattr(preset, name) if preset else otherwise
+
+    return derive
+
+
+def with_dataset(default: Any) -> Derive:
+    """Derive a default with a dataset; None without."""
+    return lambda given: default if "dataset" in given else None
+
+
+def with_flora(default: Any) -> Derive:
+    """Derive a default with Flora, itself derived if it is a function; None with other optimizers."""
+    return lambda given: _value(default, given) if is_flora(given) else None
+
+
+def with_sketches(default: Any) -> Derive:
+    """Derive a default where gradients are sketched, itself derived if it is a function; None elsewhere."""
+    return lambda given: _value(default, given) if accumulator(given) == "flora" else None
+
+
+def lr(given: Given) -> float:
+    """Return the optimizer's default learning rate."""
+    return _rates(given).lr
+
+
+def embedding_lr(given: Given) -> float:
+    """Return the default multiple of the learning rate."""
+    rates = _rates(given)
+    return float(given.get("lr", rates.lr) * (rates.embedding_lr / rates.lr))
+
+
+def max_megabytes(given: Given) -> float | None:
+    """Return how much text is read."""
+    if "dataset" in given:
+        return DATASET_MEGABYTES
+    return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
+
+
+def rank(given: Given) -> int:
+    """Return the rank of a preset, or of another model."""
+    preset = _preset(given)
+    return rank_of(preset.hidden_size) if preset else 128
+
+
+steps: Final = of_preset("steps", 1000)
+
+
+def part_of_steps(part: int, least: int, most: int | None = None) -> Derive:
+    """Derive a part of the steps, between two bounds."""
+
+    def derive(given: Given) -> int:
+        found = max(least, int(given.get("steps", steps(given))) // part)
+        return found if most is None else min(most, found)
+
+    return derive
+
+
+def _preset(given: Given) -> Preset | None:
+    return PRESETS.get(given.get("model", "tiny"))
+
+
+def _rates(given: Given) -> LearningRates:
+    if _preset(given) is None:
+        return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
+    return LEARNING_RATES[given.get("optimizer", "flora")]
+
+
+def _value(default: Any, given: Given) -> Any:
+    return default(given) if callable(default) else default
