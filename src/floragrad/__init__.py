@@ -1,6 +1,6 @@
-"""Flora: optimizer state kept as random projections, for large models on small devices.
+"""Flora: optimizer state compressed by random projections, for large models on small devices.
 
-Importing this package loads no framework. The PyTorch names below are imported when they are first used:
+Importing this package loads no framework. The PyTorch names below are imported at their first use:
 
     >>> from floragrad import Flora, param_groups
 """

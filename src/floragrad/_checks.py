@@ -1,4 +1,4 @@
-"""Checks of options that both frameworks have, and what they say."""
+"""Checks of options that both frameworks share, and their messages."""
 
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
@@ -8,38 +8,38 @@ from typing import Any, Final, get_args
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 
 Check = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is, in words."""
+"""Predicate of a value, and a description of allowed values."""
 
 
 class DefaultRank(int):
-    """The default rank, told apart from the same number given by the caller."""
+    """Default rank, distinct from the same number passed by the caller."""
 
 
 DEFAULT_RANK: Final = DefaultRank(128)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, which True and False are not."""
+    """Return True for a real number other than True and False."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_rate(value: Any) -> bool:
-    """Whether a value is a finite number from 0 up."""
+    """Return True for a finite number >= 0."""
     return is_number(value) and isfinite(value) and value >= 0
 
 
 def is_integer(value: Any, least: int) -> bool:
-    """Whether a value is an integer from ``least`` to 2**63 - 1."""
+    """Return True for an integer from ``least`` to 2**63 - 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is an integer from 1 up."""
+    """Return True for an integer >= 1."""
     return is_integer(value, 1)
 
 
 def one_of(*allowed: Any) -> Check:
-    """The check for a few values."""
+    """Build the check for a list of allowed values."""
     return (
         lambda value: any(value is each or (isinstance(value, str) and value == each) for each in allowed),
         "one of " + ", ".join(map(repr, allowed)),
@@ -63,7 +63,7 @@ def check_value(name: str, value: Any, check: Check) -> None:
     """Refuse a wrong value of one option.
 
     Raises:
-        ValueError: Naming the option, the value and what is allowed.
+        ValueError: With the option, the value and the allowed values.
     """
     is_valid, allowed = check
     if not is_valid(value):
@@ -74,7 +74,7 @@ def check_contradictions(contradictions: Iterable[tuple[bool, str]]) -> None:
     """Refuse options that contradict each other.
 
     Args:
-        contradictions: Whether each one is there, and what to say then.
+        contradictions: Pairs of a condition, True for a contradiction, and its message.
     """
     for contradicts, message in contradictions:
         if contradicts:
@@ -82,7 +82,7 @@ def check_contradictions(contradictions: Iterable[tuple[bool, str]]) -> None:
 
 
 def shared_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, str]]:
-    """What ``rank``, ``ratio``, ``projection`` and ``residual`` may not say together."""
+    """List contradictions of ``rank``, ``ratio``, ``projection`` and ``residual``."""
     rank, ratio = options["rank"], options["ratio"]
     return [
         (
@@ -97,14 +97,14 @@ def shared_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, str]]:
         ),
         (
             options["projection"] == "adaptive" and options["residual"] is False,
-            "residual=False with projection='adaptive': a learnt projection is not unbiased; "
+            "residual=False with projection='adaptive': an adaptive projection is not unbiased; "
             "use projection='sign' or residual=True",
         ),
     ]
 
 
 def accumulator_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, str]]:
-    """What ``rank``, ``ratio`` and ``projection`` of an accumulator may not say."""
+    """List contradictions of ``rank``, ``ratio`` and ``projection`` of an accumulator."""
     rank, ratio = options["rank"], options["ratio"]
     return [
         (ratio is None, "ratio=None: must be an integer >= 1; leave it out to go by rank"),
@@ -114,7 +114,7 @@ def accumulator_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, s
         ),
         (
             options["projection"] == "adaptive",
-            "projection='adaptive': a learnt projection is not unbiased, and a window's sum must be; "
+            "projection='adaptive': an adaptive projection is not unbiased, and a window's sum must be; "
             "use projection='sign'",
         ),
     ]

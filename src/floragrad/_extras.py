@@ -1,18 +1,18 @@
-"""What to say when an optional dependency is missing."""
+"""Import of optional dependencies."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, or say which extra of floragrad installs it.
+    """Import ``module``, or raise an error that names the extra of floragrad that installs it.
 
     Args:
         module: The module to import, for example ``"torch"``.
         extra: The extra of this distribution that names it, for example ``"torch"``.
 
     Raises:
-        ImportError: ``module`` itself is not installed. Any other failure inside it is raised as it is.
+        ImportError: ``module`` itself is not installed. Any other error inside it is raised unchanged.
     """
     try:
         return import_module(module)

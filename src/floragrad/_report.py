@@ -1,4 +1,4 @@
-"""What was compressed, what was not, why, and in how many bytes."""
+"""Report of the optimizer state: compression, reasons and bytes of each tensor."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from floragrad._text import format_bytes, format_table
 from floragrad.policy import MatrixView, Momentum
 
 FROZEN: Final = "frozen: no state"
-"""The reason of a tensor that is not trained."""
+"""Reason of a tensor that is not trained."""
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,17 @@ class ReportRow:
     """One tensor.
 
     Attributes:
-        name: Its name where the optimizer was given named parameters, else its position.
-        shape: Its global shape.
-        view: Its matrix view, None where it has none.
-        ratio: ρ, 1 where every column is kept.
+        name: Name, for an optimizer with named parameters; else the position.
+        shape: Global shape.
+        view: Matrix view; None without one.
+        ratio: ρ, 1 without a projection.
         momentum: ``"sketch"``, ``"whole"`` or ``"none"``.
-        state_bytes: Bytes of its state.
-        adamw_bytes: Bytes of AdamW's state for it: ``torch.optim``'s or ``optax``'s.
-        adafactor_bytes: Bytes of Adafactor's with momentum: Hugging Face's or ``optax``'s.
-        reason: Why its momentum is no sketch; empty where it is one.
-        path: Which code updates it: ``"native (…)"`` with the instruction set, or ``"eager (…)"`` with
-            what stands in the native kernels' way. Empty where there is no choice.
+        state_bytes: Bytes of the optimizer state.
+        adamw_bytes: Bytes of AdamW's state, of ``torch.optim`` or ``optax``.
+        adafactor_bytes: Bytes of the state of Adafactor with momentum, of Hugging Face or ``optax``.
+        reason: Reason for a momentum that is no sketch; empty for a sketch.
+        path: Code that updates the tensor: ``"native (…)"`` with the instruction set, or ``"eager (…)"`` with the
+            reason against the native kernels. Empty in JAX, which has one path.
     """
 
     name: str
@@ -43,11 +43,11 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """One row per tensor, and totals; ``str`` gives a table.
+    """Rows of tensors, and totals; ``str`` gives a table.
 
     Attributes:
-        rows: The tensors.
-        shared_bytes: Bytes of state that belong to no tensor: counts of steps.
+        rows: One row for each tensor.
+        shared_bytes: Bytes of state that belong to no tensor: counts of steps; default 0.
     """
 
     rows: tuple[ReportRow, ...]
@@ -55,7 +55,7 @@ class Report:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the whole state."""
+        """Bytes of the state of all tensors."""
         return self.shared_bytes + sum(row.state_bytes for row in self.rows)
 
     @property
@@ -65,12 +65,12 @@ class Report:
 
     @property
     def adafactor_bytes(self) -> int:
-        """Bytes of Adafactor's with momentum."""
+        """Bytes of the state of Adafactor with momentum for the same parameters."""
         return sum(row.adafactor_bytes for row in self.rows)
 
     @property
     def compressed(self) -> int:
-        """How many tensors keep their momentum as a sketch."""
+        """Number of tensors with a sketch as momentum."""
         return sum(row.momentum == "sketch" for row in self.rows)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What both frameworks draw at random for a tensor, and how much of it."""
+"""Random streams of a tensor, shared by both frameworks."""
 
 from enum import IntEnum
 from typing import Final

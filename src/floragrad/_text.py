@@ -1,10 +1,10 @@
-"""Numbers and tables in words, the same wherever something is said."""
+"""Formatting of bytes and tables."""
 
 from collections.abc import Sequence
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least one: ``"1.5 MB"``."""
+    """Format bytes in the largest decimal unit with a value of at least 1: ``"1.5 MB"``."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -12,7 +12,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_table(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its first row the header; the last column is not padded."""
+    """Format cells as the lines of a table, with the first row as header; the last column is not padded."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in cells

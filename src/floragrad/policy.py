@@ -1,8 +1,7 @@
-"""Which tensors are compressed, to what shape, and how many bytes that takes.
+"""Policy of compression: which tensors are compressed, to which shape, and the bytes of their state.
 
-Everything here is decided from a GLOBAL shape and a few settings; no framework is imported. The optimizers
-allocate exactly the buffers that :attr:`TensorPlan.buffers` lists, so predicted and actual bytes are one
-thing.
+All decisions depend on a GLOBAL shape and a few options; no framework is imported. The optimizers allocate exactly the
+buffers of :attr:`TensorPlan.buffers`, so predicted and actual bytes are equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +25,18 @@ QUANTIZATION_BLOCK: Final = 64
 """Columns of a row that share one scale in ``int8`` and ``int4`` storage."""
 
 SCALAR_STATE: Final = ("step", "tensor_id")
-"""State of no dimension, exact integers on the CPU: t, and the number that a tensor's random streams are drawn with."""
+"""Scalar state, int64 on the CPU: t, and the index of a tensor's random streams."""
 
 STATE_KEYS: Final = frozenset(
     {*SCALAR_STATE, "exp_avg", "exp_avg_scale", "projection_weight", "row_var", "col_var", "variance"}
 )
-"""Every key of a state; others in ``optimizer.state[parameter]`` are those of wrappers."""
+"""All keys of a state; other keys in ``optimizer.state[parameter]`` belong to wrappers."""
 
 _ITEM_BYTES: Final = {"int64": 8, "float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 class MatrixView(NamedTuple):
-    """A tensor seen as ``batch`` matrices of ``rows`` x ``columns``."""
+    """View of a tensor as ``batch`` matrices of ``rows`` x ``columns``."""
 
     batch: int
     rows: int
@@ -45,17 +44,17 @@ class MatrixView(NamedTuple):
 
     @property
     def aspect(self) -> float:
-        """The longer side of one matrix over its shorter side."""
+        """Ratio of the longer to the shorter side of one matrix."""
         return max(self.rows, self.columns) / min(self.rows, self.columns)
 
     @property
     def numel(self) -> int:
-        """How many numbers all matrices have."""
+        """Number of elements of all matrices."""
         return self.batch * self.rows * self.columns
 
 
 class Buffer(NamedTuple):
-    """One state tensor: its shape and the name of its dtype."""
+    """Shape and dtype name of one state tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -67,16 +66,16 @@ class Buffer(NamedTuple):
 
 
 def matrix_view(shape: Sequence[int], kind: Kind | None = None) -> MatrixView | None:
-    """The matrices that a tensor is compressed as, or None for what is never compressed.
+    """Return the matrix view of a tensor; None for tensors that are never compressed.
 
-    A 2-D tensor is itself. With three or more dimensions, a convolution has the view
+    A 2-D tensor is its own view. With three or more dimensions, a convolution has the view
     ``(shape[0], prod(shape[1:]))``, any other tensor (stacked experts) is a batch of matrices over the leading
-    dimensions. A last dimension below 32 means a convolution where ``kind`` does not say so. 0-D, 1-D and empty
-    tensors have no view, nor has any of kind ``"vector"``.
+    dimensions. A last dimension below 32 means a convolution. 0-D, 1-D and empty tensors and those of kind
+    ``"vector"`` have no view.
 
     Args:
-        shape: The tensor's global shape.
-        kind: The tensor's kind where the caller knows it.
+        shape: Global shape of the tensor.
+        kind: Kind of the tensor; default None, unknown.
 
     Example:
         >>> matrix_view((64, 3, 7, 7))
@@ -96,19 +95,19 @@ def matrix_view(shape: Sequence[int], kind: Kind | None = None) -> MatrixView | 
 
 
 def leading_shape(shape: tuple[int, ...], view: MatrixView | None) -> tuple[int, ...]:
-    """The dimensions of a tensor's state before its last one; of a tensor without a view, all that it has."""
+    """Return the dimensions of a tensor's state before the last one; all dimensions of a tensor without a view."""
     if view is None:
         return shape
     return (*shape[:-2], view.rows) if view.batch > 1 else (view.rows,)
 
 
 def storage(leading: tuple[int, ...], width: int, state_dtype: StateDtype) -> dict[str, Buffer]:
-    """The buffers that hold rows of ``width`` numbers: ``data``, and ``scale`` where it is low-bit.
+    """Return the buffers of rows of ``width`` elements: ``data``, and ``scale`` for low-bit formats.
 
     Args:
-        leading: The dimensions before the last.
-        width: Numbers in a row.
-        state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"int4"`` (two numbers in a byte).
+        leading: Dimensions before the last.
+        width: Elements of a row.
+        state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"int4"`` (two elements in a byte).
     """
     if state_dtype in ("float32", "bfloat16"):
         return {"data": Buffer((*leading, width), state_dtype)}
@@ -120,18 +119,18 @@ def storage(leading: tuple[int, ...], width: int, state_dtype: StateDtype) -> di
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What is kept for one tensor, decided by :func:`plan_tensor`.
+    """State of one tensor, decided by :func:`plan_tensor`.
 
     Attributes:
-        shape: The tensor's global shape.
-        view: Its matrix view; None where it has none.
-        ratio: ρ, the columns that share one number of the momentum; 1 keeps every column.
+        shape: Global shape of the tensor.
+        view: Matrix view; None without one.
+        ratio: ρ, the columns that share one element of the momentum; 1 without a projection.
         width: k, the columns of the momentum: ``ceil(columns / ratio)``.
-        momentum: ``"sketch"`` (ρ ≥ 2), ``"whole"`` (every column) or ``"none"``.
-        factored: Whether the second moment is a row and a column (else it is as large as the tensor).
-        projection: The kind of projection.
-        state_dtype: How the momentum is stored.
-        reason: Why the momentum is not a sketch; empty where it is one.
+        momentum: ``"sketch"`` (ρ ≥ 2), ``"whole"`` (ρ = 1) or ``"none"``.
+        factored: True for a second moment of a row and a column, False for one of the tensor's shape.
+        projection: Kind of projection.
+        state_dtype: Storage format of the momentum.
+        reason: Reason for a momentum that is no sketch; empty for a sketch.
     """
 
     shape: tuple[int, ...]
@@ -146,12 +145,12 @@ class TensorPlan:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """The dimensions of the state before its last one."""
+        """Dimensions of the state before the last one."""
         return leading_shape(self.shape, self.view)
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
-        """Every state tensor by its key in ``optimizer.state[parameter]``."""
+        """Buffers of the state by their key in ``optimizer.state[parameter]``."""
         buffers = {key: Buffer((), "int64") for key in SCALAR_STATE}
         if self.momentum != "none":
             if self.view is None:
@@ -170,7 +169,7 @@ class TensorPlan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all state tensors."""
+        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
@@ -190,23 +189,24 @@ def plan_tensor(
     kind: Kind | None = None,
     view: MatrixView | None = None,
 ) -> TensorPlan:
-    """Decide what is kept for one tensor.
+    """Decide the state of one tensor.
 
     With a view of m x n, ρ = ``ratio`` or min(m, n) // ``rank`` (at least 1), and the momentum has
-    k = ceil(n / ρ) columns: m·k ≈ rank · max(m, n) numbers.
+    k = ceil(n / ρ) columns: m·k ≈ rank · max(m, n) elements.
 
     Args:
-        shape: The tensor's global shape.
-        rank: r, of which the ratio is derived; ignored where ``ratio`` is given.
-        ratio: ρ itself.
-        projection: The kind of projection; ``"adaptive"`` stores one weight per column.
-        beta1: None or 0 keeps no momentum.
-        factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
-        embedding_momentum: What vocabulary-like tensors keep: ``"none"``, ``"full"`` or ``"compressed"``.
-        state_dtype: How the momentum of tensors with a view is stored.
-        kind: The tensor's kind where the caller knows it; None calls a matrix vocabulary-like where its longer
-            side is above 8,192 and at least 8 times the shorter one, and no tensor of three or more dimensions.
-        view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
+        shape: Global shape of the tensor.
+        rank: r, for a ratio of min(m, n) // r; ignored with ``ratio``; default 128.
+        ratio: ρ, instead of ``rank``; default None.
+        projection: Kind of projection, default ``"sign"``; ``"adaptive"`` stores one weight for each column.
+        beta1: β₁; default 0.9; None or 0 for no momentum.
+        factorize_second_moment: False for a second moment of the tensor's shape; the momentum stays compressed; default
+            True.
+        embedding_momentum: Momentum of vocabulary-like tensors: ``"none"`` (default), ``"full"`` or ``"compressed"``.
+        state_dtype: Storage format of the momentum of tensors with a view; default ``"int8"``.
+        kind: Kind of the tensor; default None, unknown: a matrix is then vocabulary-like where its longer side is above
+            8,192 and at least 8 times the shorter one; a tensor of three or more dimensions never is.
+        view: Matrix view of the tensor; default None, :func:`matrix_view`.
 
     Example:
         >>> plan = plan_tensor((3072, 768), rank=128, state_dtype="float32")
@@ -225,7 +225,7 @@ def plan_tensor(
     else:
         columns = view.columns
         momentum, chosen, reason = _matrix_momentum(
-            view, rank, ratio, embedding_momentum, _vocabulary_sign(shape, view, kind)
+            view, rank, ratio, embedding_momentum, _vocabulary_reason(shape, view, kind)
         )
     width = ceil(columns / chosen)
     factored = view is not None and factorize_second_moment
@@ -237,11 +237,11 @@ def _matrix_momentum(
     rank: int | None,
     ratio: int | None,
     embedding_momentum: EmbeddingMomentum,
-    sign: str | None,
+    vocabulary: str | None,
 ) -> tuple[Momentum, int, str]:
-    """What a tensor with a view keeps: the kind of momentum, ρ, and why it is not a sketch."""
-    if sign is not None and embedding_momentum != "compressed":
-        why = f"vocabulary-like{sign}" if sign else "vocabulary"
+    """Return the momentum of a tensor with a view, ρ, and the reason for a momentum that is no sketch."""
+    if vocabulary is not None and embedding_momentum != "compressed":
+        why = f"vocabulary-like{vocabulary}" if vocabulary else "vocabulary"
         if embedding_momentum == "none":
             return "none", 1, f"{why}: no momentum"
         return "whole", 1, f"{why}: every column kept"
@@ -255,13 +255,13 @@ def _matrix_momentum(
 
 
 def _ratio(view: MatrixView, rank: int | None, ratio: int | None) -> int:
-    """ρ of a view: as given, or min(m, n) // rank; at least 1, at most one bucket for all columns."""
+    """Return ρ of a view, ``ratio`` or min(m, n) // rank, from 1 to the number of columns."""
     chosen = max(1, min(view.rows, view.columns) // (rank or 1)) if ratio is None else ratio
     return min(chosen, view.columns)
 
 
 def is_vocabulary_like(shape: Sequence[int]) -> bool:
-    """Whether a shape alone is that of an embedding or an output head.
+    """Return True for the shape of an embedding or an output head.
 
     Example:
         >>> is_vocabulary_like((50257, 768)), is_vocabulary_like((4864, 896)), is_vocabulary_like((9000, 1, 3))
@@ -272,8 +272,8 @@ def is_vocabulary_like(shape: Sequence[int]) -> bool:
     return max(shape) > VOCABULARY_LENGTH and max(shape) >= VOCABULARY_ASPECT * min(shape)
 
 
-def _vocabulary_sign(shape: Sequence[int], view: MatrixView, kind: Kind | None) -> str | None:
-    """None for what is no vocabulary; else the sign of it in words, empty where ``kind`` says so."""
+def _vocabulary_reason(shape: Sequence[int], view: MatrixView, kind: Kind | None) -> str | None:
+    """Return the reason to take a tensor for a vocabulary, empty for one of that kind; None for any other tensor."""
     if kind is not None:
         return "" if kind == "vocabulary" else None
     if not is_vocabulary_like(shape):
@@ -283,15 +283,15 @@ def _vocabulary_sign(shape: Sequence[int], view: MatrixView, kind: Kind | None) 
 
 @dataclass(frozen=True)
 class AccumulatorPlan:
-    """What a window of gradient accumulation keeps for one tensor, decided by :func:`plan_accumulator`.
+    """Sketch of one tensor's accumulated gradient, decided by :func:`plan_accumulator`.
 
     Attributes:
-        shape: The tensor's global shape.
-        view: Its matrices; a tensor without a matrix view is one column.
-        ratio: ρ, the columns that share one number; 1 keeps every column.
+        shape: Global shape of the tensor.
+        view: Matrix view; a tensor without one is one column.
+        ratio: ρ, the columns that share one element; 1 without a projection.
         width: k, the columns of the sketch: ``ceil(columns / ratio)``.
-        state_dtype: How the sketch is stored.
-        reason: Why it is not as asked for; empty where it is.
+        state_dtype: Storage format of the sketch.
+        reason: Reason for a plan that differs from the options; empty otherwise.
     """
 
     shape: tuple[int, ...]
@@ -303,9 +303,9 @@ class AccumulatorPlan:
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
-        """Every tensor that is kept: ``data``; where it is rounded ``scale`` and ``noise``.
+        """Buffers by name: ``data``; for rounded formats ``scale`` and ``noise``.
 
-        And where every column is kept in few bits, the columns' mean squares in earlier windows, ``col_var``.
+        For low-bit formats at ρ = 1 also the columns' mean squares in earlier windows, ``col_var``.
         """
         buffers = storage(self.view[:2], self.width, self.state_dtype)
         if self.state_dtype != "float32":
@@ -316,7 +316,7 @@ class AccumulatorPlan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     @property
@@ -334,19 +334,19 @@ def plan_accumulator(
     kind: Kind | None = None,
     view: MatrixView | None = None,
 ) -> AccumulatorPlan:
-    """Decide what is kept of one tensor's gradient between the micro-batches of a window.
+    """Decide the sketch of one tensor's gradient between the micro-batches of a window.
 
-    Vocabulary-like tensors keep every column, in few bits. What has no matrix view, and what few bits would
-    not make smaller, is summed exactly, in float32.
+    Vocabulary-like tensors are quantized without a projection. Tensors without a matrix view, and those that
+    quantization does not make smaller, are summed exactly, in float32.
 
     Args:
-        shape: The tensor's global shape.
-        ratio: ρ.
-        rank: r, of which the ratio is derived where given: min(m, n) // r, at least 1.
-        state_dtype: How the sketch is stored.
-        kind: The tensor's kind where the caller knows it; None calls a matrix vocabulary-like where its longer
-            side is above 8,192 and at least 8 times the shorter one, and no tensor of three or more dimensions.
-        view: The tensor's matrices where the caller knows them; None goes by :func:`matrix_view`.
+        shape: Global shape of the tensor.
+        ratio: ρ; default 1.
+        rank: r, for a ratio of min(m, n) // r, at least 1; default None, ``ratio``.
+        state_dtype: Storage format of the sketch; default ``"int4"``.
+        kind: Kind of the tensor; default None, unknown: a matrix is then vocabulary-like where its longer side is above
+            8,192 and at least 8 times the shorter one; a tensor of three or more dimensions never is.
+        view: Matrix view of the tensor; default None, :func:`matrix_view`.
 
     Example:
         >>> plan = plan_accumulator((768, 3072))
@@ -358,9 +358,9 @@ def plan_accumulator(
     if view is None:
         return AccumulatorPlan(shape, MatrixView(1, prod(shape), 1), 1, 1, "float32", "vector: summed exactly")
     chosen, reason = _ratio(view, rank, ratio if rank is None else None), ""
-    sign = _vocabulary_sign(shape, view, kind)
-    if chosen > 1 and sign is not None:
-        chosen, reason = 1, f"vocabulary-like{sign}: every column kept"
+    vocabulary = _vocabulary_reason(shape, view, kind)
+    if chosen > 1 and vocabulary is not None:
+        chosen, reason = 1, f"vocabulary-like{vocabulary}: every column kept"
     plan = AccumulatorPlan(shape, view, chosen, ceil(view.columns / chosen), state_dtype, reason)
     if state_dtype != "float32" and plan.state_bytes >= plan.exact_bytes:
         return AccumulatorPlan(shape, view, 1, view.columns, "float32", "small: summed exactly")

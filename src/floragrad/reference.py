@@ -1,9 +1,9 @@
-"""The method in float64 NumPy, slowly and plainly: the oracle of every fast path.
+"""Reference implementation of the method in float64 NumPy: the oracle of all fast paths.
 
 Follows Flora (Hao, Cao, Mou, ICML 2024, algorithms 1 and 2) on the base of Adafactor (Shazeer, Stern, ICML
 2018, algorithm 4), with the deviations that ``docs/method.md`` lists. Projections are passed as dense k x n
-matrices, so that the same numbers can be put through any framework. Tensors are given in their matrix view:
-arrays of (batch, m, n), or any shape where there is no view.
+matrices, so that any framework can use the same ones. Tensors are in their matrix view, (batch, m, n), or
+of any shape without a view.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass
 class State:
-    """What is kept between steps; every array starts as zeros of the shape that it first meets."""
+    """State between steps; 0.0 stands for zeros of any shape."""
 
     step: int = 0
     momentum: Any = 0.0
@@ -45,7 +45,7 @@ class State:
 
 
 def bucket_projection(weights: Array, k: int) -> Array:
-    """P with P[j mod k, j] = weights[j]: random signs, or the weights that ``"adaptive"`` learns."""
+    """Return P with P[j mod k, j] = weights[j]: random signs, or the weights of ``"adaptive"``."""
     n = len(weights)
     projection = np.zeros((k, n))
     projection[np.arange(n) % k, np.arange(n)] = weights
@@ -53,31 +53,31 @@ def bucket_projection(weights: Array, k: int) -> Array:
 
 
 def adaptive_weights(matrix: Array, start: Array, k: int) -> Array:
-    """Two power iterations in every bucket: w ← Vᵀ(V w) / ‖Vᵀ(V w)‖, V the bucket's columns of ``matrix``."""
+    """Run two power iterations in each bucket: w ← Vᵀ(V w) / ‖Vᵀ(V w)‖, V the bucket's columns of ``matrix``."""
     weights = np.array(start)
     for bucket in range(k):
         block, w = matrix[:, bucket::k], weights[bucket::k]
         for _ in range(2):
-            grown = block.T @ (block @ w)
-            norm = np.sqrt(np.sum(grown**2))
-            w = grown / norm if norm > 0 else w
+            product = block.T @ (block @ w)
+            norm = np.sqrt(np.sum(product**2))
+            w = product / norm if norm > 0 else w
         weights[bucket::k] = w
     return weights
 
 
 def transpose(matrix: Array) -> Array:
-    """The last two dimensions swapped."""
+    """Swap the last two dimensions."""
     return np.swapaxes(matrix, -1, -2)
 
 
 def orthogonal_decode(sketch: Array, projection: Array) -> Array:
-    """Z (P Pᵀ)⁻¹ P: after encoding, the orthogonal projection onto the rows of P."""
+    """Return Z (P Pᵀ)⁻¹ P: after encoding, the orthogonal projection onto the rows of P."""
     gram = projection @ transpose(projection)
     return sketch @ np.linalg.inv(gram) @ projection
 
 
 def second_moment(grad: Array, state: State, options: Options) -> Array:
-    """U, the gradient (negative with ``maximize``) over the root of Adafactor's second moment; updates ``state``."""
+    """Return U, the gradient (negated by ``maximize``) over the root of Adafactor's second moment; update ``state``."""
     grad = -grad if options.maximize else grad
     beta2 = 1 - state.step**options.decay_rate
     squares = grad**2 + options.eps[0]
@@ -90,7 +90,7 @@ def second_moment(grad: Array, state: State, options: Options) -> Array:
 
 
 def direction(update: Array, state: State, options: Options, now: Array | None, before: Array | None) -> Array:
-    """D, and the momentum of the next step in ``state``. ``now`` and ``before`` are P, None at ρ = 1."""
+    """Return D; update the momentum in ``state``. ``now`` and ``before`` are P, None at ρ = 1."""
     beta1 = options.beta1
     if not beta1:
         return update
@@ -102,23 +102,23 @@ def direction(update: Array, state: State, options: Options, now: Array | None, 
     sketch = update @ transpose(now)
     old = state.momentum
     if options.residual:
-        carried = old if now is before else orthogonal_decode(old, before) @ transpose(now)
-        state.momentum = beta1 * carried + (1 - beta1) * sketch
+        transferred = old if now is before else orthogonal_decode(old, before) @ transpose(now)
+        state.momentum = beta1 * transferred + (1 - beta1) * sketch
         return update + orthogonal_decode(state.momentum - sketch, now)
-    carried = old if now is before else (old @ before) @ transpose(now)
-    state.momentum = beta1 * carried + (1 - beta1) * sketch
+    transferred = old if now is before else (old @ before) @ transpose(now)
+    state.momentum = beta1 * transferred + (1 - beta1) * sketch
     return (1 - beta1) * update + beta1 * (old @ before)
 
 
 def blend(update: Array, state: State, options: Options, before: Array) -> Array:
-    """What the adaptive weights are learnt on: β₁ times the old momentum, decoded, plus (1 − β₁) U."""
+    """Return the matrix of the adaptive weights: β₁ times the old momentum, decoded, plus (1 − β₁) U."""
     beta1 = options.beta1 or 0.0
     old = orthogonal_decode(state.momentum, before) if state.step > 1 else 0.0
     return beta1 * old + (1 - beta1) * update
 
 
 def step_size(param: Array, state: State, options: Options) -> float:
-    """α: the learning rate, relative to the step and to the parameter's scale where the options say so."""
+    """Return α: the learning rate, relative to the step and to the parameter's scale with the options for it."""
     if options.relative_step:
         lr = min(1e-6 * state.step if options.warmup_init else 1e-2, state.step**-0.5)
     else:
@@ -128,12 +128,12 @@ def step_size(param: Array, state: State, options: Options) -> float:
 
 
 def rms(values: Array) -> float:
-    """The root of the mean square of all elements."""
+    """Return the root mean square of all elements."""
     return float(np.sqrt(np.mean(values**2)))
 
 
 def apply(param: Array, update: Array, state: State, options: Options) -> Array:
-    """W after decoupled weight decay and a clipped step along D."""
+    """Return W after decoupled weight decay and a clipped step along D."""
     limit = options.clip_threshold
     clipped = update / max(1.0, rms(update) / limit) if limit < inf else update
     alpha = step_size(param, state, options)
@@ -148,15 +148,15 @@ def step(
     now: Array | None = None,
     before: Array | None = None,
 ) -> Array:
-    """One step of one tensor: the new parameter; ``state`` is updated in place.
+    """Step one tensor: return the new parameter; update ``state`` in place.
 
     Args:
-        param: W, (batch, m, n), or any shape with ``options.factored`` False and no projection.
-        grad: G, like W.
-        state: The tensor's state.
+        param: W, (batch, m, n), or any shape with ``options.factored`` False and no projection; float64.
+        grad: G, in the shape of W.
+        state: State of the tensor.
         options: The hyperparameters.
-        now: P of this step's epoch, (k, n) or (batch, k, n); None at ρ = 1.
-        before: P of the step before; the very same object within an epoch.
+        now: P of this step, (k, n) or (batch, k, n); None at ρ = 1.
+        before: P of the step before; the same object as ``now`` between resamples.
     """
     state.step += 1
     update = second_moment(grad, state, options)
