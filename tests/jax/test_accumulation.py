@@ -107,7 +107,9 @@ def test_every_fold_is_rounded_differently() -> None:
     """The same gradient from the same start, in another fold: else the errors of a window would add up."""
     accumulator = sketch_accumulator(jax.random.key(0))
     update = jax.jit(accumulator.update)
-    payloads = [np.asarray(update(accumulator.init(tree(0)), tree(0), fold).kept.payload["kernel"]) for fold in (0, 1)]
+    payloads = [
+        np.asarray(update(accumulator.init(tree(0)), tree(0), fold).sketches.payload["kernel"]) for fold in (0, 1)
+    ]
     assert 0.1 < (payloads[0] != payloads[1]).mean() < 0.9
 
 
@@ -118,7 +120,7 @@ def test_matrix_axes_choose_the_inputs() -> None:
         jax.random.key(0), ratio=4, state_dtype="float32", matrix_axes={"query": MatrixAxes(0, (1, 2))}
     )
     window = accumulator.update(accumulator.init(kernel), kernel, 0)
-    assert window.kept.payload["query"].shape == (16, 64)
+    assert window.sketches.payload["query"].shape == (16, 64)
     assert accumulator.finalize(window)["query"].shape == (64, 4, 16)
 
 
@@ -139,7 +141,7 @@ def test_matrix_axes_choose_the_inputs() -> None:
         ({"rank": True}, "rank=True: must be an integer >= 1"),
         ({"state_dtype": "int2"}, "state_dtype='int2': must be one of"),
         ({"state_dtype": jnp.float16}, "state_dtype='float16': must be one of"),
-        ({"projection": "adaptive"}, "projection='adaptive': a learnt projection is not unbiased"),
+        ({"projection": "adaptive"}, "projection='adaptive': an adaptive projection is not unbiased"),
         ({"projection": "fourier"}, "projection='fourier': must be one of"),
     ],
     ids=lambda value: None if callable(value) else ",".join(value) if isinstance(value, dict) else "",

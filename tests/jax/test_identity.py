@@ -12,9 +12,9 @@ import pytest
 
 from floragrad._streams import Stream
 from floragrad.jax import ScaleByFloraState, flora, scale_by_flora, upgrade_state
-from floragrad.jax.draws import Draws, draw_pools, draws_of
-from floragrad.jax.leaf import Leaf, initial
-from floragrad.jax.options import resolve
+from floragrad.jax.draws import LeafDraws, draw_pools, leaf_draws
+from floragrad.jax.leaf import Leaf, init_leaf_state
+from floragrad.jax.options import resolve_options
 from floragrad.jax.quantize import random_words
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -85,7 +85,7 @@ def test_a_number_compiles_nothing_anew() -> None:
 
 def test_what_is_drawn_together_is_what_each_leaf_draws_by_itself() -> None:
     """Bit for bit, at an epoch's end, for leaves of several shapes, ratios and seeds."""
-    options = resolve(
+    options = resolve_options(
         rank=None,
         ratio=3,
         b1=0.9,
@@ -99,21 +99,21 @@ def test_what_is_drawn_together_is_what_each_leaf_draws_by_itself() -> None:
     )
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(16, 24), (5,), (2, 9, 8), (16, 24), (2, 2)]]
     leaves = [Leaf(options, *each, index) for index, each in enumerate(options.plans(shapes))]
-    ids = [initial(leaf, None).projection_id for leaf in leaves]
+    ids = [init_leaf_state(leaf, None).projection_id for leaf in leaves]
 
     @jax.jit
-    def draw(ids: Any, count: Any) -> list[Draws]:
+    def draw(ids: Any, count: Any) -> list[LeafDraws]:
         pools = draw_pools(leaves, ids, options, count)
-        return [draws_of(*each) for each in zip(leaves, pools, ids, strict=True)]
+        return [leaf_draws(*each) for each in zip(leaves, pools, ids, strict=True)]
 
     for leaf, drawn in zip(leaves, draw(ids, jnp.int32(8)), strict=True):
         assert (drawn.projection is None) == (leaf.plan.momentum != "sketch")
         if drawn.projection is not None:
-            assert drawn.changed
-            np.testing.assert_array_equal(drawn.projection.weight, leaf.drawn(2).weight)
-            np.testing.assert_array_equal(drawn.previous.weight, leaf.drawn(0).weight)
-        if leaf.draws:
-            shape = leaf.layout.with_inputs(leaf.plan.width)
+            assert drawn.resampled
+            np.testing.assert_array_equal(drawn.projection.weight, leaf.draw_projection(2).weight)
+            np.testing.assert_array_equal(drawn.previous.weight, leaf.draw_projection(0).weight)
+        if leaf.is_random:
+            shape = leaf.layout.with_width(leaf.plan.width)
             key = leaf.key(8, Stream.STATE_ROUNDING)
             (expected,) = random_words(key, shape, leaf.layout.axis, 1)
             jax.tree.map(np.testing.assert_array_equal, drawn.words, expected)

@@ -10,8 +10,8 @@ import torch
 
 from floragrad import Flora
 from floragrad._streams import Stream
-from floragrad.jax.leaf import Leaf, initial_weight
-from floragrad.jax.options import resolve
+from floragrad.jax.leaf import Leaf, init_adaptive_weight
+from floragrad.jax.options import resolve_options
 from floragrad.jax.projection import BucketProjection, GaussianProjection, adaptive_noise
 from floragrad.policy import TensorPlan
 from floragrad.torch import adaptive, context, param_info
@@ -30,7 +30,7 @@ def leaf_of(case: Case, shape: tuple[int, ...], **changes: Any) -> Leaf:
     """The only leaf of its optimizer, as the transformation makes it."""
     given = {"rank": None if "ratio" in case.options else 128, "ratio": None, "b1": 0.9, "projection": "sign"}
     given |= {"residual": None, "seed": 0, "embedding_momentum": "none"} | options(case)
-    resolved = resolve(**{name: given[name] for name in OF_MOMENTUM}, **changes)
+    resolved = resolve_options(**{name: given[name] for name in OF_MOMENTUM}, **changes)
     ((layout, plan),) = resolved.plans(jax.ShapeDtypeStruct(shape, np.float32))
     return Leaf(resolved, layout, plan, 0)
 
@@ -41,14 +41,14 @@ class JaxDraws:
     def __init__(self, leaf: Leaf) -> None:
         self.leaf = leaf
         # Compiled once: operation by operation, each one of every shape would be.
-        self._matrix = jax.jit(lambda epoch: leaf.drawn(epoch).matrix())
+        self._matrix = jax.jit(lambda epoch: leaf.draw_projection(epoch).matrix())
         self._noise = jax.jit(lambda key: adaptive_noise(key, leaf.columns, leaf.plan.width))
 
     def projection(self, plan: TensorPlan, epoch: int) -> np.ndarray:
         return np.asarray(self._matrix(epoch), np.float64)
 
     def initial_weights(self, plan: TensorPlan) -> np.ndarray:
-        weight = jax.jit(lambda: initial_weight(self.leaf, None))()
+        weight = jax.jit(lambda: init_adaptive_weight(self.leaf, None))()
         return np.asarray(weight, np.float64).reshape(-1, self.leaf.columns)
 
     def noise(self, plan: TensorPlan, epoch: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def lend_projections(leaf: Leaf, monkeypatch: pytest.MonkeyPatch) -> None:
 
     @jax.jit
     def numbers(epoch: int) -> jax.Array:
-        ours = leaf.drawn(epoch)
+        ours = leaf.draw_projection(epoch)
         if isinstance(ours, GaussianProjection):
             return ours.dense
         assert isinstance(ours, BucketProjection)

@@ -9,7 +9,14 @@ import pytest
 
 from floragrad import reference
 from floragrad._streams import Stream
-from floragrad.jax.projection import BucketProjection, adaptive_noise, draw, learn, normalise_buckets, stream_key
+from floragrad.jax.projection import (
+    BucketProjection,
+    adaptive_noise,
+    adaptive_weights,
+    draw,
+    normalise_buckets,
+    stream_key,
+)
 
 SIZES = [(12, 4), (37, 8), (10, 2), (9, 1), (7, 7)]  # whole slots, a short last one, one bucket, a bucket each
 UNIT = 2.0**-24
@@ -42,9 +49,9 @@ def test_equals_products_with_its_matrix(kind: Any, n: int, k: int, axis: int) -
     x, z = normal(3, n, 5), normal(3, k, 5)
     assert_close(now.encode(laid(x, axis), axis=axis), p @ x, axis)
     assert_close(now.decode(laid(z, axis), axis=axis), p.T @ z, axis)
-    carried = now.carry(laid(z, axis), before, True, orthogonal=False, axis=axis)
+    carried = now.transfer(laid(z, axis), before, True, orthogonal=False, axis=axis)
     assert_close(carried, p @ (q.T @ z), axis)
-    assert np.array_equal(now.carry(laid(z, axis), before, False, orthogonal=False, axis=axis), laid(z, axis))
+    assert np.array_equal(now.transfer(laid(z, axis), before, False, orthogonal=False, axis=axis), laid(z, axis))
 
 
 @by_axis
@@ -57,7 +64,7 @@ def test_buckets_decode_orthogonally(n: int, k: int, axis: int) -> None:
     z = normal(2, k, 5)
     expected = p.T @ np.linalg.inv(p @ p.T) @ z
     assert_close(now.decode_orthogonal(laid(z, axis), axis=axis), expected, axis)
-    carried = now.carry(laid(z, axis), before, True, orthogonal=True, axis=axis)
+    carried = now.transfer(laid(z, axis), before, True, orthogonal=True, axis=axis)
     assert_close(carried, p @ q.T @ np.linalg.inv(q @ q.T) @ z, axis)
 
 
@@ -66,7 +73,7 @@ def test_gaussian_rows_have_no_orthogonal_decoding() -> None:
     with pytest.raises(NotImplementedError, match="not orthogonal"):
         projection.decode_orthogonal(jnp.ones((2, 3)))
     with pytest.raises(NotImplementedError, match="not orthogonal"):
-        projection.carry(jnp.ones((2, 3)), projection, True, orthogonal=True)
+        projection.transfer(jnp.ones((2, 3)), projection, True, orthogonal=True)
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
@@ -98,7 +105,7 @@ def test_streams_tensors_epochs_and_seeds_are_keys_of_their_own() -> None:
 def test_what_is_learnt_is_the_oracles(n: int, k: int, axis: int) -> None:
     matrix, key = normal(2, n, 7), jax.random.key(3)
     start = normalise_buckets(jnp.asarray(normal(2, n)), k, jnp.ones((2, n)))
-    found = learn(laid(matrix, axis), start, k, key, axis=axis)
+    found = adaptive_weights(laid(matrix, axis), start, k, key, axis=axis)
     noise = np.asarray(adaptive_noise(key, n, k), np.float64)
     for learnt, block, weight in zip(found, matrix, start, strict=True):
         oracle = reference.adaptive_weights(block.T.astype(np.float64), np.asarray(weight, np.float64) + noise, k)
@@ -108,8 +115,8 @@ def test_what_is_learnt_is_the_oracles(n: int, k: int, axis: int) -> None:
 def test_a_bucket_of_zeros_keeps_its_weights() -> None:
     start = normalise_buckets(jnp.ones(8), 2, jnp.ones(8))
     half = jnp.ones((8, 3)).at[1::2].set(0.0)
-    learnt = learn(half, start, 2, jax.random.key(0))
+    learnt = adaptive_weights(half, start, 2, jax.random.key(0))
     noisy = normalise_buckets(start + adaptive_noise(jax.random.key(0), 8, 2), 2, start)
     assert np.array_equal(learnt[1::2], noisy[1::2])
-    norms = jnp.sqrt(BucketProjection.normalised(learnt, 2).encode(learnt[:, None])[:, 0])
+    norms = jnp.sqrt(BucketProjection.from_unit_weight(learnt, 2).encode(learnt[:, None])[:, 0])
     np.testing.assert_allclose(norms, 1.0, rtol=1e-6)

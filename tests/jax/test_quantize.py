@@ -16,7 +16,8 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from floragrad.jax import quantize as module
-from floragrad.jax.quantize import LARGEST, Stored, round_to_bfloat16, zeros
+from floragrad.jax.quantize import LARGEST, Stored, round_to_bfloat16, specs
+from floragrad.jax.state_checks import describe
 from floragrad.policy import StateDtype, storage
 
 # Compiled once for each shape; operation by operation, every one of them would be.
@@ -150,12 +151,11 @@ def test_zeros_stay_zeros(state_dtype: StateDtype) -> None:
 def test_storage_is_packed_and_as_planned(
     state_dtype: StateDtype, axis: int, leading: tuple[int, ...], width: int
 ) -> None:
-    """The policy's shapes, dtypes and bytes, zeros first; every number is within one step of its own."""
+    """The shapes, dtypes and bytes of the policy and of ``specs``; every number is within one step of its own."""
     values = np.moveaxis(drawn(*leading, width), -1, axis)
     kept = save(jnp.asarray(values), state_dtype, jax.random.key(0), axis=axis)
-    empty = zeros(leading, width, state_dtype, axis=axis)
-    assert jax.tree.map(jax.typeof, kept) == jax.tree.map(jax.typeof, empty)
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(empty))
+    expected = specs(values.shape, state_dtype, axis=axis)
+    assert jax.tree.map(describe, kept) == jax.tree.map(describe, expected)
     planned = storage(leading, width, state_dtype)
     found = dict(zip(("data", "scale"), jax.tree.leaves(kept), strict=False))
     assert found.keys() == planned.keys()
@@ -352,10 +352,12 @@ def test_scan_and_vmap_keep_what_is_stored_as_it_is(state_dtype: StateDtype) -> 
     addend = jnp.asarray(drawn(2, width))
 
     def one(key: Array) -> Array:
+        start = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs((2, width), state_dtype))
+
         def body(kept: Stored, key: Array) -> tuple[Stored, None]:
             return save(load(kept, width, state_dtype) + addend, state_dtype, key), None
 
-        kept, _ = jax.lax.scan(body, zeros((2,), width, state_dtype), jax.random.split(key, steps))
+        kept, _ = jax.lax.scan(body, start, jax.random.split(key, steps))
         return load(kept, width, state_dtype)
 
     sums = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), replicas))

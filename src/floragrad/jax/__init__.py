@@ -1,4 +1,4 @@
-"""Flora for JAX: gradient transformations in optax's manner."""
+"""Flora for JAX: gradient transformations for optax."""
 
 from floragrad._extras import require
 

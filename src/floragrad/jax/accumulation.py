@@ -1,4 +1,4 @@
-"""Sketches in place of a gradient tree inside ``optax.microbatching``."""
+"""Accumulator of ``optax.microbatching`` with sketches in place of a gradient tree."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.precision import as_arrays
-from floragrad.jax.sharding import abstract_as
-from floragrad.jax.sketch import checked_sketches
+from floragrad.jax.sharding import abstract_with_dtype
+from floragrad.jax.sketch import make_tree_sketch
 from floragrad.policy import Projection, StateDtype
 
 
@@ -26,38 +26,38 @@ def sketch_accumulator(
     projection: Projection = "sign",
     matrix_axes: MatrixAxesOrFn = None,
 ) -> optax.microbatching.Accumulator:
-    """Sum or average gradients over micro-batches in a sketch, a few bits for each number.
+    """Sum or average gradients over micro-batches in a low-bit sketch.
 
     For the gradients g₁ … g_N of a window, with w = 1 or 1/N::
 
         C ← C + w · encode(gᵢ)          result = decode(C),   E[result] = w · Σ gᵢ
 
-    C is rounded stochastically after every micro-batch. The defaults keep every column, in four bits: an eighth of
-    the gradients' bytes, plus a sixteenth for scales. Vectors, and what few bits would not make smaller, are summed
-    exactly; vocabulary-like matrices keep every column whatever the ratio.
+    C is rounded stochastically after each micro-batch. The default is int4 without a projection: an eighth of the
+    gradients' bytes, plus a sixteenth for scales. Vectors, and arrays that quantization does not make smaller, are
+    summed exactly in float32; vocabulary-like matrices are never projected.
 
-    Projection and rounding are drawn from ``key``, so give every window another one, or errors repeat instead of
-    averaging out over training: build the accumulator inside the jitted step, with a key that is folded from the
-    step number. Nothing is recompiled for it.
+    Projection and rounding are drawn from ``key``: with the same key in each window, errors repeat instead of averaging
+    out over training. Build the accumulator inside the jitted step, with a key folded from the step number; no step
+    recompiles.
 
-    The interface of :class:`optax.microbatching.Accumulator` has no place for a last gradient that is not
-    folded in: all N pass through the sketch. In :func:`compressed_multi_steps` the last one stays whole.
+    The interface of :class:`optax.microbatching.Accumulator` passes all N gradients through the sketch;
+    :func:`compressed_multi_steps` does not compress the last one.
 
-    ``optax.microbatching.micro_grad`` takes the gradient of each example by itself and lays those of a micro-batch
-    side by side. Where only their sum is wanted, ``optax.microbatching.microbatch`` around ``jax.grad`` holds one
-    gradient for each micro-batch.
+    ``optax.microbatching.micro_grad`` computes the gradient of each example and stacks those of a micro-batch.
+    ``optax.microbatching.microbatch`` around ``jax.grad`` holds one gradient for each micro-batch.
 
     Args:
-        key: A key of ``jax.random``, another one for every window.
-        num_microbatches: N, to average, as ``AccumulationType.MEAN`` does; default None sums, as ``SUM`` does.
-        ratio: ρ: how many columns (inputs) share one number of the sketch; default 1.
-        rank: r, of which ρ is derived for each matrix, min(m, n) // r; default None goes by ``ratio``.
-        state_dtype: ``"int4"`` (the default), ``"int8"``, ``"bfloat16"`` or ``"float32"``.
-        projection: ``"sign"`` (the default) or the paper's ``"gaussian"``; without effect at ρ = 1.
-        matrix_axes: Which axes are inputs and outputs, as for :func:`floragrad.jax.scale_by_flora`.
+        key: A key of ``jax.random``, a new one for each window.
+        num_microbatches: N for the mean, as ``AccumulationType.MEAN``; default None for the sum, as ``SUM``.
+        ratio: ρ, the columns (inputs) that share one element of the sketch; default 1.
+        rank: r, for a ratio of min(m, n) // r for each matrix; default None uses ``ratio``.
+        state_dtype: ``"int4"`` (default), ``"int8"``, ``"bfloat16"`` or ``"float32"``.
+        projection: ``"sign"`` (default) or the paper's ``"gaussian"``; no effect at ρ = 1.
+        matrix_axes: Axes of inputs and outputs, as for :func:`floragrad.jax.scale_by_flora`.
 
     Raises:
-        ValueError: An option has a wrong value, or two options contradict each other.
+        ValueError: An option has a wrong value, or two options contradict each other; or, at an update, gradients of
+            another shape than at ``init``.
 
     Example:
         >>> def loss(weights, inputs):
@@ -73,23 +73,23 @@ def sketch_accumulator(
         (64, 64)
 
     Source: Hao, Cao, Mou: "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, algorithm 1;
-    few bits, and projections that deal columns into buckets, are ours.
+    quantization and bucket projections are additions.
     """
-    sketches = checked_sketches(ratio, rank, state_dtype, projection, matrix_axes)
+    tree_sketch = make_tree_sketch(ratio, rank, state_dtype, projection, matrix_axes)
     weight = 1.0 if num_microbatches is None else 1.0 / jnp.asarray(num_microbatches, jnp.float32)
 
     def init(value: Any) -> _Window:
         value = as_arrays(value)
         leaves, structure = jax.tree.flatten(value)
-        shapes = _Shapes(structure, tuple(abstract_as(each, each.dtype) for each in leaves))
-        return _Window(sketches.empty(value), shapes)
+        shapes = _Shapes(structure, tuple(abstract_with_dtype(each, each.dtype) for each in leaves))
+        return _Window(tree_sketch.init(value), shapes)
 
     def update(window: _Window, value: Any, index: ArrayLike) -> _Window:
-        return window._replace(kept=sketches.add(window.kept, value, weight, key, index))
+        return window._replace(sketches=tree_sketch.add(window.sketches, value, weight, key, index))
 
     def finalize(window: _Window) -> Any:
         like = window.shapes.tree()
-        return optax.tree.cast_like(sketches.decode(window.kept, like, key), like)
+        return optax.tree.cast_like(tree_sketch.decode(window.sketches, like, key), like)
 
     def aggregate(values: Any) -> Any:
         reduce = jnp.sum if num_microbatches is None else jnp.mean
@@ -101,7 +101,7 @@ def sketch_accumulator(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Shapes:
-    """The gradients' shapes, dtypes and shardings, which the end of a loop needs and its carry cannot hold."""
+    """Shapes, dtypes and shardings of the gradients, as static data in the carry of a loop."""
 
     structure: Any
     leaves: tuple[Any, ...]
@@ -111,7 +111,7 @@ class _Shapes:
 
 
 class _Window(NamedTuple):
-    """What is carried from one micro-batch to the next."""
+    """Carry from one micro-batch to the next."""
 
-    kept: Any
+    sketches: Any
     shapes: _Shapes

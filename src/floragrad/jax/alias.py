@@ -1,4 +1,4 @@
-"""The optimizer: a chain of optax's pieces around the momentum."""
+"""Optimizer: a chain of optax's transformations around the momentum."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def flora(
     min_parameter_scale: float | Array = 1e-3,
     matrix_axes: MatrixAxesOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adafactor whose momentum is kept as a random projection, redrawn every ``kappa`` steps.
+    """Build Adafactor with a momentum stored as a random projection that is resampled every ``kappa`` steps.
 
     For a kernel W with gradient G, both n x m (in, out)::
 
@@ -48,35 +48,39 @@ def flora(
 
     The second line is :func:`optax.scale_by_factored_rms`, the third :func:`floragrad.jax.scale_by_flora`, and
     the last ``clip_by_block_rms``, ``add_decayed_weights``, ``scale_by_param_block_rms`` and
-    ``scale_by_learning_rate``, all in float32 whatever the parameters are kept in.
+    ``scale_by_learning_rate``, all in float32 for parameters of float32 or lower precision.
 
     Args:
-        learning_rate: A number or a schedule, in AdamW's units (see ``multiply_by_parameter_scale``).
-        rank: r of the paper; ρ = min(m, n) // r inputs share one number of the momentum.
-        b1: Decay of the momentum; None or 0 keeps none and allocates nothing.
-        decay_rate: Exponent of the second moment's decay.
-        kappa: Steps between two projections. ``"adaptive"`` wants a smaller one: 100.
-        clipping_threshold: Bound on the root mean square of an update; None does not clip.
-        multiply_by_parameter_scale: Multiply the step by max(min_parameter_scale, rms(W)), as Adafactor does.
-        weight_decay: Decoupled, times the step size: a number or a schedule.
-        weight_decay_mask: What decays: a tree of booleans, or a function from the parameters to one.
-        eps: Added to squared gradients.
-        factored: False keeps the second moment whole; the momentum stays compressed.
-        min_dim_size_to_factor: Matrices with a shorter side than this keep the second moment whole.
-        seed: Of projections and of rounding, 0 to 2**32 - 1. The same seed gives the same numbers.
-        ratio: ρ itself, the same for every array; instead of ``rank``.
-        projection: ``"sign"``, ``"adaptive"`` (learnt weights, n floats more), ``"gaussian"`` (the paper's).
-        residual: Momentum inside the sketched subspace and the fresh gradient outside it, as above; False is the
-            paper's unbiased estimator. None: True but for ``"gaussian"``, which has no residual.
-        embedding_momentum: What embedding-like arrays keep: ``"none"``, ``"full"``, ``"compressed"``.
-        mu_dtype: Storage of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, the last three
-            rounded stochastically, so that the average stays unbiased.
-        min_parameter_scale: Least scale of a parameter, where it multiplies.
-        matrix_axes: Which axes are inputs and outputs: a :class:`~floragrad.jax.MatrixAxes`, a tree of them or
-            a function from the parameters to one. None: the last two axes of each array, in this order.
+        learning_rate: Learning rate or schedule, in AdamW's units (see ``multiply_by_parameter_scale``).
+        rank: r of the paper; ρ = min(m, n) // r inputs share one element of the momentum; default 128.
+        b1: Decay of the momentum; default 0.9; None or 0 for no momentum and no buffers.
+        decay_rate: Exponent of the second moment's decay; default 0.8.
+        kappa: Steps between two projections; default 1000; 100 suits ``"adaptive"``.
+        clipping_threshold: Largest root mean square of an update; default 1; None for no clipping.
+        multiply_by_parameter_scale: Multiply the step by max(min_parameter_scale, rms(W)), as Adafactor does; default
+            False.
+        weight_decay: Decoupled weight decay, a number or a schedule, multiplied by the step size; default None.
+        weight_decay_mask: Parameters with weight decay: a tree of booleans, or a function from the parameters to one;
+            default None, all.
+        eps: Added to squared gradients; default 1e-30.
+        factored: False for a second moment that is not factored; the momentum stays compressed; default True.
+        min_dim_size_to_factor: Shortest side of matrices whose second moment is factored; default 1.
+        seed: Seed of projections and rounding, 0 to 2**32 - 1; default 0.
+        ratio: ρ, the same for all arrays, instead of ``rank``; default None.
+        projection: ``"sign"`` (default), ``"adaptive"`` (adapted weights, n float32 elements more), ``"gaussian"`` (the
+            paper's).
+        residual: True for momentum inside the sketched subspace and the fresh gradient outside it, as above; False for
+            the paper's unbiased estimator; default None, True but for ``"gaussian"``, which has no residual.
+        embedding_momentum: Momentum of embedding-like arrays: ``"none"`` (default), ``"full"``, ``"compressed"``.
+        mu_dtype: Storage format of the momentum: ``"float32"``, ``"bfloat16"``, ``"int8"`` (default) or ``"int4"``, the
+            last three with stochastic rounding, so that the average stays unbiased.
+        min_parameter_scale: Smallest parameter scale with ``multiply_by_parameter_scale``; default 1e-3.
+        matrix_axes: Axes of inputs and outputs: a :class:`~floragrad.jax.MatrixAxes`, a tree of them or a function from
+            the parameters to one; default None, the last two axes of each array, in this order.
 
     Raises:
-        ValueError: An option has a wrong value, or options contradict each other.
+        ValueError: An option has a wrong value, or options contradict each other; or, at an update, a state that does
+            not fit the updates' shapes and the options, or that was cast.
 
     Example:
         >>> import jax
@@ -92,7 +96,7 @@ def flora(
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024,
     algorithm 2; Shazeer, Stern, "Adafactor", ICML 2018, algorithm 4. Deviations: ``docs/method.md``.
     """
-    pieces = [
+    transformations = [
         scale_by_factored_rms_of_matrices(factored, decay_rate, min_dim_size_to_factor, eps, matrix_axes=matrix_axes),
         scale_by_flora(
             rank,
@@ -108,9 +112,9 @@ def flora(
         ),
     ]
     if clipping_threshold is not None:
-        pieces.append(optax.clip_by_block_rms(clipping_threshold))
+        transformations.append(optax.clip_by_block_rms(clipping_threshold))
     if weight_decay is not None:
-        pieces.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
+        transformations.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
     if multiply_by_parameter_scale:
-        pieces.append(optax.scale_by_param_block_rms(min_parameter_scale))
-    return in_float32(optax.chain(*pieces, optax.scale_by_learning_rate(learning_rate)))
+        transformations.append(optax.scale_by_param_block_rms(min_parameter_scale))
+    return in_float32(optax.chain(*transformations, optax.scale_by_learning_rate(learning_rate)))

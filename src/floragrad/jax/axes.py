@@ -1,7 +1,7 @@
-"""Which axes of an array are the inputs and the outputs of its matrices.
+"""Axes of an array that are the inputs and the outputs of its matrices.
 
-PyTorch keeps a linear map as (out, in) and JAX as (in, out); the policy speaks of rows (outputs) and columns
-(inputs, along which momentum is sketched). This is where the one becomes the other.
+A linear map is (out, in) in PyTorch and (in, out) in JAX; the policy has rows (outputs) and columns (inputs, the axis
+of the sketch). This module converts between the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from jax import Array
 
 from floragrad.policy import MatrixView
 
-TALL: Final = 4
-"""A matrix of more than this many times as many rows as columns holds features in its columns, as embeddings do."""
+TALL_ASPECT: Final = 4
+"""A matrix with more than this many times as many rows as columns is read as an embedding (vocabulary, features)."""
 
 
 class MatrixAxes(NamedTuple):
     """The axes of one array's matrices; all others count matrices.
 
     Attributes:
-        reduction_axis: The inputs, which a sketch shortens; none (``()``) where the array holds no matrix, and
-            is kept whole.
-        output_axis: The outputs, which stay as they are.
+        reduction_axis: The inputs, which a sketch shortens; default -2. ``()`` for an array without a matrix, which is
+            not compressed.
+        output_axis: The outputs, which a sketch keeps; default -1.
 
     Example:
-        An attention kernel of (embed, heads, head_dim), and one that goes back:
+        The attention kernels of (embed, heads, head_dim) and (heads, head_dim, embed):
 
         >>> query, out = MatrixAxes(0, (1, 2)), MatrixAxes((0, 1), 2)
     """
@@ -43,13 +43,13 @@ MatrixAxesOrFn = MatrixAxes | MatrixAxesTree | Callable[[Any], MatrixAxesTree] |
 
 @dataclass(frozen=True)
 class Layout:
-    """How one leaf is seen as matrices, or that it is not.
+    """Matrices of one leaf.
 
     Attributes:
         shape: The leaf's shape.
-        stack: The axes that count matrices; all of them where the leaf holds no matrix.
-        inputs: The axes that are sketched, as one.
-        outputs: The axes that are kept, as one.
+        stack: Axes that count matrices; all axes of a leaf without a matrix.
+        inputs: Axes merged into the inputs; empty without a matrix.
+        outputs: Axes merged into the outputs.
     """
 
     shape: tuple[int, ...]
@@ -59,16 +59,16 @@ class Layout:
 
     @property
     def axis(self) -> int:
-        """Where the inputs are among the matrices: -2, as in kernels, or -1; whichever needs no transpose."""
+        """Axis of the inputs in the matrices: -2, as in kernels, or -1, whichever needs no transpose."""
         return -1 if not self.inputs or (self.outputs and min(self.outputs) < min(self.inputs)) else -2
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The leaf's axes: stacks, then inputs and outputs."""
+        """Permutation of the leaf's axes: stacks, then inputs and outputs."""
         return self.stack + (self.inputs + self.outputs if self.axis == -2 else self.outputs + self.inputs)
 
     @property
-    def matrices(self) -> tuple[int, ...]:
+    def matrix_shape(self) -> tuple[int, ...]:
         """The shape with all inputs, and all outputs, as one axis; the leaf's own where it holds no matrix."""
         sizes = tuple(self.shape[axis] for axis in self.stack)
         if not self.inputs:
@@ -78,35 +78,35 @@ class Layout:
 
     @property
     def view(self) -> MatrixView | None:
-        """The leaf as the policy sees it: matrices, outputs, inputs."""
+        """Matrix view of the policy: number of matrices, outputs, inputs."""
         if not self.inputs:
             return None
-        return MatrixView(prod(self.matrices[:-2]), self.matrices[-3 - self.axis], self.matrices[self.axis])
+        return MatrixView(prod(self.matrix_shape[:-2]), self.matrix_shape[-3 - self.axis], self.matrix_shape[self.axis])
 
-    def with_inputs(self, width: int) -> tuple[int, ...]:
-        """The shape of the matrices with so many inputs; the leaf's own where it holds no matrix."""
-        shape = list(self.matrices)
+    def with_width(self, width: int) -> tuple[int, ...]:
+        """Return the shape of the matrices with another number of inputs; the leaf's own shape without a matrix."""
+        shape = list(self.matrix_shape)
         if self.inputs:
             shape[self.axis] = width
         return tuple(shape)
 
     def to_matrices(self, leaf: Array) -> Array:
-        """The leaf with inputs and outputs as its last two axes."""
-        return leaf.transpose(self.order).reshape(self.matrices)
+        """Transpose and reshape a leaf to its matrices."""
+        return leaf.transpose(self.order).reshape(self.matrix_shape)
 
     def from_matrices(self, matrices: Array) -> Array:
-        """The inverse of :meth:`to_matrices`."""
+        """Invert :meth:`to_matrices`."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return matrices.reshape([self.shape[axis] for axis in self.order]).transpose(inverse)
 
 
 def default_axes(shape: Sequence[int]) -> MatrixAxes:
-    """The last axis is the outputs, the one before it the inputs, all before count matrices.
+    """Return the last axis as outputs, the one before it as inputs, all others as axes that count matrices.
 
-    A matrix that is more than ``TALL`` times as tall as wide is read as (vocabulary, features), whose features are
-    sketched, as they are in an output head (features, vocabulary). This decides on axes alone. Whether the matrix is an
-    embedding, which keeps no momentum by default, is decided by the policy's own bounds on its longer side and its
-    aspect (:func:`floragrad.policy.is_vocabulary_like`), which a matrix may miss that is read this way.
+    A matrix that is more than ``TALL_ASPECT`` times as tall as wide is read as (vocabulary, features), whose features
+    are sketched, as they are in an output head (features, vocabulary). This decides on axes alone: a matrix read this
+    way is an embedding, without momentum by default, only within the policy's bounds on its longer side and its aspect
+    (:func:`floragrad.policy.is_vocabulary_like`).
 
     Example:
         >>> default_axes((768, 3072))
@@ -118,18 +118,18 @@ def default_axes(shape: Sequence[int]) -> MatrixAxes:
     """
     if len(shape) < 2 or 0 in shape:
         return MatrixAxes((), ())
-    if len(shape) == 2 and shape[0] > TALL * shape[1]:
+    if len(shape) == 2 and shape[0] > TALL_ASPECT * shape[1]:
         return MatrixAxes(-1, -2)
     return MatrixAxes()
 
 
 def layouts(params: Any, matrix_axes: MatrixAxesOrFn) -> list[Layout]:
-    """One layout for each leaf of the parameters.
+    """Return the layout of each leaf of the parameters.
 
     Args:
         params: A tree of anything with a shape.
         matrix_axes: None for :func:`default_axes` everywhere; a :class:`MatrixAxes` for every leaf of two or more
-            dimensions; a tree of them (None where the default is meant) whose leaves stand for leaves or
+            dimensions; a tree of them (None for the default) whose leaves stand for leaves or
             subtrees of the parameters; or a function from the parameters to such a tree.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One leaf of the parameters: how it is seen, what is kept for it, and what that begins as."""
+"""One leaf of the parameters: its layout, its plan, and the initial state of its momentum."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,35 +15,42 @@ from floragrad.jax.axes import Layout
 from floragrad.jax.options import Options
 from floragrad.jax.projection import BucketProjection, Projection, draw, normalise_buckets, stream_key
 from floragrad.jax.quantize import Stored
-from floragrad.jax.sharding import place
+from floragrad.jax.sharding import shard_as_param
+from floragrad.jax.trees import array_spec
 from floragrad.policy import StateDtype, TensorPlan
 
 
-class Kept(NamedTuple):
-    """What is kept of a leaf between steps; an ``optax.MaskedNode`` stands for what is not.
+class LeafState(NamedTuple):
+    """State of one leaf between steps; an ``optax.MaskedNode`` for each absent array.
 
     Attributes:
-        mu: The momentum's numbers.
-        mu_scale: Their scales in few bits.
-        weight: The learnt weights of ``"adaptive"``.
-        projection_id: Seed, index and epoch of the projection that the sketch is written in.
+        mu: Payload of the momentum.
+        mu_scale: Scales of ``"int8"`` and ``"int4"``, float32.
+        projection_weight: Weights of ``"adaptive"``, (..., n), float32.
+        projection_id: Seed, leaf index and resample index of the projection that the sketch is encoded with, uint32.
     """
 
     mu: Any
     mu_scale: Any
-    weight: Any
+    projection_weight: Any
     projection_id: Any
+
+    @classmethod
+    def of(cls, stored: Stored, projection_weight: Any, projection_id: Any) -> "LeafState":
+        """Combine a stored momentum with its projection."""
+        scale = optax.MaskedNode() if stored.scale is None else stored.scale
+        return cls(stored.payload, scale, projection_weight, projection_id)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the parameters and what is kept for it.
+    """One leaf of the parameters.
 
     Attributes:
-        options: Of the transformation.
-        layout: The leaf as matrices.
-        plan: What is kept.
-        index: Its position among the leaves where its state begins, which numbers its random streams for good.
+        options: Options of the transformation.
+        layout: Matrices of the leaf.
+        plan: Policy of its momentum.
+        index: Position among the leaves at ``init``, which numbers its random streams for good.
     """
 
     options: Options = field(compare=False)
@@ -52,57 +59,62 @@ class Leaf:
     index: int = field(compare=False)
 
     @property
-    def learns(self) -> bool:
-        """Whether it has weights that are learnt."""
+    def is_adaptive(self) -> bool:
+        """True where the projection has adaptive weights."""
         return self.plan.momentum == "sketch" and self.plan.projection == "adaptive"
 
     @property
     def has_signs(self) -> bool:
-        """Whether its projection is drawn as signs."""
+        """True where the projection is one of random signs."""
         return self.plan.momentum == "sketch" and self.plan.projection == "sign"
 
     @property
-    def draws(self) -> bool:
-        """Whether a step of it draws random numbers: for a projection, or for rounding."""
+    def is_random(self) -> bool:
+        """True where a step draws random bits: for a projection, or for rounding."""
         return self.plan.momentum == "sketch" or (self.plan.momentum == "whole" and self.storage != "float32")
 
     @property
     def columns(self) -> int:
-        """How many inputs there are."""
-        return self.layout.matrices[self.layout.axis]
+        """Number of inputs, n."""
+        return self.layout.matrix_shape[self.layout.axis]
 
     @property
     def storage(self) -> StateDtype:
-        """How the momentum is stored: in float32 where it is no matrix."""
+        """Storage format of the momentum; float32 for leaves without a matrix."""
         return self.plan.state_dtype if self.layout.view else "float32"
 
+    @property
+    def specs(self) -> LeafState:
+        """Shape and dtype of each array of the state."""
+        if self.plan.momentum == "none":
+            return LeafState(*[optax.MaskedNode()] * 4)
+        shape = self.layout.with_width(self.plan.width)
+        weight: Any = optax.MaskedNode()
+        if self.is_adaptive:
+            weight = array_spec((*self.layout.matrix_shape[:-2], self.columns), jnp.float32)
+        identity = array_spec((3,), jnp.uint32) if self.is_random else optax.MaskedNode()
+        return LeafState.of(quantize.specs(shape, self.storage, axis=self.layout.axis), weight, identity)
+
     def key(self, counter: ArrayLike, stream: Stream) -> Array:
-        """The key of one of its streams."""
+        """Return the key of one random stream."""
         return stream_key(self.options.seed, self.index, counter, stream)
 
-    def drawn(self, epoch: ArrayLike) -> Projection:
-        """The projection of an epoch, drawn; of ``"adaptive"`` the signs that its weights start from."""
-        return draw(self.plan.projection, self.key(epoch, Stream.MOMENTUM), self.columns, self.plan.width)
+    def draw_projection(self, resample_index: ArrayLike) -> Projection:
+        """Draw the projection of a resample index; for ``"adaptive"`` the signs that its weights start from."""
+        return draw(self.plan.projection, self.key(resample_index, Stream.MOMENTUM), self.columns, self.plan.width)
 
 
-def initial(leaf: Leaf, param: Any) -> Kept:
-    """A momentum of zeros, sharded along stacks and outputs like the parameter."""
+def init_leaf_state(leaf: Leaf, param: Any) -> LeafState:
+    """Return a momentum of zeros, sharded along stacks and outputs as the parameter is."""
+    specs = leaf.specs
     if leaf.plan.momentum == "none":
-        return Kept(*[optax.MaskedNode()] * 4)
-    shape, axis = leaf.layout.matrices, leaf.layout.axis
-    if leaf.layout.view is None:
-        zeros = Stored(jnp.zeros(shape, jnp.float32), None)
-    else:
-        leading = (*shape[:-2], shape[-3 - axis])
-        zeros = quantize.zeros(leading, leaf.plan.width, leaf.storage, axis=axis)
-    placed = jax.tree.map(lambda each: place(each, param, leaf.layout), zeros)
-    weight = initial_weight(leaf, param) if leaf.learns else optax.MaskedNode()
-    return kept_as(placed, weight, _first_id(leaf) if leaf.draws else optax.MaskedNode())
-
-
-def kept_as(stored: Stored, weight: Any, projection_id: Any) -> Kept:
-    """The parts of a state."""
-    return Kept(stored.payload, optax.MaskedNode() if stored.scale is None else stored.scale, weight, projection_id)
+        return specs
+    mu, mu_scale = (
+        jax.tree.map(lambda spec: shard_as_param(jnp.zeros(spec.shape, spec.dtype), param, leaf.layout), each)
+        for each in specs[:2]
+    )
+    weight = init_adaptive_weight(leaf, param) if leaf.is_adaptive else optax.MaskedNode()
+    return LeafState(mu, mu_scale, weight, _first_id(leaf) if leaf.is_random else optax.MaskedNode())
 
 
 def _first_id(leaf: Leaf) -> Array:
@@ -110,10 +122,10 @@ def _first_id(leaf: Leaf) -> Array:
     return jnp.stack([seed, jnp.uint32(leaf.index), jnp.uint32(0)])
 
 
-def initial_weight(leaf: Leaf, param: Any) -> Array:
-    """Random signs over their bucket's norm."""
-    signs = leaf.drawn(0)
+def init_adaptive_weight(leaf: Leaf, param: Any) -> Array:
+    """Return random signs divided by the norm of their bucket, (..., n), float32."""
+    signs = leaf.draw_projection(0)
     assert isinstance(signs, BucketProjection)
     weight = normalise_buckets(signs.weight, leaf.plan.width, signs.weight)
-    stacked = jnp.broadcast_to(weight, (*leaf.layout.matrices[:-2], leaf.columns))
-    return place(stacked, param, leaf.layout, without=-3 - leaf.layout.axis)
+    stacked = jnp.broadcast_to(weight, (*leaf.layout.matrix_shape[:-2], leaf.columns))
+    return shard_as_param(stacked, param, leaf.layout, missing_axis=-3 - leaf.layout.axis)

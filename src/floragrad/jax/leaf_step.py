@@ -1,4 +1,4 @@
-"""One step of one leaf: the pure update between the buffers of its momentum."""
+"""One step of one leaf: decode the stored momentum, update it, and store it again."""
 
 from typing import NamedTuple
 
@@ -8,68 +8,68 @@ from jax import Array, lax
 
 from floragrad._streams import Stream
 from floragrad.jax import quantize
-from floragrad.jax.draws import Pool, draws_of
-from floragrad.jax.leaf import Kept, Leaf, kept_as
-from floragrad.jax.projection import BucketProjection, learn, stream_key
+from floragrad.jax.draws import RandomPool, leaf_draws
+from floragrad.jax.leaf import Leaf, LeafState
+from floragrad.jax.projection import BucketProjection, adaptive_weights, stream_key
 from floragrad.jax.quantize import Stored
-from floragrad.jax.sharding import like, whole_inputs
+from floragrad.jax.sharding import replicate_inputs, reshard_like
 from floragrad.jax.update import momentum_step
 
 
-class Step(NamedTuple):
-    """What one step makes of a leaf.
+class LeafStep(NamedTuple):
+    """Result of one step of one leaf.
 
     Attributes:
         direction: D, in the shape and dtype of U.
-        kept: What is kept of it.
+        state: State after the step.
     """
 
     direction: Array
-    kept: Kept
+    state: LeafState
 
 
-def step_leaf(leaf: Leaf, count: Array, update: Array, kept: Kept, pool: Pool | None) -> Step:
-    """D, and what is kept after this step.
+def step_leaf(leaf: Leaf, count: Array, update: Array, state: LeafState, pool: RandomPool | None) -> LeafStep:
+    """Compute D and the state after this step.
 
     Args:
-        leaf: Which one.
-        count: t, from 1.
-        update: U, in the shape and dtype of its leaf.
-        kept: What is kept before it.
-        pool: What it draws, and leaves like it.
+        leaf: Layout, plan and options.
+        count: t, from 1, int32.
+        update: U, in the shape and dtype of the leaf.
+        state: State before this step.
+        pool: Random words of this leaf and all others of its kind; None where none are needed.
     """
     if leaf.plan.momentum == "none":
-        return Step(update, kept)
+        return LeafStep(update, state)
     axis, options = leaf.layout.axis, leaf.options
-    projection_id, changed, projection, previous, words = draws_of(leaf, pool, kept.projection_id)
-    matrices = leaf.layout.to_matrices(whole_inputs(update, leaf.layout))
+    projection_id, resampled, projection, previous, words = leaf_draws(leaf, pool, state.projection_id)
+    matrices = leaf.layout.to_matrices(replicate_inputs(update, leaf.layout))
     matrices = matrices.astype(jnp.promote_types(update.dtype, jnp.float32))
-    scale = None if isinstance(kept.mu_scale, optax.MaskedNode) else kept.mu_scale
-    momentum = quantize.load(Stored(kept.mu, scale), leaf.plan.width, leaf.storage, axis=axis)
-    weight = kept.weight
-    if leaf.learns:
-        changed = jnp.logical_or(changed, count == 1)
-        projection, previous = _learnt(leaf, matrices, momentum, weight, changed, projection_id)
+    scale = None if isinstance(state.mu_scale, optax.MaskedNode) else state.mu_scale
+    momentum = quantize.load(Stored(state.mu, scale), leaf.plan.width, leaf.storage, axis=axis)
+    weight = state.projection_weight
+    if leaf.is_adaptive:
+        resampled = jnp.logical_or(resampled, count == 1)
+        projection, previous = _adaptive_projections(leaf, matrices, momentum, weight, resampled, projection_id)
         weight = projection.weight
-    direction, following = momentum_step(
-        matrices, momentum, projection, previous, changed, options.decay, residual=options.residual, axis=axis
+    direction, new_momentum = momentum_step(
+        matrices, momentum, projection, previous, resampled, options.decay, residual=options.residual, axis=axis
     )
-    stored = quantize.save_with_words(following.astype(jnp.float32), leaf.storage, words, axis=axis)
-    moved = leaf.layout.from_matrices(direction).astype(update.dtype)
-    return Step(like(moved, update), kept_as(stored, weight, projection_id))
+    stored = quantize.save_with_words(new_momentum.astype(jnp.float32), leaf.storage, words, axis=axis)
+    updates = leaf.layout.from_matrices(direction).astype(update.dtype)
+    return LeafStep(reshard_like(updates, update), LeafState.of(stored, weight, projection_id))
 
 
-def _learnt(
-    leaf: Leaf, matrices: Array, momentum: Array, weight: Array, opens: Array, projection_id: Array
+def _adaptive_projections(
+    leaf: Leaf, matrices: Array, momentum: Array, weight: Array, resampled: Array, projection_id: Array
 ) -> tuple[BucketProjection, BucketProjection]:
-    """The adaptive projection of this step, learnt anew where an epoch opens, and that of the step before."""
+    """Return the adaptive projections of this step, adapted anew where it resamples, and of the step before."""
     width, axis, b1 = leaf.plan.width, leaf.layout.axis, leaf.options.decay
-    previous = BucketProjection.normalised(weight, width)
+    previous = BucketProjection.from_unit_weight(weight, width)
 
-    def renewed() -> Array:
+    def adapt() -> Array:
         blended = b1 * previous.decode(momentum, axis=axis) + (1 - b1) * matrices
-        seed, index, epoch = projection_id
-        key = stream_key(seed, index, epoch, Stream.ADAPTIVE_NOISE)
-        return learn(blended.astype(jnp.float32), weight, width, key, axis=axis)
+        seed, index, resample_index = projection_id
+        key = stream_key(seed, index, resample_index, Stream.ADAPTIVE_NOISE)
+        return adaptive_weights(blended.astype(jnp.float32), weight, width, key, axis=axis)
 
-    return BucketProjection.normalised(lax.cond(opens, renewed, lambda: weight), width), previous
+    return BucketProjection.from_unit_weight(lax.cond(resampled, adapt, lambda: weight), width), previous

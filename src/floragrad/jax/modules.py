@@ -1,4 +1,4 @@
-"""The ``matrix_axes`` of libraries of modules, told by the names that they give to their parameters."""
+"""``matrix_axes`` of module libraries, from the names of their parameters."""
 
 from typing import Any, Final
 
@@ -14,17 +14,17 @@ _Path = tuple[str, ...]
 
 
 def flax_axes(params: Any) -> Any:
-    """Axes for parameters of flax, linen or NNX: ``flora(..., matrix_axes=flax_axes)``.
+    """Return the axes of parameters of flax, linen or NNX: ``flora(..., matrix_axes=flax_axes)``.
 
     The kernels of ``MultiHeadAttention`` are (inputs, heads, head_dim) for query, key and value, and
-    (heads, head_dim, outputs) for the way out; each is one matrix. Their biases (heads, head_dim) are vectors. All
-    other parameters have the default axes. Layers that are scanned or vmapped are stacks of such matrices.
+    (heads, head_dim, outputs) for out; each is one matrix. Their biases (heads, head_dim) are vectors. All other
+    parameters have the default axes. Layers that are scanned or vmapped are stacks of such matrices.
 
     Args:
-        params: The tree that the optimizer is given.
+        params: The parameters of the optimizer.
 
     Returns:
-        A tree of :class:`~floragrad.jax.MatrixAxes`, with None where the default is meant.
+        A tree of :class:`~floragrad.jax.MatrixAxes`, with None for the default.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,19 +47,19 @@ def _flax(names: _Path, shapes: dict[_Path, tuple[int, ...]]) -> MatrixAxes | No
 
 
 def _is_attention(module: _Path, shapes: dict[_Path, tuple[int, ...]]) -> bool:
-    """Whether the heads that query makes are those that the way out takes: other layers may have such names."""
+    """Return True where the heads of query equal those of out: other layers may have these names."""
     query, out = (shapes.get((*module, name, "kernel"), ()) for name in ("query", "out"))
     return len(query) >= 3 and query[-2:] == out[-3:-1]
 
 
 def equinox_axes(params: Any) -> Any:
-    """Axes for parameters of Equinox, which lie as PyTorch's do: ``flora(..., matrix_axes=equinox_axes)``.
+    """Return the axes of parameters of Equinox, in PyTorch's layout: ``flora(..., matrix_axes=equinox_axes)``.
 
     Linear layers, those of ``MultiheadAttention`` included, are (outputs, inputs); convolutions (outputs, inputs,
-    *window), known by a last dimension below 32; biases of any dimensions are vectors.
+    *window), recognised by a last dimension below 32; biases of any shape are vectors.
 
     Args:
-        params: The tree that the optimizer is given.
+        params: The parameters of the optimizer.
 
     Returns:
         A tree of :class:`~floragrad.jax.MatrixAxes`.
@@ -82,7 +82,7 @@ def _equinox(names: _Path, shape: tuple[int, ...]) -> MatrixAxes:
 
 
 def _names(path: Any) -> _Path:
-    """The names along a path, without that of the value that a variable of NNX holds."""
+    """Return the names along a path, without the name of the value of an NNX variable."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     if names and names[-1] in ("value", "raw_value"):
         names.pop()

@@ -1,4 +1,4 @@
-"""The options of :func:`floragrad.jax.scale_by_flora`: their checks, and what follows from them."""
+"""Options of :func:`floragrad.jax.scale_by_flora`: their checks and the plans of leaves."""
 
 from dataclasses import dataclass
 from math import prod
@@ -26,13 +26,13 @@ SEED_CHECK: Final[Check] = (
     lambda value: is_integer(value, 0) and value < 2**32,
     "an integer from 0 to 2**32 - 1",
 )
-"""A seed is one word of a key."""
+"""Check of a seed, one word of a key."""
 
 COUNT_CHECK: Final[Check] = (
     lambda value: is_integer(value, 1) and value < 2**31,
     "an integer >= 1, and below 2**31",
 )
-"""Steps are counted in int32."""
+"""Check of a number of steps, counted in int32."""
 
 _TRACEABLE: Final[dict[str, Check]] = {
     "b1": (
@@ -42,12 +42,12 @@ _TRACEABLE: Final[dict[str, Check]] = {
     "kappa": COUNT_CHECK,
     "seed": SEED_CHECK,
 }
-"""Numbers that may also be arrays, as :func:`optax.inject_hyperparams` makes of them."""
+"""Checks of options that may also be arrays, as with :func:`optax.inject_hyperparams`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options, and how they see a tree of parameters."""
+    """Checked options; names as in :func:`floragrad.jax.scale_by_flora`."""
 
     rank: int | None
     ratio: int | None
@@ -62,11 +62,11 @@ class Options:
 
     @property
     def decay(self) -> float | Array:
-        """β₁; 0 where no momentum is kept."""
+        """β₁; 0 without momentum."""
         return 0.0 if self.b1 is None else self.b1
 
     def plans(self, params: Any) -> list[tuple[Layout, TensorPlan]]:
-        """Layout and plan of each leaf of the parameters, from its shape alone."""
+        """Return layout and plan of each leaf of the parameters, from shapes alone."""
         return [(layout, self._plan(layout)) for layout in layouts(params, self.matrix_axes)]
 
     def _plan(self, layout: Layout) -> TensorPlan:
@@ -77,23 +77,23 @@ class Options:
             rank=self.rank,
             ratio=self.ratio,
             projection=self.projection,
-            beta1=None if keeps_nothing(self.b1) else 0.5,
+            beta1=None if has_no_momentum(self.b1) else 0.5,
             embedding_momentum=self.embedding_momentum,
             state_dtype=self.mu_dtype,
             view=layout.view,
         )
 
 
-def keeps_nothing(b1: float | Array | None) -> bool:
-    """Whether a decay of the momentum means that there is none."""
+def has_no_momentum(b1: float | Array | None) -> bool:
+    """Return True for a decay of None or 0."""
     return b1 is None or (not isinstance(b1, jax.Array) and b1 == 0)
 
 
 def check_static(**options: Any) -> None:
-    """Refuse arrays for options that shape the state.
+    """Refuse arrays for options that determine the shape of the state.
 
     Raises:
-        ValueError: One is an array, as :func:`optax.inject_hyperparams` makes of numbers.
+        ValueError: An option is an array, as with :func:`optax.inject_hyperparams`.
     """
     for name, value in options.items():
         if isinstance(value, jax.Array):
@@ -103,7 +103,7 @@ def check_static(**options: Any) -> None:
             )
 
 
-def resolve(
+def resolve_options(
     *,
     rank: int | None,
     ratio: int | None,
@@ -116,7 +116,7 @@ def resolve(
     mu_dtype: StateDtype | DTypeLike,
     matrix_axes: MatrixAxesOrFn,
 ) -> Options:
-    """Check the options and fill in what they leave open.
+    """Check the options and fill in defaults that depend on others.
 
     Raises:
         ValueError: An option has a wrong value, or two options contradict each other.

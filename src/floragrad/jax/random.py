@@ -1,7 +1,7 @@
-"""Random numbers that follow from a key alone.
+"""Random numbers that depend on a key alone.
 
-JAX's defaults choose a generator, how its counters are laid out, and how wide a word is; a momentum that is written
-under one choice and read under another is noise. Every choice is named here, so none of them changes a number.
+JAX's defaults choose a generator, its counter layout, and the width of a word; a momentum encoded under one choice and
+decoded under another is noise. This module fixes each choice, so that no default changes a random bit.
 """
 
 from typing import Final
@@ -19,41 +19,41 @@ Pair = tuple[Array, Array]
 """The two words of a key."""
 
 
-def key_of(seed: ArrayLike) -> Array:
-    """The key of a seed, 0 to 2**32 - 1."""
+def key_from_seed(seed: ArrayLike) -> Array:
+    """Return the key of a seed, 0 to 2**32 - 1."""
     return jax.random.key(seed, impl=GENERATOR)
 
 
 def fold_in(key: Array, number: ArrayLike) -> Array:
-    """Another key for every number, 0 to 2**32 - 1."""
+    """Fold a number, 0 to 2**32 - 1, into a key."""
     with jax.threefry_partitionable(True):
         return jax.random.fold_in(key, number)
 
 
 def split(key: Array, count: int = 2) -> Array:
-    """As many independent keys."""
+    """Split a key into ``count`` independent keys; default 2."""
     with jax.threefry_partitionable(True):
         return jax.random.split(key, count)
 
 
 def words(key: Array, shape: tuple[int, ...]) -> Array:
-    """Independent words of 32 random bits, uint32."""
+    """Draw independent words of 32 random bits, uint32."""
     with jax.threefry_partitionable(True):
         return jax.random.bits(key, shape, jnp.uint32)
 
 
 @jax.jit
 def fold(key: Pair, number: Array) -> Pair:
-    """The two words of Threefry-2x32 for a key and the counter (0, number): another key, or what words are made of.
+    """Return the two words of Threefry-2x32 for a key and the counter (0, number): a folded key, or random words.
 
-    Every round is spelt out: JAX's own is a loop on CPUs, which takes several times as long to compile.
+    The rounds are unrolled: JAX's own are a loop on CPUs, which takes several times as long to compile.
 
     Args:
         key: Two words, uint32.
-        number: uint32, of any shape.
+        number: Numbers to fold in, uint32, any shape.
 
     Example:
-        >>> key = key_of(5)
+        >>> key = key_from_seed(5)
         >>> one, other = fold(tuple(jax.random.key_data(key)), lax.iota(jnp.uint32, 3))
         >>> bool((one ^ other == words(key, (3,))).all())
         True
@@ -72,10 +72,10 @@ def fold(key: Pair, number: Array) -> Pair:
 
 
 def signs(drawn: Array) -> Array:
-    """The sign of each word, float32: -1 where its highest bit is set.
+    """Return the sign of each word, float32: -1 where its highest bit is set.
 
     Example:
-        >>> key = key_of(0)
+        >>> key = key_from_seed(0)
         >>> bool((signs(words(key, (99,))) == jax.random.rademacher(key, (99,), jnp.float32)).all())
         True
     """
@@ -83,12 +83,12 @@ def signs(drawn: Array) -> Array:
 
 
 def normal(key: Array, shape: tuple[int, ...]) -> Array:
-    """Independent N(0, 1), float32."""
+    """Draw independent samples of N(0, 1), float32."""
     with jax.threefry_partitionable(True):
         return jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-    """Independent and uniform in [-bound, bound), float32."""
+    """Draw independent uniform samples in [-bound, bound), float32."""
     with jax.threefry_partitionable(True):
         return jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
