@@ -10,7 +10,7 @@ namespace floragrad {
 
 inline int64_t whole_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// What makes u of a column's gradients, and of u what falls into the bucket: nothing more where the factor has a sign.
+// Factor from a column's gradients to u, and weight from u to its share of the bucket; factors may include the sign.
 struct SignedFactor {
   Floats factor;
   Floats share(Floats u) const { return u; }
@@ -20,10 +20,10 @@ struct FactorAndWeight {
   Floats share(Floats u) const { return u * weight; }
 };
 
-// Lanes of buckets that are summed at a time, so that none of the sums waits for another.
+// Independent sums of lanes of buckets, to hide the latency of additions.
 constexpr int AT_ONCE = 4;
 
-// Adds what falls into ``WIDE`` lanes of buckets to their sums, and the squares of u to ``squares``.
+// Adds the shares of ``WIDE`` lanes of buckets to ``sums``, and the squares of u to ``squares``.
 template <int WIDE, class Value, class Columns>
 inline __attribute__((always_inline)) void add_to_buckets(const Value* grad, int64_t n, int64_t k, int64_t ahead,
                                                           int64_t bucket, int64_t count, const Columns& columns,
@@ -46,9 +46,8 @@ inline __attribute__((always_inline)) void add_to_buckets(const Value* grad, int
       add(lane, from, std::min({LANES, n - from, count - lane * LANES}));
 }
 
-// Calls take(bucket, sums) for lanes of buckets from ``first`` to ``end``, with the sums of what falls into them in a
-// row; adds the squares of u to ``squares``. What belongs to columns is columns(column, count). What lies ``ahead`` is
-// asked for meanwhile.
+// Calls take(bucket, sums) for lanes of buckets from ``first`` to ``end`` with their sums over a row; adds the squares of
+// u to ``squares``. columns(column, count) returns factors and weights. Prefetches gradients ``ahead`` elements on.
 template <class Value, class Columns, class Take>
 inline __attribute__((always_inline)) void encode_row(const Value* grad, int64_t n, int64_t k, int64_t ahead,
                                                       int64_t first, int64_t end, const Columns& columns,

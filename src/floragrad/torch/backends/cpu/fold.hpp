@@ -1,4 +1,4 @@
-// C ← C + w·encode(G): a gradient folded into what a window keeps of one tensor, as GradientSketch.add does.
+// C ← C + w·encode(G): the fold of a gradient into the sketch of one tensor, as in GradientSketch.add.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct Fold {
   const void* grad;
   void* data;
   float* scale;
-  const float* column_sizes;  // (batch, columns); what columns are divided by, or none
-  double* noise;              // gets the squared error of rounding, where it is measured
+  const float* column_sizes;  // (batch, columns): divisors of columns, or null
+  double* noise;              // receives the squared rounding error, if measured
   void* scratch;
   Parallel parallel;
   int (*thread_number)();
@@ -104,7 +104,7 @@ class TensorFold {
     encode_row(grad, args.columns, args.width, args.columns, 0, args.width, columns, squares, take);
   }
 
-  // Adds a row of what is new, divided by the columns' sizes if they have any; the squared error of its rounding.
+  // Adds a row, divided by the columns' sizes if given; returns the squared error of its rounding.
   template <class Value>
   float keep(const StoredRow& stored, const Value* fresh, const float* sizes) const {
     const float weight = static_cast<float>(args.weight);

@@ -1,4 +1,4 @@
-// As many numbers at a time as a register of the instruction set holds.
+// Vectors of as many elements as a register of the instruction set holds.
 #pragma once
 
 #include <cmath>
@@ -20,8 +20,8 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 
-// A row of so many numbers is asked for while the one this many rows before it is worked on.
-inline int64_t rows_ahead(int64_t numbers) { return (3072 + numbers - 1) / numbers; }
+// Prefetch distance in rows of ``elements``.
+inline int64_t rows_ahead(int64_t elements) { return (3072 + elements - 1) / elements; }
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -36,7 +36,7 @@ inline __m256i first_lanes(int64_t count) {
 }
 #endif
 
-// Fewer than a register holds: the others are zero, and nothing beyond is touched.
+// Loads fewer elements than a register holds: the others are zero, and no memory beyond is accessed.
 template <class Vector, class Item>
 inline Vector load_some(const Item* from, int64_t count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -67,7 +67,7 @@ inline void store_some(Item* to, Vector values, int64_t count) {
   std::memcpy(to, &values, count * sizeof(Item));
 }
 
-// ``count`` of them, the others zero.
+// Loads ``count`` elements; the others are zero.
 template <class Vector, class Item>
 inline Vector load_items(const Item* from, int64_t count) {
   if (__builtin_expect(count < LANES, 0)) return load_some<Vector>(from, count);
@@ -82,7 +82,7 @@ inline void store_items(Item* to, Vector values, int64_t count) {
   std::memcpy(to, &values, sizeof values);
 }
 
-// Calls work(first, count) for lanes of ``count`` numbers: those that are whole know it.
+// Calls work(first, count) for lanes of ``count`` elements; whole ones with a constant count.
 template <class Work>
 inline __attribute__((always_inline)) void for_each_lanes(int64_t count, const Work& work) {
   const int64_t whole = count / LANES * LANES;
@@ -100,7 +100,7 @@ inline Floats load(const uint16_t* from, int64_t count) {
 inline Ints integers(const int8_t* from, int64_t count) {
   const Bytes bytes = load_items<Bytes>(from, count);
 #if defined(__AVX512F__)
-  // What the compiler makes of it goes by way of 16 bits.
+  // The compiler would convert by way of 16 bits.
   return reinterpret_cast<Ints>(_mm512_maskz_cvtepi8_epi32(0xFFFF, reinterpret_cast<__m128i>(bytes)));
 #else
   return __builtin_convertvector(bytes, Ints);
@@ -112,7 +112,7 @@ inline Floats load(const int8_t* from, int64_t count) {
 
 inline void store(float* to, Floats values, int64_t count) { store_items(to, values, count); }
 
-// An average of squares, which overflow may have made infinite, as one that fresh ones can pull down again.
+// Clamps an average of squares that overflow has made infinite, so that later squares can decrease it.
 constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
 inline float saturated(float average) { return average > LARGEST_FLOAT ? LARGEST_FLOAT : average; }
 inline Floats saturated(Floats averages) {
@@ -125,7 +125,7 @@ inline Floats inverse_root(Floats values) {
   return values;
 }
 
-// The integers not above them; of what is beyond all integers, the least of these.
+// Rounds down to integers; values out of range become the least integer.
 inline Ints floored(Floats values) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Ints>(_mm512_maskz_cvt_roundps_epi32(0xFFFF, values, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
@@ -137,7 +137,7 @@ inline Ints floored(Floats values) {
 #endif
 }
 
-// Lanes moved ``by`` places to the front, the first ones behind the last.
+// Rotates lanes by ``by`` places to the front.
 template <int64_t by, class Vector>
 inline Vector moved(Vector values) {
   Ints from;
@@ -166,7 +166,7 @@ inline Floats with_signs(Floats values, Floats signs) {
   return reinterpret_cast<Floats>(reinterpret_cast<Bits>(values) ^ flipped);
 }
 
-// Of positive numbers their bits are in the same order, infinity and what is not a number above all.
+// Bits of absolute values: in the order of the values, with infinity and NaN last.
 inline Ints magnitude(Floats values) { return reinterpret_cast<Ints>(values) & 0x7FFFFFFF; }
 
 }  // namespace floragrad

@@ -9,25 +9,25 @@ using floragrad::TensorStep;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Without elements there are no rows to share among threads, nor to read ahead.
+// Tensors without elements are skipped.
 template <class Given>
 static bool is_empty(const Given& given) {
   return given.batch * given.rows * given.columns == 0;
 }
 
-// The size of what is handed over, for the caller to compare with its own.
+// Sizes of the argument structs, which the caller compares with its own.
 EXPORT int64_t floragrad_step_size() { return sizeof(Step); }
 EXPORT int64_t floragrad_fold_size() { return sizeof(Fold); }
 
-// Bytes that they need: scratch, which one step leaves to the next, and what a step keeps between its passes. No pointer
-// is followed.
+// Bytes of scratch, which several steps can share, and of the memory that a step keeps between its passes. No pointer is
+// dereferenced.
 EXPORT int64_t floragrad_scratch_bytes(const Step* step) { return is_empty(*step) ? 0 : TensorStep(*step).scratch_bytes(); }
 EXPORT int64_t floragrad_kept_bytes(const Step* step) { return is_empty(*step) ? 0 : TensorStep(*step).kept_bytes(); }
 EXPORT int64_t floragrad_fold_bytes(const Fold* fold) {
   return is_empty(*fold) ? 0 : TensorFold(*fold).scratch_bytes();
 }
 
-// The passes of some steps, one after the other.
+// Runs a pass of some steps, one after the other.
 template <class Pass>
 static void for_each_step(const Step* steps, int64_t count, const Pass& pass) {
   for (int64_t i = 0; i < count; ++i)

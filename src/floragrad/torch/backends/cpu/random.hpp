@@ -8,7 +8,7 @@
 
 namespace floragrad {
 
-// The numbers of _streams.Stream.
+// The values of _streams.Stream.
 enum Stream : uint64_t { MOMENTUM = 0, ACCUMULATOR = 1, STATE_ROUNDING = 2, PARAMETER_ROUNDING = 3,
                          ACCUMULATOR_ROUNDING = 5 };
 
@@ -18,7 +18,7 @@ struct Philox {
   uint64_t stream;
 
   void block(uint64_t number, uint64_t out[4]) const {
-    // NumPy counts one up before each block.
+    // NumPy increments the counter before each block.
     uint64_t x[4] = {number + 1, counter, stream, 0}, k[2] = {key[0], key[1]};
     for (int round = 0; round < 10; ++round) {
       const unsigned __int128 first = static_cast<unsigned __int128>(0xD2E7470EE14C6C93u) * x[0];
@@ -34,7 +34,7 @@ struct Philox {
     for (int i = 0; i < 4; ++i) out[i] = x[i];
   }
 
-  // Words of 32 bits from the ``first`` on, the low half of each 64 first.
+  // Words of 32 bits from index ``first``, the low half of each 64-bit word first.
   void words(uint32_t* out, int64_t count, int64_t first = 0) const {
     uint64_t four[4];
     for (int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// Rows of numbers in the formats of parameters and of state, and their unbiased rounding, as in quantize.py.
+// Storage formats of parameters and state, and their unbiased rounding, as in storage.py.
 #pragma once
 
 #include <cmath>
@@ -9,15 +9,15 @@ namespace floragrad {
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
-constexpr int64_t BLOCK = 64;  // policy.QUANTIZATION_BLOCK: numbers that share a scale
+constexpr int64_t BLOCK = 64;  // policy.QUANTIZATION_BLOCK: elements that share a scale
 
-// Words to round with, one for each row and each column; none where numbers round to the nearest.
+// Random words for rounding, one for each row and each column; null to round to nearest.
 struct Words {
   const uint32_t* rows;
   const uint32_t* columns;
 };
 
-// The sixteen random bits of each number, of its row's and its column's word: RoundingBits.integers.
+// Sixteen random bits of each element, from the words of its row and its column: RoundingBits.integers.
 inline Ints random_bits(uint32_t row, Bits columns) {
   Bits words = columns + row;
   words ^= reinterpret_cast<Bits>(reinterpret_cast<Ints>(words) >> 16);
@@ -40,7 +40,7 @@ inline Halves nearest_bfloat16(Floats values) {
   return upper(bits + 0x7FFF + (bits >> 16 & 1), values);
 }
 
-// Calls work(first, count) for lanes of a block of ``count`` numbers; most blocks are whole.
+// Calls work(first, count) for lanes of a block of ``count`` elements; most blocks are whole.
 template <class Work>
 inline __attribute__((always_inline)) void for_each_lanes_of_block(int64_t count, const Work& work) {
   if (count != BLOCK) return for_each_lanes(count, work);
@@ -48,9 +48,9 @@ inline __attribute__((always_inline)) void for_each_lanes_of_block(int64_t count
   for (int64_t j = 0; j < BLOCK; j += LANES) work(j, LANES);
 }
 
-// A row of a sketch as it is stored, a block of 64 at a time.
+// A stored row of a sketch, read and written in blocks of 64.
 //
-// A load or a store of a block is part of each loop that has one: a call would take a tenth of what it does.
+// Loads and stores of a block are inlined: a call would take a tenth of their time.
 struct StoredRow {
   void* data;
   float* scale;
@@ -58,7 +58,7 @@ struct StoredRow {
   int64_t dtype;
   uint32_t word;
   const uint32_t* columns;  // words, readable in whole lanes
-  int64_t ahead;            // numbers until those of the row that is asked for
+  int64_t ahead;            // elements from the current row to the prefetched one
 
   // Whole lanes are written to ``out``: zeros beyond ``count``.
   __attribute__((always_inline)) void load_block(int64_t first, int64_t count, float* __restrict out) const {
@@ -104,7 +104,7 @@ struct StoredRow {
 
   template <class Item>
   void load_lanes(const Item* from, int64_t count, float step, float* __restrict out) const {
-    constexpr int NEAR = sizeof(Item) == 4 ? 3 : 2;  // the first cache where there is most of it
+    constexpr int NEAR = sizeof(Item) == 4 ? 3 : 2;  // prefetch into L1 where the formats are widest
     for_each_lanes_of_block(count, [&](int64_t j, int64_t some) __attribute__((always_inline)) {
       if (j * sizeof(Item) % 64 == 0) __builtin_prefetch(from + ahead + j, 1, NEAR);
       store(out + j, load(from + j, some) * step, LANES);
@@ -158,23 +158,23 @@ struct StoredRow {
       const Ints bits = random_bits(word, load(columns + first + j, LANES));
       const Floats uniform = __builtin_convertvector(bits, Floats) * 0x1p-16f + 32768.5f * 0x1p-16f;
       const Floats grid = load(values + j, LANES) / divisor + uniform;
-      const Ints whole = floored(grid > least ? grid : least);  // and so is what is not a number
+      const Ints whole = floored(grid > least ? grid : least);  // NaN too
       store_items(integers + j, __builtin_convertvector(whole < greatest ? whole : greatest, Bytes), some);
     });
   }
 };
 
-// All of them.
+// The rows of a sketch.
 struct StoredRows {
   void* data;
   float* scale;
   int64_t width;
   int64_t dtype;
   Words words;
-  int64_t ahead;  // rows until the one that is asked for
+  int64_t ahead;  // rows from the current one to the prefetched one
 
   StoredRow operator[](int64_t row) const {
-    const int64_t halves[] = {8, 4, 2, 1};  // of a byte, in each number
+    const int64_t halves[] = {8, 4, 2, 1};  // half-bytes of each element
     const int64_t bytes = (width * halves[dtype] + 1) / 2;
     const bool rounds = words.columns != nullptr;
     return {static_cast<char*>(data) + row * bytes,

@@ -1,4 +1,4 @@
-// One buffer that the caller allocates, cut into what a kernel needs; and how rows are shared among threads.
+// Allocation from a buffer of the caller, and the division of rows among threads.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ class Scratch {
   int64_t bytes = 0;
 };
 
-// Rows of a stack of matrices, cut into chunks of neighbours in one matrix: as many as many threads can share, but few
-// enough for a row of partial sums of each to stay small beside the tensor.
+// Chunks of neighbouring rows of a stack of matrices: enough for many threads, few enough that a row of partial sums of
+// each stays small beside the tensor.
 struct Chunks {
   int64_t rows, height, per_matrix, count;
 

@@ -1,7 +1,7 @@
 // One step of one tensor: update.py's formulas in three passes over rows.
 //
-// Statistics; the norm of the update; the update. The last two compute the same numbers from a few rows of the gradient
-// and of the sketch, so that nothing of them is held in between.
+// Statistics; the norm of the update; the update. The last two compute the direction again from blocks of rows of the
+// gradient and of the sketch, so that it is never stored.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@ class TensorStep : public StepTensor {
  public:
   using StepTensor::StepTensor;
 
-  // Sums of G² along rows and columns, or the second moment itself where it is not factored.
+  // Sums of G² along rows and columns, or the update of an unfactored second moment.
   void statistics() const { args.value_dtype == FLOAT32 ? statistics_of<float>() : statistics_of<uint16_t>(); }
 
-  // The factored second moment, of sums over all parts of the tensor; and what makes U of G.
+  // Updates the factored second moment from sums over all parts of the tensor, and the factors from G to U.
   void normalise() const {
     if (!args.factored) return;
     const int64_t n = args.columns;
@@ -41,15 +41,16 @@ class TensorStep : public StepTensor {
     }
   }
 
-  // ‖D‖² of the rows that are here.
+  // ‖D‖² of the local rows.
   void direction() const { args.value_dtype == FLOAT32 ? direction_of<float>() : direction_of<uint16_t>(); }
 
-  // The momentum and the parameter move on.
+  // Updates the momentum and the parameter.
   void apply() const { args.value_dtype == FLOAT32 ? apply_of<float>() : apply_of<uint16_t>(); }
 
   // product = Vᵀ(V w) in every bucket, V = β₁ decode(M) + (1 − β₁) U, w the learner: one power iteration.
   void power_iteration(const float* learner, float* product) const {
-    args.value_dtype == FLOAT32 ? power_iteration_of<float>(learner, product) : power_iteration_of<uint16_t>(learner, product);
+    args.value_dtype == FLOAT32 ? power_iteration_of<float>(learner, product)
+                                : power_iteration_of<uint16_t>(learner, product);
   }
 
  private:
@@ -74,7 +75,7 @@ class TensorStep : public StepTensor {
       std::fill(partial + chunk * n, partial + (chunk + 1) * n, 0.f);
       double total = 0;
       for (int64_t row = top; row < end; ++row) {
-        // One row after the other: the processor foresees what is read in one line.
+        // Row by row: the hardware prefetcher follows sequential reads.
         const Value* grad = static_cast<const Value*>(args.grad) + row * n;
         float* columns = partial + chunk * n;
         Floats squares = {};
@@ -84,7 +85,7 @@ class TensorStep : public StepTensor {
           squares += square;
         }
         row_sums[row] = sum(squares);
-        // The rows' sum to come, known before the rows are: so that one sum over parts is enough.
+        // The new total of the rows, computed from sums, so that one sum over parts is enough.
         total += static_cast<double>(args.row_var[row]) * beta2 + static_cast<double>(row_sums[row]) / n * fresh;
       }
       chunk_sums[chunk] = total;
@@ -97,8 +98,8 @@ class TensorStep : public StepTensor {
     sum_columns([&](int64_t matrix, int64_t j, float sum) { sums[matrix * n + j] = sum; });
   }
 
-  // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. Where W is about to move, its
-  // row is asked for meanwhile, or the next where a row is done before memory answers.
+  // Calls take(bucket, sums) for lanes of encode(U) of a row, without the row's factor. ``MOVES`` prefetches the row
+  // of W that is updated next, or the one after where a row takes less than the latency of memory.
   template <bool MOVES, class Value, bool SIGNS, class Take>
   __attribute__((always_inline)) void encode(const Row<Value, SIGNS>& row, const float* weight, int64_t first,
                                              int64_t end, Floats (&squares)[AT_ONCE], const Take& take) const {
@@ -114,9 +115,9 @@ class TensorStep : public StepTensor {
     encode_row(row.grad, args.columns, args.width, (MOVES ? 1 : ahead) * args.columns, first, end, columns, squares, take);
   }
 
-  // The squares of D = a U + decode(X); or, storing, M of the row on to the next step, with X left in the workspace: over a R,
-  // as D is a R times all the rest. Here everything is over R. A block of buckets passes from one to the next in the
-  // first cache. ``ORDINARY`` steps are most: what others need takes nothing of them.
+  // Returns the squares of D = a U + decode(X); with ``STORES``, updates M of the row and leaves X / (a R) in the
+  // workspace, since D = a R (G · C + decode(X / (a R))). All values here are divided by R. A block of buckets stays in
+  // the L1 cache. Most steps are ``ORDINARY``, and cost nothing for the other cases.
   template <bool STORES, bool ORDINARY, class Value, bool SIGNS>
   double move_on(const Row<Value, SIGNS>& row, const StoredRow& stored, const Workspace& workspace) const {
     const bool encodes_twice = !ORDINARY && row.decoder != row.weight, residual = ORDINARY || args.residual;
@@ -155,7 +156,7 @@ class TensorStep : public StepTensor {
     return over_factor(square, row.factor);
   }
 
-  // A row's squares, which are over the square of its factor: that alone may be beyond a float.
+  // A row's sum of squares, times the square of its factor, which may overflow a float by itself.
   static double over_factor(const Floats& squares, double factor) { return sum(squares) * factor * factor; }
 
   template <class Value>
@@ -164,8 +165,8 @@ class TensorStep : public StepTensor {
     const StoredRows rows = stored();
     for_each_rows([&](int64_t chunk, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
       double total = 0;
-      const Workspace mine = workspace(thread);
-      for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += squares(row, rows[row.number], mine); });
+      const Workspace local = workspace(thread);
+      for_each_row<Value>(matrix, top, end, [&](const auto& row) { total += squares(row, rows[row.number], local); });
       chunk_sums[chunk] = total;
     });
     double total = 0;
@@ -178,12 +179,12 @@ class TensorStep : public StepTensor {
     draw();
     const StoredRows rows = stored();
     const double mean = static_cast<double>(square()) / args.all_elements;
-    // Rounding may make the square of next to nothing negative; what is not a number stays so.
+    // Rounding may make a tiny square negative; NaN stays.
     const float ratio = static_cast<float>(std::sqrt(mean < 0 ? 0 : mean) / args.clip_threshold);
     const float size = static_cast<float>(args.size) / (ratio < 1 ? 1 : ratio);
     for_each_rows([&](int64_t, int64_t thread, int64_t matrix, int64_t top, int64_t end) {
-      const Workspace mine = workspace(thread);
-      for_each_row<Value>(matrix, top, end, [&](const auto& row) { move(row, rows[row.number], mine, size); });
+      const Workspace local = workspace(thread);
+      for_each_row<Value>(matrix, top, end, [&](const auto& row) { move(row, rows[row.number], local, size); });
     });
   }
 
@@ -195,7 +196,7 @@ class TensorStep : public StepTensor {
     return args.momentum == WHOLE ? walk<true, false>(row, stored, 0) : walk<false, false>(row, stored, 0);
   }
 
-  // M on to the next step, and W by D.
+  // Updates M and W of a row.
   template <class Value, bool SIGNS>
   void move(const Row<Value, SIGNS>& row, const StoredRow& stored, const Workspace& workspace, float size) const {
     if (SIGNS || args.momentum == SKETCH) {
@@ -208,7 +209,7 @@ class TensorStep : public StepTensor {
     }
   }
 
-  // Without a projection D is U, or the next value of the whole momentum: its squares, or, moving, W by it.
+  // Without a projection D is U, or the next whole momentum: returns its squares, or with ``MOVES`` updates W.
   template <bool KEPT, bool MOVES, class Value, bool SIGNS>
   double walk(const Row<Value, SIGNS>& row, const StoredRow& stored, float size) const {
     const int64_t n = args.columns, span = KEPT ? BLOCK : n;
@@ -238,7 +239,7 @@ class TensorStep : public StepTensor {
     return sum(square);
   }
 
-  // W ← keep W − size D, with D = a R (G · C + decode(what is in the workspace)).
+  // W ← keep W − size D, with D = a R (G · C + decode(X / (a R))).
   template <class Value, bool SIGNS>
   void descend(const Row<Value, SIGNS>& row, const Workspace& workspace, float size) const {
     constexpr int64_t AHEAD = 6144 / sizeof(Value);
@@ -251,7 +252,7 @@ class TensorStep : public StepTensor {
         const Floats g = load(row.grad + j, some), share = load(workspace.correction + i, LANES);
         const Floats decoder = load(row.decoder + j, some);
         Floats direction;
-        // Factors with signs give g one too many, and its share none: their sum is given one.
+        // Factors that include signs apply them to g but not to the correction: the sum is multiplied by signs.
         if constexpr (SIGNS)
           direction = with_signs(g * decoder + share, decoder);
         else
@@ -300,21 +301,21 @@ class TensorStep : public StepTensor {
       for (int64_t number = top; number < end; ++number) {
         const Row<Value, false> row = row_of<Value, false>(number, matrix);
         const float factor = fresh * row.factor;
-        const Workspace mine = workspace(thread);
+        const Workspace local = workspace(thread);
         const StoredRow kept = rows[number];
         for (int64_t first = 0; first < args.width; first += BLOCK)
-          kept.load_block(first, std::min(BLOCK, args.width - first), mine.correction + first);
+          kept.load_block(first, std::min(BLOCK, args.width - first), local.correction + first);
         const auto blended = [&](int64_t column, int64_t i, int64_t some) {
           return load(row.grad + column + i, some) * row.factors(column + i, some) * factor +
-                 load(old + column + i, some) * (load(mine.correction + i, LANES) * beta1);
+                 load(old + column + i, some) * (load(local.correction + i, LANES) * beta1);
         };
-        std::fill(mine.sketch, mine.sketch + whole_lanes(args.width), 0.f);
+        std::fill(local.sketch, local.sketch + whole_lanes(args.width), 0.f);
         for_each_slice([&](int64_t column, int64_t i, int64_t some) {
-          const Floats sum = load(mine.sketch + i, LANES) + blended(column, i, some) * load(weight + column + i, some);
-          store(mine.sketch + i, sum, LANES);
+          const Floats sum = load(local.sketch + i, LANES) + blended(column, i, some) * load(weight + column + i, some);
+          store(local.sketch + i, sum, LANES);
         });
         for_each_slice([&](int64_t column, int64_t i, int64_t some) {
-          const Floats product_here = blended(column, i, some) * load(mine.sketch + i, LANES);
+          const Floats product_here = blended(column, i, some) * load(local.sketch + i, LANES);
           store(columns + column + i, load(columns + column + i, some) + product_here, some);
         });
       }

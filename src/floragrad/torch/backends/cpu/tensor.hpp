@@ -1,5 +1,4 @@
-// One tensor whose step is to be made, all of it here and contiguous: what is handed over, the scratch that is cut up for
-// it, what is drawn for it, and its rows in chunks and groups.
+// State of one tensor's step: arguments, scratch, random words and signs, and iteration over its rows.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +24,11 @@ enum Momentum : int64_t { NONE = 0, WHOLE = 1, SKETCH = 2 };
 struct Step {
   int64_t batch, rows, columns, width;
   int64_t value_dtype, state_dtype, momentum;
-  int64_t is_vector;  // no matrix view: one row of all numbers, its own random word for each
-  int64_t factored, adaptive;  // the second moment; the projection, whose signs are drawn if not
+  int64_t is_vector;  // no matrix view: one row of all elements, with a random word for each
+  int64_t factored, adaptive;  // second moment; projection, whose signs are drawn if it is not adaptive
   int64_t stochastic, residual, is_resample_step;
-  // Of the whole tensor where this is a shard of rows: its rows in a matrix, elements, words for rows; the word of the
-  // first row that is here, and words from one local matrix to the next.
+  // Of the whole tensor, of which this may be a shard of rows: rows of a matrix, elements, words of rows; the word of the
+  // first local row, and the stride in words of local matrices.
   int64_t all_rows, all_elements, all_row_words, first_row_word, matrix_row_words;
   uint64_t seed, tensor_id, step, resample_index;
   double beta1, beta2, eps, keep, size, clip_threshold;
@@ -39,8 +38,8 @@ struct Step {
   float* scale;
   float *row_var, *col_var, *variance;
   const float *weight, *previous;
-  // Kept between the passes; the first three are shares of sums over all parts of the tensor, which the caller adds up:
-  // column sums of G² (batch, columns), row totals (batch), ‖D‖²; then what is made of them.
+  // Kept between the passes; first the local shares of sums over all parts of the tensor, which the caller adds up:
+  // column sums of G² (batch, columns), row totals (batch), ‖D‖²; then values derived from them.
   float* kept;
   void* scratch;
   Parallel parallel;
@@ -70,12 +69,12 @@ class StepTensor {
 
  protected:
   const Step& args;
-  const bool transfers;      // M to another projection
-  const bool is_ordinary;  // neither that, nor reads it in another than it is written in
-  const float update_weight;         // a of D = a U + decode(correction)
-  const float fresh;       // 1 − β₁, not of a β₁ that has been rounded
-  const float keep;        // of W, after its decay
-  const int64_t ahead;     // rows until the one that is asked for
+  const bool transfers;       // M to another projection
+  const bool is_ordinary;     // no transfer, and M is decoded by the projection that encodes it
+  const float update_weight;  // a of D = a U + decode(correction)
+  const float fresh;          // 1 − β₁, rounded once
+  const float keep;           // factor of W from weight decay
+  const int64_t ahead;        // rows from the current one to the prefetched one
   const Chunks chunks;
   const Threads threads;
   Scratch scratch, kept;
@@ -141,13 +140,15 @@ class StepTensor {
   }
 
   const float* weight_of(int64_t matrix) const { return args.adaptive ? args.weight + matrix * args.columns : signs; }
-  const float* previous_of(int64_t matrix) const { return args.adaptive ? args.previous + matrix * args.columns : old_signs; }
-  // What D is decoded with: the paper's estimator reads M in the basis that it was written in.
+  const float* previous_of(int64_t matrix) const {
+    return args.adaptive ? args.previous + matrix * args.columns : old_signs;
+  }
+  // Decoder of D: the paper's estimator decodes M with the projection that encoded it.
   const float* decoder_of(int64_t matrix) const {
     return args.is_resample_step && !args.residual ? previous_of(matrix) : weight_of(matrix);
   }
 
-  // The words of the rows that are here, then of the columns.
+  // Draws the words of the local rows, then those of the columns.
   void draw_words(Stream stream, int64_t columns, uint32_t* out) const {
     const Philox source = philox(args.step, stream);
     const int64_t matrices = args.is_vector ? 1 : args.batch, rows = args.is_vector ? args.columns : args.rows;
@@ -179,7 +180,7 @@ class StepTensor {
       }
     }
     if (!transfers) return;
-    // Old and new projection deal the columns into the same buckets: one factor for each transfers M over.
+    // Old and new projection have the same buckets: a transfer of M is one factor for each.
     for (int64_t matrix = 0; matrix < args.batch; ++matrix) {
       float* factors = transfer_factors + matrix * whole_lanes(k);
       std::fill(factors, factors + whole_lanes(k), 0.f);
@@ -190,15 +191,15 @@ class StepTensor {
   }
 
   Words words_in(const uint32_t* drawn) const {
-    const uint32_t* rest = drawn + row_words();
-    return args.is_vector ? Words{rest, drawn} : Words{drawn, rest};
+    const uint32_t* columns = drawn + row_words();
+    return args.is_vector ? Words{columns, drawn} : Words{drawn, columns};
   }
 
   StoredRows stored() const {
     return {args.data, args.scale, args.width, args.state_dtype, rounds_state() ? words_in(state_words) : Words{}, ahead};
   }
 
-  // ``SIGNS``: what is drawn for the columns is in their factors, which are where weights would be.
+  // ``SIGNS``: the columns' factors include their signs, and stand in place of weights.
   template <class Value, bool SIGNS>
   struct Row {
     int64_t number, matrix;
@@ -207,7 +208,7 @@ class StepTensor {
     const float *col_factors, *variance;  // one of them
     const float *weight, *decoder;
 
-    // What the columns are multiplied by for U, but for the row's factor.
+    // Factors from G to U without the row's factor.
     Floats factors(int64_t column, int64_t count) const {
       if (col_factors) return load(col_factors + column, count);
       Floats factors = inverse_root(load(variance + column, count));
@@ -247,9 +248,9 @@ class StepTensor {
   };
 
   Workspace workspace(int64_t thread) const {
-    const int64_t numbers = whole_lanes(args.width);
-    float* first = workspaces + thread * 2 * numbers;
-    return {first, first + numbers};
+    const int64_t elements = whole_lanes(args.width);
+    float* first = workspaces + thread * 2 * elements;
+    return {first, first + elements};
   }
 };
 

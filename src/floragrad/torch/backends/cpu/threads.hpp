@@ -1,8 +1,7 @@
-// Work shared among the threads that torch was given, by torch's own OpenMP runtime.
+// Parallel loops over torch's threads, in torch's own OpenMP runtime.
 //
-// Nothing here is linked against an OpenMP library: the caller hands in GOMP_parallel and
-// omp_get_thread_num of the runtime that torch has loaded (libgomp's, which LLVM's and Intel's have as well), so there
-// is never a second one.
+// Nothing here links an OpenMP library: the caller passes GOMP_parallel and omp_get_thread_num of the runtime that torch
+// has loaded (libgomp's, which LLVM's and Intel's have as well), so there is never a second runtime.
 #pragma once
 
 #include <algorithm>
@@ -27,19 +26,19 @@ struct Threads {
       : parallel(parallel), number(number), count(std::min(count, MOST_THREADS)) {}
 };
 
-// A tensor of fewer numbers is done before other threads have woken.
+// Smaller tensors are done before other threads have woken.
 constexpr int64_t SMALL = 1 << 15;
 
-// Those that work on what a caller has handed over.
+// The threads for a step or a fold.
 template <class Given>
 Threads threads_for(const Given& given) {
   const bool is_small = given.batch * given.rows * given.columns < SMALL;
   return {given.parallel, given.thread_number, is_small ? 1 : given.threads};
 }
 
-// Calls work(chunk, thread) for every chunk. Each thread has neighbouring chunks of its own, the same in every pass over
-// a tensor, so that what it has in its cache is there when it comes back; done with them, it helps the others. What a
-// chunk gives must not depend on the thread, so that results are the same with any number of them.
+// Calls work(chunk, thread) for every chunk. Each thread has neighbouring chunks, the same in every pass over a tensor,
+// which stay in its cache; then it takes chunks of other threads. The result of a chunk must not depend on the thread, so
+// that results are the same with any number of threads.
 template <class Work>
 void for_each_chunk(const Threads& threads, int64_t chunks, const Work& work) {
   struct alignas(64) Counter {
