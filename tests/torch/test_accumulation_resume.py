@@ -22,7 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = Run(**options)
             run.go(0, stop)
             torch.save(run.state(), folder / f"{name}-{stop}.pt")
-            run.accumulator._let_go()
+            run.accumulator._remove()
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-m", "tests.torch.accumulation_resume", str(folder)], cwd=root, check=True)
     return folder

@@ -26,7 +26,7 @@ def test_the_next_step_is_the_next_integer(step: int, kappa: int) -> None:
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert optimizer.state[param]["step"].item() == step + 1
-    at = optimizer._begin_step(param, *optimizer._checked(param)).ctx
+    at = optimizer._begin_step(param, *optimizer._validated(param)).ctx
     assert (at.step, at.resample_index, at.is_resample_step) == (step + 2, (step + 2) // kappa, (step + 2) % kappa == 0)
     assert 1 - at.beta2 == pytest.approx(float(step + 2) ** -0.8, rel=1e-6)
 

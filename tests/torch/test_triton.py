@@ -15,11 +15,11 @@ from torch import Tensor
 from floragrad import Flora
 from floragrad.torch import backends
 from floragrad.torch.backends.triton import step as step_module
-from floragrad.torch.backends.triton.step import check_not_capturing, steps
+from floragrad.torch.backends.triton.step import check_not_capturing, passes
 from floragrad.torch.context import ParamUpdate, StepContext
 from floragrad.torch.options import plan_for, resolve_group
 from floragrad.torch.param_info import initial_state
-from floragrad.torch.part import Part, Sums
+from floragrad.torch.part import Part, Passes
 from tests.torch.cases import CASES, Case
 from tests.torch.conftest import use
 from tests.torch.interpreter import accesses, launched, use_triton
@@ -234,20 +234,20 @@ def test_shards_equal_the_whole_tensor(options: dict[str, Any], axis: str, monke
     ]
     for step, grad in enumerate(case.gradients(3, torch.bfloat16), 1):
         ctx = StepContext(plan, group, 5, step, device, Part.whole(plan.shape, plan.view))
-        run(list(steps([ParamUpdate(whole, grad, state, ctx)])), axis)
-        passes = []
+        run(list(passes([ParamUpdate(whole, grad, state, ctx)])), axis)
+        taken = []
         for shard, own, cut in zip(shards, states, cuts, strict=True):
             view = plan.view._replace(batch=shard.shape[0], rows=shard.shape[1])
             part = Part(view, ctx.part.shape, cut, ctx.part.columns, {axis: (0,)})
-            passes += steps([ParamUpdate(shard, grad[cut].contiguous(), own, replace(ctx, part=part))])
-        run(passes, axis)
+            taken += passes([ParamUpdate(shard, grad[cut].contiguous(), own, replace(ctx, part=part))])
+        run(taken, axis)
     parts = torch.cat(shards, dim=1 if axis == "rows" else 0)
     assert (parts != whole).sum() <= 5  # of 1,260 numbers: see the rounding of half-precision parameters
     payload = torch.cat([own["exp_avg"] for own in states], dim=1 if axis == "rows" else 0)
     assert (payload != state["exp_avg"]).sum() <= 5
 
 
-def run(passes: list[Sums], axis: str) -> None:
+def run(passes: list[Passes], axis: str) -> None:
     """Run the passes over shards side by side, with their shares of sums along an axis added up."""
     for shares in zip(*passes, strict=True):
         for same in zip(*shares, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 from floragrad._streams import ADAPTIVE_NOISE, Stream
 from floragrad.torch import update as pure
 from floragrad.torch.context import StepContext
-from floragrad.torch.part import Sums
+from floragrad.torch.part import Passes
 from floragrad.torch.projection import BucketProjection, Projection, normalise_buckets, power_iteration
 
 POWER_ITERATIONS: Final = 2
@@ -70,7 +70,7 @@ def adaptive_noise(ctx: StepContext, words: Tensor | None = None) -> Tensor:
 
 def learn_weights(
     ctx: StepContext, weight: Tensor, power_products: Callable[[Tensor], Tensor], words: Tensor | None = None
-) -> Sums:
+) -> Passes:
     """Learn the weights of a projection on β₁ decode(M) + (1 − β₁) U, from the old ones plus a little noise.
 
     Args:
@@ -85,6 +85,6 @@ def learn_weights(
     learner = perturbed(weight, adaptive_noise(ctx, words), ctx.plan.width)
     for _ in range(POWER_ITERATIONS):
         product = power_products(learner)
-        yield [ctx.share(product, ("rows",))]
+        yield [ctx.shard_sum(product, ("rows",))]
         learner = normalise_buckets(product, ctx.plan.width, learner)
     weight.copy_(learner)

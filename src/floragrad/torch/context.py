@@ -132,9 +132,9 @@ class StepContext:
         """Number of a parameter row's elements with random words of their own."""
         return self.plan.view.columns if self.plan.view else 1
 
-    def share(self, value: Tensor, over: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
+    def shard_sum(self, value: Tensor, axes: tuple[Axis, ...] = EVERYWHERE) -> ShardSum:
         """Return the local part's share of a sum over all parts of the tensor."""
-        return ShardSum(value, over, self.part, self.tensor_id)
+        return ShardSum(value, axes, self.part, self.tensor_id)
 
     def stream(self, stream: Stream, counter: int | None = None) -> Philox:
         """Return one of the tensor's streams, of this step unless another counter is given."""

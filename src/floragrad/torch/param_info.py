@@ -75,7 +75,7 @@ def new_infos(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Ten
     Raises:
         ValueError: One of them cannot be updated, with the remedy.
     """
-    _check_kinds(named)
+    _check_supported(named)
     fixed = layout_options(group)
     return {
         param: _make_info(number, name, group, param, plan_for(param.shape, group), fixed)
@@ -83,7 +83,7 @@ def new_infos(named: Mapping[Tensor, str], group: Group, first: int) -> dict[Ten
     }
 
 
-def _check_kinds(named: Mapping[Tensor, str]) -> None:
+def _check_supported(named: Mapping[Tensor, str]) -> None:
     for param, name in named.items():
         if param.is_complex():
             raise ValueError(f"{name} is complex ({param.dtype}): give torch.view_as_real of it")

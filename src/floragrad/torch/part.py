@@ -114,18 +114,18 @@ class ShardSum(NamedTuple):
 
     Attributes:
         value: The share.
-        over: Axes of the view to sum over.
+        axes: Axes of the view to sum over.
         part: The part.
         order: Id of the tensor, the order of shares in a collective.
     """
 
     value: Tensor
-    over: tuple[Axis, ...]
+    axes: tuple[Axis, ...]
     part: Part
     order: int = 0
 
 
-Sums = Generator[list[ShardSum], None, None]
+Passes = Generator[list[ShardSum], None, None]
 """Passes over some tensors, yielding shares of sums, to be added up before the generator resumes.
 
 Statistics (row and column sums of G², ‖W‖² where the step is in its units); two products of power iterations,

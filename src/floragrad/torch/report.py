@@ -8,7 +8,7 @@ from torch import Tensor
 
 from floragrad._report import FROZEN, Report, ReportRow
 from floragrad.policy import TensorPlan
-from floragrad.torch.backends import path_of
+from floragrad.torch.backends import backend_of
 from floragrad.torch.context import Group, State
 from floragrad.torch.distributed.collectives import is_sharded, to_local
 from floragrad.torch.param_info import ParamInfo, ensure_state
@@ -42,7 +42,7 @@ def report_row(name: str, param: Tensor, plan: TensorPlan, part: Part, has_state
         adamw_bytes=adamw_bytes(shape, param.dtype),
         adafactor_bytes=adafactor_bytes(shape, param.dtype),
         reason=plan.reason,
-        path=path_of(to_local(param), plan, part),
+        path=backend_of(to_local(param), plan, part),
     )
 
 

@@ -9,7 +9,7 @@ further mesh dimension; and for tensors split along their columns one for the sk
 from collections import deque
 from collections.abc import Sequence
 
-from floragrad.torch.backends import steps_of
+from floragrad.torch.backends import passes_of
 from floragrad.torch.context import ParamUpdate
 from floragrad.torch.distributed.collectives import all_reduce_shards
 
@@ -20,9 +20,9 @@ def step(updates: Sequence[ParamUpdate]) -> None:
     Args:
         updates: At most one for each parameter; of shards, of the same parameters on every device.
     """
-    for passes in steps_of([update for update in updates if not update.ctx.part.split and update.param.numel()]):
+    for passes in passes_of([update for update in updates if not update.ctx.part.split and update.param.numel()]):
         deque(passes, maxlen=0)  # the sums of a whole tensor are complete
-    active = list(steps_of([update for update in updates if update.ctx.part.split]))
+    active = list(passes_of([update for update in updates if update.ctx.part.split]))
     while active:
         waiting = [(passes, next(passes, None)) for passes in active]
         active = [passes for passes, shares in waiting if shares is not None]

@@ -28,7 +28,7 @@ from floragrad.torch.accumulation.settings import (
     ranks_of,
 )
 from floragrad.torch.accumulation.steppers import MaterialiseStepper, ReleaseStepper, Stepper
-from floragrad.torch.accumulation.window import Window, exactly
+from floragrad.torch.accumulation.window import Window, no_grad_no_autocast
 from floragrad.torch.dynamo import disable_dynamo
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class GradientAccumulator(MicroBatches):
             if release
             else MaterialiseStepper(self._entries, optimizers, not shared, self._scaler)
         )
-        self._closed = self._is_fed = False
+        self._closed = self._has_received = False
         self._last_report: AccumulatorReport | None = None
         self._remove_hooks = weakref.finalize(self, _remove_hooks, self._entries, self._stepper)
         self._remove_hooks.atexit = False
@@ -166,7 +166,7 @@ class GradientAccumulator(MicroBatches):
         return self._stepper.is_release
 
     @property
-    def takes_late_passes(self) -> bool:
+    def accepts_late_passes(self) -> bool:
         """True if more gradients can be added in ``.grad`` to the sum of a complete window."""
         self._begin_window_if_freed()
         window = self._window
@@ -200,7 +200,7 @@ class GradientAccumulator(MicroBatches):
         return window.ended
 
     @disable_dynamo
-    def flush_if_fed(self) -> None:
+    def flush_if_received(self) -> None:
         """End the window if any process has a gradient of the last micro-batch."""
         fed = any(entry.folded for entry in self._entries)
         if fed if self._ranks is None else self._ranks.all_reduce_any([fed], self._entries.device)[0]:
@@ -218,7 +218,7 @@ class GradientAccumulator(MicroBatches):
         """
         self._check_complete("grad_norm")
         if self._window.norm is None:
-            with exactly(self._entries.device):
+            with no_grad_no_autocast(self._entries.device):
                 self._window.norm = self._stepper.norm(self._window)
         return self._window.norm
 
@@ -233,7 +233,7 @@ class GradientAccumulator(MicroBatches):
             RuntimeError: As :attr:`grad_norm`.
         """
         norm = self.grad_norm
-        with exactly(self._entries.device):
+        with no_grad_no_autocast(self._entries.device):
             self._stepper.clip(self._window, max_norm)
         return norm
 
@@ -249,12 +249,12 @@ class GradientAccumulator(MicroBatches):
         """
         self._check_complete("step()")
         self._entries.check_listed()
-        self._stepper.check_habits()
+        self._stepper.warn_of_changed_grads()
         if self.releases:
             self._check_no_gradients()
         if self._scaler is not None:
             _ = self.grad_norm  # the scaler must know whether all gradients are finite
-        with exactly(self._entries.device):
+        with no_grad_no_autocast(self._entries.device):
             stepped = self._stepper.step(self._window)
         self._next_window()
         return stepped
@@ -371,11 +371,11 @@ class GradientAccumulator(MicroBatches):
 
     def _end(self) -> None:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
-        with exactly(self._entries.device):
+        with no_grad_no_autocast(self._entries.device):
             if self._window.kept if self._ranks is None else self._share():
-                self._note_fed()
+                self._note_received()
                 if self.expects_gradients:
-                    self.check_fed()
+                    self.check_received()
                 self._stepper.end(self._window)
                 self._window.ended = True
             elif self._window.dropped:  # all of its micro-batches

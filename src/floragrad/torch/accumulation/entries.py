@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from floragrad.policy import AccumulatorPlan, Kind, matrix_view
 from floragrad.torch.accumulation.remedies import Remedies
-from floragrad.torch.accumulation.settings import Listed, Settings, listed_parameters
+from floragrad.torch.accumulation.settings import ListedParam, Settings, listed_parameters
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import ParamEntry
 from floragrad.torch.distributed.collectives import is_sharded
@@ -89,7 +89,7 @@ class ParamEntries:
         """Device of the first parameter."""
         return next((param.device for param in self._entries), torch.device("cpu"))
 
-    def listed(self) -> Iterator[Listed]:
+    def listed(self) -> Iterator[ListedParam]:
         """Yield all parameters of the optimizers, frozen ones too."""
         return listed_parameters(self._optimizers)
 
@@ -134,7 +134,7 @@ class ParamEntries:
             entry.handle.remove()
         _owners.pop(param, None)
 
-    def _make_entry(self, each: Listed) -> ParamEntry:
+    def _make_entry(self, each: ListedParam) -> ParamEntry:
         settings = self._settings
         param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
         if is_sharded(param):
@@ -147,7 +147,7 @@ class ParamEntries:
         return ParamEntry(each.tensor_id, each.name, param, each.optimizer, plan, sketch, part)
 
 
-def _check_free(new: list[Listed]) -> None:
+def _check_free(new: list[ListedParam]) -> None:
     """Refuse a parameter whose gradients go to another accumulator.
 
     Raises:

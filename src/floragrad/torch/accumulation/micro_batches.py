@@ -11,8 +11,8 @@ from floragrad.torch.accumulation.entries import ParamEntries
 from floragrad.torch.accumulation.grad_checks import FoldedGradCheck
 from floragrad.torch.accumulation.remedies import Remedies
 from floragrad.torch.accumulation.settings import Settings
-from floragrad.torch.accumulation.steppers import Stepper, second_gradient
-from floragrad.torch.accumulation.window import ParamEntry, Window, exactly
+from floragrad.torch.accumulation.steppers import Stepper, late_gradient_error
+from floragrad.torch.accumulation.window import ParamEntry, Window, no_grad_no_autocast
 from floragrad.torch.dynamo import disable_dynamo
 
 
@@ -29,7 +29,7 @@ class MicroBatches:
     _scaler: GradScaler | None
     _closed: bool
     _drops_nonfinite: bool
-    _is_fed: bool
+    _has_received: bool
     _finite: list[Tensor]
 
     dropped = 0
@@ -62,7 +62,7 @@ class MicroBatches:
                 raise ValueError("weight inside micro_batch(): give it to micro_batch(weight=...)")
             for entry in self._entries:
                 if entry.updated:
-                    raise second_gradient(entry)
+                    raise late_gradient_error(entry)
             self._run_backward(loss)
             return
         with self.micro_batch(weight=weight):
@@ -155,7 +155,7 @@ class MicroBatches:
 
     @contextmanager
     def late_pass(self) -> Iterator[None]:
-        """Let autograd add the gradients of a backward pass to the sum in ``.grad``; see :attr:`takes_late_passes`."""
+        """Let autograd add the gradients of a pass to the sum in ``.grad``; see :attr:`accepts_late_passes`."""
         self._check_idle()
         window = self._window
         window.is_late, window.norm = True, None
@@ -182,7 +182,7 @@ class MicroBatches:
                 f"the gradient of {entry.name} is sparse: the accumulator takes dense gradients; "
                 "give sparse=False to its embedding"
             )
-        with exactly(grad.device):
+        with no_grad_no_autocast(grad.device):
             if self._drops_nonfinite:
                 self._finite.append(grad.isfinite().all())
             if window.last and self._stepper.keeps_last:
@@ -267,18 +267,18 @@ class MicroBatches:
         if self._window.is_open:
             raise RuntimeError("a micro-batch is open: end_micro_batch() first, or zero_grad() to drop the window")
 
-    def _note_fed(self) -> None:
-        self._is_fed = self._is_fed or any(entry.has_gradient for entry in self._entries)
+    def _note_received(self) -> None:
+        self._has_received = self._has_received or any(entry.has_gradient for entry in self._entries)
 
-    def check_fed(self) -> None:
+    def check_received(self) -> None:
         """Refuse to step where no parameter of the optimizers has had a gradient yet.
 
         Raises:
             RuntimeError: Naming the parameters, and the remedy.
         """
         if not self._window.ended:  # else a .grad may hold the zeros of GradWriteProbe
-            self._note_fed()
-        if not self._is_fed:
+            self._note_received()
+        if not self._has_received:
             listed = list(self._entries.listed())
             frozen = sum(not each.param.requires_grad for each in listed)
             names = ", ".join(each.name for each in listed[:3])

@@ -70,7 +70,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedParam:
     """Parameter of the optimizers with its id among all, name, kind and optimizer."""
 
     tensor_id: int
@@ -99,7 +99,7 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
     return optimizers
 
 
-def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
+def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[ListedParam]:
     """Yield all parameters in order, frozen ones too, so that ids stay when one is unfrozen.
 
     The ids are Flora's own, which are saved with its state; positions with other optimizers. An id that an earlier
@@ -117,7 +117,9 @@ def listed_parameters(optimizers: tuple[Optimizer, ...]) -> Iterator[Listed]:
                 tensor_id = known.get(param, position)
                 tensor_id = max(used) + 1 if tensor_id in used else tensor_id
                 used.add(tensor_id)
-                yield Listed(tensor_id, names[place] if is_named else f"parameter {position}", param, kind, optimizer)
+                yield ListedParam(
+                    tensor_id, names[place] if is_named else f"parameter {position}", param, kind, optimizer
+                )
                 position += 1
 
 

@@ -38,7 +38,7 @@ class Stepper(Protocol):
         """End the window, after its last micro-batch."""
         ...
 
-    def check_habits(self) -> None:
+    def warn_of_changed_grads(self) -> None:
         """Warn, before a step, of changes to ``.grad`` that have no effect."""
         ...
 
@@ -88,28 +88,28 @@ class ReleaseStepper:
         self._flora = optimizers[0] if isinstance(optimizers[0], Flora) and len(optimizers) == 1 else None
         self._carrier: Optimizer | None = None
         self._probe = GradWriteProbe(entries)
-        self._stepping = self._has_warned = self._has_warned_of_changes = False
+        self._stepping = self._has_warned = self._has_warned_of_grads = False
         self._was_changed = False
-        self._handles = [each.register_step_pre_hook(self._notice_habit) for each in optimizers]
+        self._handles = [each.register_step_pre_hook(self._warn_of_step) for each in optimizers]
 
     def last_gradient(self, entry: ParamEntry, window: Window) -> None:
         """Update the parameter at once."""
         if entry.updated:
-            raise second_gradient(entry)
+            raise late_gradient_error(entry)
         self._update(entry, window, window.mean_factor)
         entry.updated = True
 
     def end(self, window: Window) -> None:  # noqa: ARG002
-        """Place the zeros of :meth:`check_habits`; :meth:`step` updates the remaining tensors."""
+        """Place the zeros of :meth:`warn_of_changed_grads`; :meth:`step` updates the remaining tensors."""
         if self._scaler is None:  # a scaler would unscale the zeros
             self._probe.place()
 
-    def check_habits(self) -> None:
+    def warn_of_changed_grads(self) -> None:
         """Warn once where ``.grad`` was changed since the window ended."""
         self._remove_probe()
         was_changed, self._was_changed = self._was_changed, False
-        if was_changed and not self._has_warned_of_changes:
-            self._has_warned_of_changes = True
+        if was_changed and not self._has_warned_of_grads:
+            self._has_warned_of_grads = True
             warnings.warn(
                 "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
                 f"release the window's mean is not there; {self._remedies.clip}",
@@ -174,7 +174,7 @@ class ReleaseStepper:
         self._was_changed |= self._probe.remove()
 
     def _update(self, entry: ParamEntry, window: Window, factor: float | Tensor) -> None:
-        if not entry.leave_mean(window, window.weight or 0.0, factor):
+        if not entry.write_mean(window, window.weight or 0.0, factor):
             return
         if isinstance(entry.optimizer, Flora):
             entry.optimizer.step_parameter(entry.param)
@@ -203,7 +203,7 @@ class ReleaseStepper:
         finally:
             self._stepping = before
 
-    def _notice_habit(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _warn_of_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A step with a closure is intended: Lightning runs the last backward pass inside it.
         if not self._stepping:
             self._probe.remove()  # or the optimizer would step with zeros
@@ -249,9 +249,9 @@ class MaterialiseStepper:
     def end(self, window: Window) -> None:
         """Decode the sketches into ``.grad``."""
         for entry in self._entries:
-            entry.leave_mean(window, window.weight or 0.0, window.mean_factor)
+            entry.write_mean(window, window.weight or 0.0, window.mean_factor)
 
-    def check_habits(self) -> None:
+    def warn_of_changed_grads(self) -> None:
         """Do nothing: changes to ``.grad`` have their effect."""
 
     def norm(self, window: Window) -> Tensor:
@@ -291,7 +291,7 @@ class MaterialiseStepper:
             window.unscaled = True
 
 
-def second_gradient(entry: ParamEntry) -> RuntimeError:
+def late_gradient_error(entry: ParamEntry) -> RuntimeError:
     """Return the error for a gradient of a parameter that was updated already."""
     return RuntimeError(
         f"{entry.name} was updated inside the window's last backward pass, and more of its gradient comes: "

@@ -131,7 +131,7 @@ class ParamEntry:
             return local_gradient(self.param)
         return self.param.grad
 
-    def leave_mean(self, window: Window, grad_weight: float, factor: float | Tensor) -> bool:
+    def write_mean(self, window: Window, grad_weight: float, factor: float | Tensor) -> bool:
         """Set ``.grad`` to factor · (grad_weight · grad + decode(C)), in place where there is one.
 
         Returns:
@@ -166,7 +166,7 @@ class ParamEntry:
 
 
 @contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
+def no_grad_no_autocast(device: torch.device) -> Iterator[None]:
     """Disable autograd and autocast, which a backward pass may run under."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

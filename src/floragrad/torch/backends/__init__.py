@@ -10,7 +10,7 @@ from floragrad.torch.backends import eager
 from floragrad.torch.backends.cpu import step as cpu
 from floragrad.torch.backends.triton import step as triton
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.part import Part, Sums
+from floragrad.torch.part import Part, Passes
 
 
 class Backend(Protocol):
@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Return whether the backend can run this step, with its gradient and state."""
         ...
 
-    def steps(self, updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+    def passes(self, updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
         """Yield the passes of tensors or batches of tensors, to be run one after the other or interleaved."""
         ...
 
@@ -37,16 +37,16 @@ BACKENDS: Final[tuple[Backend, ...]] = (triton, cpu, eager)
 """Backends by priority; the last supports every tensor."""
 
 
-def steps_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     """Yield the passes of all updates, each by the first backend that supports it."""
     by_backend: list[list[ParamUpdate]] = [[] for _ in BACKENDS]
     for update in updates:
         by_backend[next(i for i, backend in enumerate(BACKENDS) if backend.supports(update))].append(update)
     for backend, taken in zip(BACKENDS, by_backend, strict=True):
-        yield from backend.steps(taken)
+        yield from backend.passes(taken)
 
 
-def path_of(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
+def backend_of(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     """Return the backend that steps a parameter, in words: ``"native (…)"`` or ``"eager (why)"``."""
     other_device = f"on {tensor.device.type}"  # the reason of backends for other devices
     reasons = [other_device]

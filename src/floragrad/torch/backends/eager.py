@@ -17,7 +17,7 @@ from floragrad.policy import MatrixView, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.adaptive import learn_weights, power_iteration_step
 from floragrad.torch.context import ParamUpdate, random_requests
-from floragrad.torch.part import Part, ShardSum, Sums
+from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.random import Request, draw_words, signs
 from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
@@ -43,7 +43,7 @@ def supports(update: ParamUpdate) -> bool:  # noqa: ARG001
     return True
 
 
-def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     """Yield the passes of each tensor, to be run one after the other or interleaved.
 
     Each yields sums, to be added up over all parts of the tensor before it resumes.
@@ -91,7 +91,7 @@ class _EagerStep:
         self._corrections: Tensor | None = None
         self._holds_corrections = ctx.splits_sketch or not ctx.part.split
 
-    def run(self) -> Sums:
+    def run(self) -> Passes:
         """Update parameter and state in place."""
         ctx = self._ctx
         norm = pure.square_norm(self._param) if ctx.group["scale_parameter"] else None
@@ -103,16 +103,16 @@ class _EagerStep:
                 yield from self._learn_weights(previous)
             self._estimator = pure.Estimator(projection, previous, ctx.group["beta1"], ctx.group["residual"])
         square = yield from self._direction()
-        yield [ctx.share(square)]
+        yield [ctx.shard_sum(square)]
         alpha = ctx.step_lr
         if norm is not None:
             alpha = pure.parameter_scale(norm, ctx.numel, ctx.group["eps"][1]) * alpha
         self._apply(square, alpha)
 
-    def _statistics(self, norm: Tensor | None) -> Sums:
+    def _statistics(self, norm: Tensor | None) -> Passes:
         """Update the second moment; set the factors of the gradient."""
         ctx, state, eps1, beta2 = self._ctx, self._state, self._ctx.group["eps"][0], self._ctx.beta2
-        sums = [] if norm is None else [ctx.share(norm)]
+        sums = [] if norm is None else [ctx.shard_sum(norm)]
         if not ctx.plan.factored:
             yield sums
             variance = state["variance"].view(ctx.view)
@@ -134,8 +134,8 @@ class _EagerStep:
         # The new total of the rows, computed from sums, so that one sum over parts is enough.
         row_total = row_var.sum(-2, keepdim=True).mul_(beta2 / ctx.part.column_parts)
         row_total.add_(row_sums.sum(-2, keepdim=True), alpha=(1 - beta2) / all_columns)
-        shares = [ctx.share(col_sums, ("rows",)), ctx.share(row_total, ("rows", "columns"))]
-        yield [*sums, *shares, ctx.share(row_sums, ("columns",))]
+        shares = [ctx.shard_sum(col_sums, ("rows",)), ctx.shard_sum(row_total, ("rows", "columns"))]
+        yield [*sums, *shares, ctx.shard_sum(row_sums, ("columns",))]
         pure.average_(row_var, row_sums, all_columns, beta2, eps1)
         pure.average_(pure.saturate_(col_var), col_sums, all_rows, beta2, eps1)
         row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
@@ -157,7 +157,7 @@ class _EagerStep:
         assert self._ctx.plan.view is not None
         return signs(self._words[name], self._ctx.plan.view.columns) if name in self._words else None
 
-    def _learn_weights(self, previous: Projection) -> Sums:
+    def _learn_weights(self, previous: Projection) -> Passes:
         ctx, width = self._ctx, self._ctx.plan.width
 
         def power_products(weight: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class _EagerStep:
             return self._direction_square()
         sketches, square = self._encode(estimator)
         if ctx.splits_sketch:
-            yield [ctx.share(sketches, ("columns",))]
+            yield [ctx.shard_sum(sketches, ("columns",))]
         added = self._correct(sketches, estimator, moves=self._holds_corrections)
         self._corrections = sketches
         if estimator.has_closed_form_norm:

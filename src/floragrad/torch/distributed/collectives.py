@@ -120,8 +120,8 @@ def all_reduce_shards(shares: Iterable[ShardSum]) -> None:
     All tensors share one all-reduce for each mesh dimension; several where they are large.
     """
     groups: dict[tuple[DeviceMesh, int], list[Tensor]] = {}
-    for value, over, part, _ in sorted(shares, key=lambda share: share.order):
-        for axis in over:
+    for value, axes, part, _ in sorted(shares, key=lambda share: share.order):
+        for axis in axes:
             for mesh_dim in part.split.get(axis, ()):
                 assert part.mesh is not None
                 groups.setdefault((part.mesh, mesh_dim), []).append(value)

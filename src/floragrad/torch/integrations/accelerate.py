@@ -80,9 +80,9 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
                 raise ValueError("accumulation_compression_rank and accumulation={'rank': ...}: give one of them")
             options["rank"] = accumulation_compression_rank
         super().__init__(*args, **kwargs)
-        self.adopt_options(options)
+        self.set_accumulation_options(options)
 
-    def adopt_options(self, options: AccumulationOptions) -> None:
+    def set_accumulation_options(self, options: AccumulationOptions) -> None:
         """Set the options and Flora's attributes, also of an ``Accelerator`` that was constructed elsewhere."""
         self._accumulation_options = options
         self._unsynced = Unsynced()
@@ -231,18 +231,18 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
 
     def free_memory(self, *objects: Any) -> Any:
         """Free memory as Accelerate does, and remove hooks and sketches."""
-        self.let_go()
+        self.detach()
         return super().free_memory(*objects)
 
     def end_training(self) -> None:
         """End the training as Accelerate does, and remove hooks and sketches."""
-        self.let_go()
+        self.detach()
         super().end_training()
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Remove all hooks and free the sketches; wrappers average gradients again."""
         for optimizer in self._windows():
-            optimizer.let_go()
+            optimizer.detach()
         self._unsynced.release()
         self._prepared.clear()
 

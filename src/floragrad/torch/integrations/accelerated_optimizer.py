@@ -56,7 +56,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if window is None:
             yield
             return
-        if window.takes_late_passes:
+        if window.accepts_late_passes:
             passes = window.late_pass()
         elif window.complete:
             raise RuntimeError(
@@ -76,7 +76,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             self._broken = True
             raise
         if self.gradient_state.sync_gradients and window.is_shared and not window.releases:
-            window.flush_if_fed()
+            window.flush_if_received()
 
     def step(self, closure: Any = None) -> None:
         """Update with the window's gradient where Accelerate steps; without a window, as Accelerate does."""
@@ -90,7 +90,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
             raise ValueError("step(closure) with accumulation: run backward(loss) before step(), without a closure")
         is_complete = window.flush()
         if is_complete or not self.trained:
-            window.check_fed()
+            window.check_received()
         if not is_complete:
             return
         stepped = window.step()
@@ -140,7 +140,7 @@ class AccumulatingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         """Attach an accumulator."""
         self.window = self.accumulator = window
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Remove the hooks; drop a partial window."""
         if self.window is not None:
             self.window.zero_grad()

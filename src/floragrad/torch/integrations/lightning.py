@@ -112,7 +112,7 @@ class FloraAccumulation(Callback):
         steps = trainer.accumulate_grad_batches
         if steps == (1 if self._window is None else self._window.steps):
             return
-        self._let_go()
+        self._detach()
         self.grad_norm = self._last = None
         if steps > 1:
             options = self._options
@@ -163,13 +163,13 @@ class FloraAccumulation(Callback):
 
     def on_train_end(self, _trainer: Trainer, _module: LightningModule) -> None:
         """Remove the hooks."""
-        self._let_go()
+        self._detach()
 
     def on_exception(self, _trainer: Trainer, _module: LightningModule, _exception: BaseException) -> None:
         """Drop the window, and remove the hooks."""
         if self._window is not None:
             self._window.zero_grad()
-        self._let_go()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window's position and its sketches.
@@ -203,7 +203,7 @@ class FloraAccumulation(Callback):
                 stacklevel=2,
             )
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         """Remove the hooks; a later start resumes the window."""
         if self._window is not None:
             self._saved = self._window.state_dict()

@@ -91,7 +91,7 @@ class FloraTrainerMixin:
             )
         # The object stays: the Trainer has passed on its methods.
         self.accelerator.__class__ = _TrainerAccelerator
-        self.accelerator.adopt_options(self._accumulation)
+        self.accelerator.set_accumulation_options(self._accumulation)
         self.accelerator.trainer_steps = self.args.gradient_accumulation_steps
 
     @property
@@ -107,7 +107,7 @@ class FloraTrainerMixin:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self.accelerator.let_go()
+            self.accelerator.detach()
 
 
 class FloraTrainer(FloraTrainerMixin, Trainer):  # type: ignore[misc]

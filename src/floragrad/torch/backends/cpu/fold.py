@@ -5,7 +5,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import AccumulatorPlan, MatrixView
-from floragrad.torch.backends.cpu.layout import lies_plainly, tensor_reason
+from floragrad.torch.backends.cpu.layout import is_addressable, unsupported_tensor
 from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Fold, library
 from floragrad.torch.part import Part
 
@@ -14,7 +14,7 @@ def can_fold(grad: Tensor, buffers: dict[str, Tensor], part: Part) -> bool:
     """Return whether the kernels can fold this gradient into the buffers of a sign sketch."""
     if grad.numel() == 0 or part.irregularity or library() is None:
         return False
-    return not tensor_reason(grad) and all(map(lies_plainly, buffers.values()))
+    return not unsupported_tensor(grad) and all(map(is_addressable, buffers.values()))
 
 
 def fold_native(

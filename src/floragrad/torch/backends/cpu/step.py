@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import Momentum, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.adaptive import learn_weights
-from floragrad.torch.backends.cpu.layout import tensor_reason
+from floragrad.torch.backends.cpu.layout import unsupported_tensor
 from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
 from floragrad.torch.context import ParamUpdate, StepContext
-from floragrad.torch.part import Part, ShardSum, Sums
+from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.scheduling import step_size
 from floragrad.torch.validation import increment_versions, is_plain
 
@@ -46,7 +46,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
         return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
-    return part.irregularity or tensor_reason(tensor)
+    return part.irregularity or unsupported_tensor(tensor)
 
 
 def supports(update: ParamUpdate) -> bool:
@@ -54,14 +54,14 @@ def supports(update: ParamUpdate) -> bool:
     param, grad, state, ctx = update
     return (
         not unsupported_reason(param, ctx.plan, ctx.part)
-        and not tensor_reason(grad)
+        and not unsupported_tensor(grad)
         and grad.dtype == param.dtype
         and param.numel() > 0
         and all(is_plain(value) and value.is_cpu for value in state.values())
     )
 
 
-def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     """Yield the passes of small tensors in batches, of others one by one; :func:`supports` is true for each."""
     for batch in _batches(updates):
         kernels = library()
@@ -84,7 +84,7 @@ def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
         yield batch
 
 
-def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
+def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Passes:
     """Run the passes of some tensors, which share scratch; one that learns weights comes alone."""
     given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
     sizes = list(map(kernels.kept_bytes, given))
@@ -100,7 +100,7 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
         first += size
     norms = [pure.square_norm(each.param) if each.ctx.group["scale_parameter"] else None for each in updates]
     kernels.statistics(given, len(given))
-    norm_shares = [each.ctx.share(norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
+    norm_shares = [each.ctx.shard_sum(norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
     yield norm_shares + [share for statistics, _ in shares for share in statistics]
     kernels.normalise(given, len(given))
     if updates[0].ctx.learns_weights:
@@ -127,11 +127,12 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Sums:
 def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
     """Return views of a shard's shares of the statistics and of ‖D‖², which the kernels write."""
     if not ctx.plan.factored:
-        return [], ctx.share(kept[:4].view(torch.float32))
+        return [], ctx.shard_sum(kept[:4].view(torch.float32))
     batch, _, columns = ctx.view
     sizes = [batch * columns, batch, 1]
     column_sums, row_totals, square = torch.split(kept[: 4 * sum(sizes)].view(torch.float32), sizes)
-    return [ctx.share(column_sums, ("rows",)), ctx.share(row_totals, ("rows", "columns"))], ctx.share(square)
+    statistics = [ctx.shard_sum(column_sums, ("rows",)), ctx.shard_sum(row_totals, ("rows", "columns"))]
+    return statistics, ctx.shard_sum(square)
 
 
 def _described(update: ParamUpdate, kernels: Library) -> Step:

@@ -17,7 +17,7 @@ from floragrad.torch.backends.triton.launch import Launch, current_device
 from floragrad.torch.backends.triton.launches import Batch
 from floragrad.torch.backends.triton.workspace import Workspace, regions
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.part import EVERYWHERE, Axis, ShardSum, Sums
+from floragrad.torch.part import EVERYWHERE, Axis, Passes, ShardSum
 from floragrad.torch.random import on_device
 from floragrad.torch.validation import increment_versions
 
@@ -36,7 +36,7 @@ class _Planned:
         return rows_of(self.tensors, self.workspace.offsets(REGIONS))
 
 
-def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+def passes_of(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     """Yield the passes of each batch of tensors; one table, copied once, holds all tensors of a device."""
     devices: dict[torch.device, dict[object, list[Located]]] = {}
     for tensor in map(Located.of, updates):
@@ -56,7 +56,7 @@ class _Passes:
     def __init__(self, planned: _Planned, table: Tensor, device: torch.device) -> None:
         self._planned, self._table, self._device = planned, table, device
 
-    def run(self) -> Sums:
+    def run(self) -> Passes:
         """Update parameters and states in place."""
         planned, spec = self._planned, self._planned.spec
         updates = [tensor.update for tensor in planned.tensors]
@@ -90,19 +90,19 @@ class _Passes:
             shares.append(self._shares(batch, fields.ROW_TOTALS, ("rows", "columns")))
         return [share for of_tensor in zip(*shares, strict=True) for share in of_tensor]
 
-    def _sums(self, batch: Batch, partials: tl.constexpr, into: tl.constexpr, over: tuple[Axis, ...]) -> list[ShardSum]:
+    def _sums(self, batch: Batch, partials: tl.constexpr, into: tl.constexpr, axes: tuple[Axis, ...]) -> list[ShardSum]:
         """Add up partial sums of shards, and return them as shares."""
         if not batch.spec.is_split:
             return []
         sums = self._region(batch, into)
         torch.sum(self._region(batch, partials), -2 if partials is fields.POWER_PARTIALS else -1, out=sums)
-        return self._shares(batch, into, over)
+        return self._shares(batch, into, axes)
 
-    def _shares(self, batch: Batch, name: tl.constexpr, over: tuple[Axis, ...]) -> list[ShardSum]:
+    def _shares(self, batch: Batch, name: tl.constexpr, axes: tuple[Axis, ...]) -> list[ShardSum]:
         """Return a region as the shares of one tensor after the other."""
         contexts = [tensor.update.ctx for tensor in self._planned.tensors]
         values = zip(self._region(batch, name), contexts, strict=True)
-        return [ctx.share(value, over) for value, ctx in values]
+        return [ctx.shard_sum(value, axes) for value, ctx in values]
 
     def _region(self, batch: Batch, name: tl.constexpr) -> Tensor:
         return self._planned.workspace.region(batch.workspace, name.value)

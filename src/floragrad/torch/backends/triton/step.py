@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
 from floragrad.torch.context import ParamUpdate
-from floragrad.torch.part import Part, Sums
+from floragrad.torch.part import Part, Passes
 from floragrad.torch.validation import is_plain, unsupported_memory
 
 DEVICES: Final = {"cuda", "xpu"}
@@ -46,16 +46,16 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
     width = plan.width if plan.momentum == "sketch" else part.view.columns
-    return _part_reason(part, width) or _tensor_reason(tensor)
+    return _unsupported_part(part, width) or _unsupported_tensor(tensor)
 
 
-def _part_reason(part: Part, width: int) -> str:
+def _unsupported_part(part: Part, width: int) -> str:
     """Return why the kernels cannot take a tensor's local part with a sketch of ``width`` columns."""
     ratio_reason = f"ratio above {MOST_SLICES}" if ceil(part.view.columns / width) > MOST_SLICES else ""
     return part.irregularity or ratio_reason
 
 
-def _tensor_reason(tensor: Tensor) -> str:
+def _unsupported_tensor(tensor: Tensor) -> str:
     """Return why the kernels cannot read a tensor at its address; empty where they can."""
     if isinstance(tensor, FakeTensor):
         return "FakeTensor"
@@ -67,7 +67,7 @@ def supports(update: ParamUpdate) -> bool:
     param, grad, state, ctx = update
     return (
         not unsupported_reason(param, ctx.plan, ctx.part)
-        and not _tensor_reason(grad)
+        and not _unsupported_tensor(grad)
         and param.numel() > 0
         and all(is_plain(value) for value in state.values())
     )
@@ -85,14 +85,14 @@ def can_fold(grad: Tensor, buffers: Mapping[str, Tensor], part: Part, width: int
     return (
         grad.device.type in DEVICES
         and not absence()
-        and not _part_reason(part, width)
-        and not _tensor_reason(grad)
+        and not _unsupported_part(part, width)
+        and not _unsupported_tensor(grad)
         and grad.numel() > 0
         and all(is_plain(buffer) and buffer.is_contiguous() for buffer in buffers.values())
     )
 
 
-def steps(updates: Sequence[ParamUpdate]) -> Iterator[Sums]:
+def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     """Yield the passes of each batch of tensors with equal shapes, dtypes, options and steps.
 
     Raises:
