@@ -168,7 +168,7 @@ def folds_of(case: str) -> list[Launch]:
         fold_triton(
             grad, buffers, plan, columns, part, is_first=False, weight=0.5, counter=1, measure_noise=True, **streams
         )
-        decode_triton(grad, buffers, plan, columns, own=0, factor=grad, orthogonal=False, **streams)
+        decode_triton(grad, buffers, plan, columns, grad_weight=0, factor=grad, orthogonal=False, **streams)
     return made
 
 

@@ -251,7 +251,7 @@ def run(passes: list[Passes], axis: str) -> None:
     """Run the passes over shards side by side, with their shares of sums along an axis added up."""
     for shares in zip(*passes, strict=True):
         for same in zip(*shares, strict=True):
-            if axis in same[0].over:
+            if axis in same[0].axes:
                 total = torch.stack([share.value for share in same]).sum(0)
                 for share in same:
                     share.value.copy_(total)
