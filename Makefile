@@ -11,7 +11,7 @@ SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch
 
 SANITIZED = build/sanitized
 
-.PHONY: demo compare bench bench-all test test-slow sanitize lint types clean
+.PHONY: demo compare bench test test-slow sanitize lint types clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -20,10 +20,7 @@ compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table an
 	$(BIN)/floragrad compare
 
 bench: $(BENCH_READY)  ## a step's time, state and temporaries beside every peer's; leave the machine alone meanwhile
-	$(BENCH_VENV)/bin/python -m benchmarks.step --threads all --dtypes float32 --limit 20 --out benchmarks/results/step
-
-bench-all: $(BENCH_READY)  ## the same with one thread and bfloat16 too, for hours
-	$(BENCH_VENV)/bin/python -m benchmarks.step --out benchmarks/results/step_all
+	$(BENCH_VENV)/bin/python -m benchmarks.step
 
 # A file's tests run in one process, which makes their fixtures and compiles JAX's programs once.
 PARALLEL = -n auto --dist loadfile --no-loadscope-reorder

@@ -1,23 +1,22 @@
-"""Live bytes over one window of gradient accumulation, by category: exact next to compressed.
+"""Track live bytes over one window of gradient accumulation, by category: exact next to compressed.
 
     python -m benchmarks.accumulation_memory
 
-trains a small Llama for one window with exact accumulation (``loss / steps`` into ``.grad``) and one with
-:class:`floragrad.GradientAccumulator`, records after every operation which bytes are alive, draws both to
-``docs/accumulation_memory.png`` and prints the peaks. Nothing is computed: a dispatch mode sees every storage
-that is made and freed. It is Figure 2 of the paper, for a whole window.
+One window of a small Llama with exact accumulation (``loss / steps`` into ``.grad``), and one with
+:class:`floragrad.GradientAccumulator`. A dispatch mode sees every storage that is allocated and freed. Both are drawn
+to ``docs/accumulation_memory.png`` (Figure 2 of the paper, for a whole window), and the peaks are printed.
 """
 
-import argparse
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import harness
 from floragrad import Flora, GradientAccumulator, param_groups
 from floragrad.cli.plan.tracker import MemoryTracker
 
@@ -28,9 +27,8 @@ COLOURS = ("#4c566a", "#5e81ac", "#a3be8c", "#bf616a", "#d08770", "#d8dee9")
 class Timeline(MemoryTracker):
     """Live bytes by category after every operation.
 
-    What is made inside :meth:`stage` is of that category. Elsewhere it is an activation, but in a
-    backward pass or a step a storage of a parameter's size is a gradient, and what else a step or a gradient's
-    hook makes is temporary.
+    Storages made inside :meth:`stage` have its category. Elsewhere they are activations; but in a backward pass or a
+    step a storage of a parameter's size is a gradient, and others of a step or of a gradient's hook are temporaries.
 
     Args:
         sizes: Bytes of each parameter, alive from the beginning. No activation may have one of these sizes.
@@ -45,13 +43,13 @@ class Timeline(MemoryTracker):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """All that is made inside is of this category, or of a ``"step"``."""
+        """Give all storages made inside this category, or those of a ``"step"``."""
         before, self._stage = self._stage, name
         yield
         self._stage = before
 
     def peak_of(self, *categories: str) -> int:
-        """The most bytes that these categories had together at one time."""
+        """Return the most bytes that these categories had together at one time."""
         at = [CATEGORIES.index(category) for category in categories]
         return max(sum(sample[i] for i in at) for sample in self.samples)
 
@@ -86,12 +84,12 @@ class Job:
     """One window of a Llama's training.
 
     Attributes:
-        hidden: Its width.
-        layers: Its depth.
-        vocabulary: Its tokens.
+        hidden: Width.
+        layers: Depth.
+        vocabulary: Size of the vocabulary.
         steps: Micro-batches of the window.
-        tokens: Of a micro-batch.
-        options: Of the accumulator; None accumulates exactly.
+        tokens: Tokens of a micro-batch.
+        options: Options of the accumulator; None accumulates exactly.
     """
 
     hidden: int = 512
@@ -101,16 +99,33 @@ class Job:
     tokens: int = 96
     options: dict[str, Any] | None = None
 
+    def model(self) -> torch.nn.Module:
+        """Make the Llama, with random weights."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 43 // 16,
+            num_hidden_layers=self.layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=self.tokens,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+
 
 @dataclass(frozen=True)
 class Measured:
-    """The timeline of a window, and bytes as predicted.
+    """The timeline of a window, and predicted bytes.
 
     Attributes:
         timeline: Of the whole window.
         sketch_bytes: Of the accumulator's report.
         gradient_bytes: Of all gradients in float32.
-        largest: Of the largest tensor's gradient in float32.
+        largest: Of the largest gradient in float32.
     """
 
     timeline: Timeline
@@ -119,34 +134,15 @@ class Measured:
     largest: int
 
 
-def model_of(job: Job) -> torch.nn.Module:
-    """The Llama, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=job.vocabulary,
-        hidden_size=job.hidden,
-        intermediate_size=job.hidden * 43 // 16,
-        num_hidden_layers=job.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=job.tokens,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
 def measure(job: Job) -> Measured:
     """Run one window and record it."""
-    model = model_of(job)
+    model = job.model()
     sizes = [4 * param.numel() for param in model.parameters()]
-    timeline = Timeline(sizes)
+    timeline, accumulator = Timeline(sizes), None
     batches = torch.randint(0, job.vocabulary, (job.steps, 1, job.tokens))
     with timeline:
         with timeline.stage("optimizer state"):
             optimizer = Flora(param_groups(model, lr=1e-3), rank=job.hidden // 6)
-        accumulator = None
         if job.options is not None:
             with timeline.stage("sketches"):
                 accumulator = GradientAccumulator(optimizer, job.steps, **job.options)
@@ -171,47 +167,37 @@ def measure(job: Job) -> Measured:
 
 
 def draw(pairs: dict[str, Measured], path: Path) -> None:
-    """Both windows side by side, stacked by category."""
-    import matplotlib
+    """Draw both windows side by side, stacked by category."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(pairs), figsize=(11, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, len(pairs), sharey=True)
     for axis, (title, measured) in zip(axes, pairs.items(), strict=True):
         samples = measured.timeline.samples
         stride = max(1, len(samples) // 3000)
         # The largest of each stretch, so that no peak falls between two points.
         points = [max(samples[i : i + stride], key=sum) for i in range(0, len(samples), stride)]
-        x = [i / (len(points) - 1) for i in range(len(points))]
         layers = [[point[c] / 1e6 for point in points] for c in range(len(CATEGORIES))]
-        axis.stackplot(x, layers, labels=CATEGORIES, colors=COLOURS, linewidth=0)
-        axis.set_title(f"{title}: peak {max(map(sum, samples)) / 1e6:.0f} MB")
+        axis.stackplot(range(len(points)), layers, labels=CATEGORIES, colors=COLOURS, linewidth=0)
+        axis.set(title=f"{title}: peak {max(map(sum, samples)) / 1e6:.0f} MB", xlim=(0, len(points) - 1), xticks=[])
         axis.set_xlabel("one window: micro-batches, then the update")
-        axis.set_xlim(0, 1)
-        axis.set_xticks([])
     axes[0].set_ylabel("live bytes (MB)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/accumulation_memory.png"))
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=4, help="micro-batches of the window")
-    given = parser.parse_args()
-    pairs = {}
-    for title, options in (("exact", None), ("GradientAccumulator", {})):
-        job = Job(hidden=given.hidden, layers=given.layers, steps=given.steps, options=options)
-        pairs[title] = measured = measure(job)
-        parts = ", ".join(f"{name} {measured.timeline.peak_of(name) / 1e6:.1f} MB" for name in CATEGORIES)
-        print(f"{title}: peak of each: {parts}")
-    draw(pairs, given.out)
-    print(f"drawn to {given.out}")
+def main(arguments: Sequence[str] | None = None, job: Job = Job()) -> None:
+    parser = harness.parser(__doc__)
+    parser.set_defaults(out=harness.ROOT / "docs")
+    given = parser.parse_args(arguments)
+    pairs = {"exact": measure(job), "GradientAccumulator": measure(replace(job, options={}))}
+    rows = [
+        (title, *(f"{measured.timeline.peak_of(name) / 1e6:.1f} MB" for name in CATEGORIES))
+        for title, measured in pairs.items()
+    ]
+    draw(pairs, given.out / "accumulation_memory.png")
+    print("\n".join(harness.table(("peak of each", *CATEGORIES), rows)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LR = 1e-4
+from benchmarks import peers
+from benchmarks.peers import LR, Group
+
 ROUNDS = 15
 
 
@@ -150,29 +152,20 @@ def _train(params: Sequence[Tensor], optimizer: torch.optim.Optimizer, gradients
         optimizer.step()
 
 
-Makes = dict[str, Callable[[list[Tensor]], Any]]
+Makes = dict[str, Callable[[list[Group]], list[Any]]]
 
 
 def _optimizers() -> Makes:
     from floragrad import Flora
 
-    makes: Makes = {
-        "torch AdamW, fused": lambda params: torch.optim.AdamW(params, lr=LR, fused=True),
-        "floragrad Flora, int8, ratio 8": lambda params: Flora(params, lr=LR, ratio=8),
-        "floragrad Flora, int4, ratio 2": lambda params: Flora(params, lr=LR, ratio=2, state_dtype="int4"),
-        "floragrad Flora, int8, ratio 8, a tensor at a time": lambda params: _Released(Flora(params, lr=LR, ratio=8)),
-        "torchao AdamW, 8 bits": lambda params: _imported("torchao.optim", "AdamW8bit")(params, lr=LR),
-        "bitsandbytes AdamW, 8 bits": lambda params: _imported("bitsandbytes.optim", "AdamW8bit")(params, lr=LR),
-        "FlashOptim AdamW": lambda params: _imported("flashoptim", "FlashAdamW")(params, lr=LR),
-        "APOLLO": lambda params: _imported("apollo_torch", "APOLLOAdamW")(_ranked(params, proj="random"), lr=LR),
-        "GaLore": lambda params: _imported("galore_torch", "GaLoreAdamW")(
-            _ranked(params), lr=LR, no_deprecation_warning=True
-        ),
-        "flora-opt": lambda params: _imported("flora_opt.optimizers.torch.flora", "Flora")(
-            params, lr=LR, rank=128, beta1=0.9
-        ),
+    return {
+        peers.FUSED: peers.PEERS[peers.FUSED],
+        "floragrad Flora, int8, ratio 8": lambda groups: [Flora(groups, lr=LR, ratio=8)],
+        "floragrad Flora, int4, ratio 2": lambda groups: [Flora(groups, lr=LR, ratio=2, state_dtype="int4")],
+        "floragrad Flora, int8, ratio 8, a tensor at a time": lambda groups: [_Released(Flora(groups, lr=LR, ratio=8))],
+        **{name: peers.PEERS[name] for name in peers.FOR_GPUS},
+        "FlashOptim AdamW": peers.FLASH_OPTIM,
     }
-    return makes
 
 
 class _Released:
@@ -185,16 +178,6 @@ class _Released:
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 self._optimizer.step_parameter(param)
-
-
-def _imported(module: str, name: str) -> Any:
-    return getattr(__import__(module, fromlist=[name]), name)
-
-
-def _ranked(params: list[Tensor], **more: Any) -> list[dict[str, Any]]:
-    options = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **more}
-    matrices, rest = [each for each in params if each.dim() == 2], [each for each in params if each.dim() != 2]
-    return [{"params": matrices, **options}, {"params": rest}]
 
 
 def _models(tiny: bool) -> Iterator[tuple[str, list[tuple[int, ...]], torch.dtype]]:
@@ -225,7 +208,7 @@ def step(report: Report) -> None:
         )
         rows: dict[str, _Timed] = {"copy of gradient and parameter": _Timed(_copy(shapes, dtype, report.device))}
         for label, make in _optimizers().items():
-            if label == "GaLore" and numbers > 5e8:
+            if label == peers.GALORE and numbers > 5e8:
                 report.row(label, "left out: its first step takes an SVD of each matrix, minutes", *[""] * 5)
                 continue
             try:
@@ -262,13 +245,17 @@ def _copy(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.devic
 
 
 def _prepared(
-    make: Callable[[list[Tensor]], Any], shapes: list[tuple[int, ...]], dtype: torch.dtype, report: Report
+    make: Callable[[list[Group]], list[Any]], shapes: list[tuple[int, ...]], dtype: torch.dtype, report: Report
 ) -> tuple[Callable[[], Any], object, object, object]:
     """Make an optimizer and step it, until nothing is compiled or allocated any more."""
     params: list[Tensor] = [torch.nn.Parameter(torch.randn(shape, device=report.device).to(dtype)) for shape in shapes]
     for param in params:
         param.grad = torch.randn(param.shape, device=report.device).to(dtype)
-    optimizer = make(params)
+    groups = [
+        {"params": [param for param in params if (param.dim() == 2) == (kind == "matrix")], "kind": kind}
+        for kind in ("matrix", "vector")
+    ]
+    (optimizer,) = make(groups)
     for _ in range(2 if report.tiny else 4):
         optimizer.step()
     report.synchronize()

@@ -1,25 +1,17 @@
-"""Bytes of a compiled JAX training step over micro-batches: exact accumulation next to sketches.
+"""Compare the bytes of a compiled JAX training step over micro-batches: exact accumulation next to sketches.
 
     python -m benchmarks.jax_memory
 
-compiles, and never runs, the training step of a Llama with AdamW and windows of 8 micro-batches: a whole window
-in one program (``optax.microbatching`` with ``AccumulationType.MEAN``, next to
-:func:`floragrad.jax.sketch_accumulator`), and one micro-batch for each call (``optax.MultiSteps``, next to
-:func:`floragrad.jax.compressed_multi_steps`). What the compiler says it will hold is written to
-``benchmarks/results/jax_memory.md``.
-
-Held at once are the arguments, the outputs that do not lie in donated arguments, and the temporaries:
-argument + output − alias + temp of ``compiled.memory_analysis()``. Parameters and state are donated.
+Steps of a Llama with AdamW and windows of 8 micro-batches are compiled and not run: a whole window in one program
+(``optax.microbatching``, with ``AccumulationType.MEAN`` or :func:`floragrad.jax.sketch_accumulator`), and one
+micro-batch per call (``optax.MultiSteps`` or :func:`floragrad.jax.compressed_multi_steps`). Bytes held at once are
+argument + output − alias + temp of ``compiled.memory_analysis()``; parameters and state are donated.
 """
 
-import argparse
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -28,25 +20,25 @@ import optax
 from flax import nnx
 from optax.microbatching import AccumulationType, microbatch
 
+from benchmarks import harness
 from floragrad.cli.train.jax.model import Llama, next_token_loss
 from floragrad.jax import compressed_multi_steps, sketch_accumulator
 
 Scheduler = Literal["memory", "default"]
 Loop = Literal["microbatch", "multi_steps"]
-
-SCHEDULERS: dict[Scheduler, str] = {
-    "memory": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "default": "CPU_SCHEDULER_TYPE_DEFAULT",
+LOOPS: dict[Loop, str] = {"microbatch": "a window, `optax.microbatching`", "multi_steps": "a micro-batch, `MultiSteps`"}
+SCHEDULERS: dict[Scheduler, tuple[str, str]] = {
+    "memory": ("CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "memory"),
+    "default": ("CPU_SCHEDULER_TYPE_DEFAULT", "CPU cores (the default)"),
 }
-"""In which order a CPU runs what could run at once: for the fewest bytes, as accelerators do, or for more cores."""
-
+"""Orders of operations that could run at once: for the fewest bytes, as on accelerators, or for more cores."""
 MANY = 16
-"""So many times the sequences make the larger micro-batches."""
+"""Factor of the sequences in the larger micro-batches."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A Llama and its micro-batches, of so many sequences of so many tokens each."""
+    """A Llama, and micro-batches of sequences of tokens."""
 
     hidden: int = 512
     layers: int = 3
@@ -56,20 +48,13 @@ class Job:
     tokens: int = 64
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler holds at once for one step, in bytes."""
-
-    held: int
-
-
 def bytes_of(tree: Any) -> int:
-    """Of all arrays of a tree, which may be shapes alone."""
+    """Sum the bytes of all arrays or shapes of a tree."""
     return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def llama(job: Job) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """The shapes of the parameters, and the loss of (parameters, tokens)."""
+    """Return the shapes of the parameters, and the loss of (parameters, tokens)."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -84,111 +69,84 @@ def llama(job: Job) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
     return nnx.to_pure_dict(params), lambda params, tokens: next_token_loss(nnx.merge(graph, params), tokens)
 
 
-def window_step(job: Job, optimizer: Any, loss: Callable[..., Any], accumulator: Any) -> Callable[..., Any]:
-    """A whole window: gradients of all micro-batches, then one update. ``accumulator`` is of (key, N)."""
+def held_bytes(job: Job, optimizer: Any, scheduler: Scheduler, accumulator: Any = None) -> int:
+    """Compile a step, and return the bytes that it holds at once.
+
+    Args:
+        job: The model and its micro-batches.
+        optimizer: Of the step; without an accumulator it gathers the gradients of a window itself.
+        scheduler: One of :data:`SCHEDULERS`.
+        accumulator: A function of (key, N) that returns the accumulator of a whole window; None: the step takes one
+            micro-batch.
+    """
+    params, loss = llama(job)
+    state = jax.eval_shape(optimizer.init, params)
+    sequences = job.sequences * (1 if accumulator is None else job.microbatches)
 
     def step(params: Any, state: Any, tokens: Any) -> Any:
-        key = jax.random.fold_in(jax.random.key(0), optax.tree.get(state, "count"))
-        gradients = microbatch(
-            jax.value_and_grad(loss),
-            argnums=1,
-            microbatch_size=job.sequences,
-            accumulator=(AccumulationType.MEAN, accumulator(key, job.microbatches)),
-        )
+        gradients = jax.value_and_grad(loss)
+        if accumulator is not None:
+            key = jax.random.fold_in(jax.random.key(0), optax.tree.get(state, "count"))
+            chosen = (AccumulationType.MEAN, accumulator(key, job.microbatches))
+            gradients = microbatch(gradients, argnums=1, microbatch_size=job.sequences, accumulator=chosen)
         value, grads = gradients(params, tokens)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return step
-
-
-def micro_step(optimizer: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """One micro-batch of a window; the last one updates."""
-
-    def step(params: Any, state: Any, tokens: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(params, tokens)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def compiled(step: Callable[..., Any], params: Any, state: Any, tokens: Any, scheduler: Scheduler) -> Compiled:
-    """Compile a step and read what it holds."""
+    tokens = jax.ShapeDtypeStruct((sequences, job.tokens), jnp.int32)
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
-    found = lowered.compile(compiler_options={"xla_cpu_scheduler_type": SCHEDULERS[scheduler]}).memory_analysis()
+    compiled = lowered.compile(compiler_options={"xla_cpu_scheduler_type": SCHEDULERS[scheduler][0]})
+    found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Compiled(found.argument_size_in_bytes + outputs + found.temp_size_in_bytes)
+    return int(found.argument_size_in_bytes + outputs + found.temp_size_in_bytes)
 
 
-def compiled_pair(job: Job, loop: Loop, scheduler: Scheduler) -> tuple[Compiled, Compiled]:
-    """Exact accumulation, and sketches."""
-    params, loss = llama(job)
+def compiled_pair(job: Job, loop: Loop, scheduler: Scheduler) -> tuple[int, int]:
+    """Return the bytes held with exact accumulation, and with sketches."""
     inner = optax.adamw(1e-3)
-
-    def tokens(microbatches: int) -> Any:
-        return jax.ShapeDtypeStruct((microbatches * job.sequences, job.tokens), jnp.int32)
-
-    def of(optimizer: Any, step: Callable[..., Any], microbatches: int) -> Compiled:
-        return compiled(step, params, jax.eval_shape(optimizer.init, params), tokens(microbatches), scheduler)
-
     if loop == "microbatch":
-        exact = window_step(job, inner, loss, lambda *_: AccumulationType.MEAN)
-        ours = window_step(job, inner, loss, sketch_accumulator)
-        return of(inner, exact, job.microbatches), of(inner, ours, job.microbatches)
-    pair = (wrap(inner, job.microbatches) for wrap in (optax.MultiSteps, compressed_multi_steps))
-    first, second = (of(each, micro_step(each, loss), 1) for each in pair)
-    return first, second
+        exact = held_bytes(job, inner, scheduler, lambda *_: AccumulationType.MEAN)
+        return exact, held_bytes(job, inner, scheduler, sketch_accumulator)
+    exact = held_bytes(job, optax.MultiSteps(inner, job.microbatches), scheduler)
+    return exact, held_bytes(job, compressed_multi_steps(inner, job.microbatches), scheduler)
 
 
 def predicted_difference(job: Job) -> int:
-    """Bytes of the gradient tree less those of its sketches."""
+    """Return the bytes of the gradient tree less those of its sketches."""
     params, _ = llama(job)
     state = jax.eval_shape(compressed_multi_steps(optax.identity(), job.microbatches).init, params)
     return bytes_of(params) - bytes_of(state.acc_grads)
 
 
-def table(job: Job) -> str:
-    """All pairs, with few tokens in a micro-batch and with many, as Markdown."""
-    params, _ = llama(job)
-    predicted = predicted_difference(job)
-    lines = [
+def page(job: Job) -> list[str]:
+    """Compile all pairs, with few tokens in a micro-batch and with many."""
+    params, predicted = bytes_of(llama(job)[0]), predicted_difference(job)
+    rows = []
+    for loop, sequences, scheduler in product(LOOPS, (job.sequences, MANY * job.sequences), SCHEDULERS):
+        exact, ours = compiled_pair(replace(job, sequences=sequences), loop, scheduler)
+        held = [f"{each / 1e6:.1f} MB" for each in (exact, ours, exact - ours)]
+        share = f"{(exact - ours) / predicted:.3f}"
+        rows.append((LOOPS[loop], f"{sequences} x {job.tokens}", SCHEDULERS[scheduler][1], *held, share))
+    return [
         "# Memory of a compiled JAX step",
         "",
-        f"`python -m benchmarks.jax_memory`: a Llama of {bytes_of(params) / 4e6:.1f} million parameters in float32, "
-        f"AdamW, windows of {job.microbatches} micro-batches; jax {version('jax')}, optax {version('optax')}, CPU "
-        f"({platform.machine()}). The gradient tree takes {bytes_of(params) / 1e6:.1f} MB, which is "
-        f"{predicted / 1e6:.1f} MB more than its sketches in int4: the prediction.",
+        f"A Llama of {params / 4e6:.1f}M parameters in float32, AdamW, windows of {job.microbatches} micro-batches. "
+        f"The gradient tree takes {params / 1e6:.1f} MB, {predicted / 1e6:.1f} MB more than its sketches in int4: the "
+        "prediction.",
         "",
-        "| program | tokens of a micro-batch | scheduled for | exact | sketches | difference | of the prediction |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *harness.table(
+            ("program", "micro-batch", "scheduled for", "exact", "sketches", "difference", "of the prediction"), rows
+        ),
+        "",
+        *harness.environment(("floragrad", "jax", "optax")),
     ]
-    loops: dict[Loop, str] = {
-        "microbatch": "a window, `optax.microbatching`",
-        "multi_steps": "a micro-batch, `MultiSteps`",
-    }
-    goals: dict[Scheduler, str] = {"memory": "memory", "default": "CPU cores (the default)"}
-    for loop, sequences, scheduler in product(loops, (job.sequences, MANY * job.sequences), goals):
-        sized = replace(job, sequences=sequences)
-        exact, ours = compiled_pair(sized, loop, scheduler)
-        difference = exact.held - ours.held
-        held = " | ".join(f"{each / 1e6:.1f} MB" for each in (exact.held, ours.held, difference))
-        row = f"{loops[loop]} | {sequences} x {job.tokens} | {goals[scheduler]} | {held} | {difference / predicted:.3f}"
-        lines.append(f"| {row} |")
-    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/jax_memory.md"))
-    parser.add_argument("--hidden", type=int, default=Job.hidden)
-    parser.add_argument("--layers", type=int, default=Job.layers)
-    given = vars(parser.parse_args())
-    out = given.pop("out")
-    text = table(Job(**given))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    print(text)
+def main(arguments: Sequence[str] | None = None, job: Job = Job()) -> None:
+    given = harness.parser(__doc__).parse_args(arguments)
+    written = page(job)
+    harness.publish(given, "jax_memory", written)
+    print("\n".join(written))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from benchmarks.step.state import state_bytes
+from benchmarks.peers import state_bytes
 from floragrad import Flora
 
 

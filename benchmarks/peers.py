@@ -1,0 +1,163 @@
+"""Other optimizers, made as their users make them, and the bytes of state that an optimizer keeps.
+
+Every peer is a function of parameter groups with a ``kind``, as :func:`floragrad.param_groups` makes them, and returns
+the optimizers that are stepped, in order. A peer's package is imported when it is made.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+LR: Final = 1e-4
+RANK: Final = 128
+GAP: Final = 200
+"""Steps between two projections of GaLore and APOLLO."""
+
+Group = dict[str, Any]
+Make = Callable[[list[Group]], list[Any]]
+
+
+class Copy:
+    """No optimizer: copy as many bytes as a step reads (gradient, parameter) and writes (parameter)."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        params = [param for group in groups for param in group["params"]]
+        half = sum(param.numel() for param in params) * 3 // 2
+        self.state: Mapping[Any, Any] = {}
+        self._source = torch.ones(half, dtype=params[0].dtype, device=params[0].device)
+        self._target = torch.zeros_like(self._source)
+
+    def step(self) -> None:
+        """Read half of the bytes and write the other half."""
+        self._target.copy_(self._source)
+
+
+def _make(module: str, name: str, *, ranked: Mapping[str, Any] | None = None, **options: Any) -> Make:
+    """Return the constructor of a class; ``ranked`` options are those of compressed matrices."""
+
+    def make(groups: list[Group]) -> list[Any]:
+        made = [{**group, **(ranked or {})} if group["kind"] == "matrix" else group for group in groups]
+        return [getattr(import_module(module), name)(made, lr=LR, **options)]
+
+    return make
+
+
+def _muon(groups: list[Group]) -> list[Any]:
+    """Use Muon for hidden matrices, as its documentation says, and AdamW for the rest."""
+    hidden = [param for group in groups if group["kind"] == "matrix" for param in group["params"] if param.dim() == 2]
+    chosen = set(hidden)
+    rest = [param for group in groups for param in group["params"] if param not in chosen]
+    return [torch.optim.Muon(hidden, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)]
+
+
+def flora_opt(groups: list[Group], rank: int = RANK) -> list[Any]:
+    """Make the paper's implementation, with momentum."""
+    return _make("flora_opt.optimizers.torch.flora", "Flora", rank=rank, beta1=0.9)(groups)
+
+
+def _apollo(rank: int, scale_type: str, scale: float) -> Make:
+    options = {"rank": rank, "scale_type": scale_type, "scale": scale}
+    options |= {"proj": "random", "update_proj_gap": GAP, "proj_type": "std"}
+    return _make("apollo_torch", "APOLLOAdamW", ranked=options)
+
+
+_torch = partial(_make, "torch.optim")
+_hugging_face = partial(_make, "transformers.optimization", "Adafactor", scale_parameter=False, relative_step=False)
+_galore = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+
+FUSED: Final = "torch AdamW, fused"
+"""The reference of all step times."""
+COPY: Final = "copy of as many bytes"
+TORCH_ADAFACTOR: Final = "torch Adafactor, no momentum"
+HF_ADAFACTOR: Final = "Hugging Face Adafactor, no momentum"
+FLORA_OPT: Final = f"flora-opt, momentum, rank {RANK}"
+TORCHAO: Final = "torchao AdamW8bit"
+BITSANDBYTES: Final = "bitsandbytes AdamW8bit"
+APOLLO: Final = f"apollo-torch APOLLO, rank {RANK}"
+GALORE: Final = f"galore-torch AdamW, rank {RANK}"
+
+PEERS: Final[dict[str, Make]] = {
+    COPY: lambda groups: [Copy(groups)],
+    FUSED: _torch("AdamW", fused=True),
+    TORCH_ADAFACTOR: _torch("Adafactor"),
+    HF_ADAFACTOR: _hugging_face(beta1=None),
+    FLORA_OPT: flora_opt,
+    "torch SGD, fused": _torch("SGD", fused=True),
+    "torch AdamW, foreach": _torch("AdamW", foreach=True),
+    "torch AdamW, loop": _torch("AdamW", foreach=False),
+    "Hugging Face Adafactor, momentum": _hugging_face(beta1=0.9),
+    GALORE: _make("galore_torch", "GaLoreAdamW", ranked=_galore, no_deprecation_warning=True),
+    APOLLO: _apollo(RANK, "channel", 1),
+    "apollo-torch APOLLO-Mini, rank 1": _apollo(1, "tensor", 128),
+    BITSANDBYTES: _make("bitsandbytes.optim", "AdamW8bit"),
+    TORCHAO: _make("torchao.optim", "AdamW8bit"),
+    "torch Muon, fused AdamW for the rest": _muon,
+}
+
+FLASH_OPTIM: Final = _make("flashoptim", "FlashAdamW")
+"""For GPUs only."""
+FOR_GPUS: Final = (TORCHAO, BITSANDBYTES, APOLLO, GALORE, FLORA_OPT)
+"""Peers that are timed on GPUs."""
+
+PACKAGES: Final = (
+    "floragrad",
+    "torch",
+    "transformers",
+    "flora-opt",
+    "galore-torch",
+    "apollo-torch",
+    "bitsandbytes",
+    "torchao",
+)
+
+
+def state_bytes(optimizers: Iterable[Any], apart: Iterable[Tensor] = ()) -> int:
+    """Return the bytes of the storages that the states of optimizers lead to, each storage once.
+
+    Args:
+        optimizers: Objects with a ``state``.
+        apart: Tensors that are not state, though a state may refer to them: parameters and gradients.
+    """
+    # A parameter is the key of its state.
+    return stored_bytes([list(optimizer.state.values()) for optimizer in optimizers], apart)
+
+
+def stored_bytes(value: Any, apart: Iterable[Tensor] = ()) -> int:
+    """Return the bytes of the storages that a value leads to, each storage once.
+
+    Args:
+        value: Mappings, sequences, objects with attributes (a projector with its matrix) and tensors that wrap others
+            (codes with their scales) are searched.
+        apart: Tensors whose storages do not count.
+    """
+    apart = list(apart)
+    elsewhere = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    storages = [tensor.untyped_storage() for tensor in _tensors(value, {id(tensor) for tensor in apart})]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in sizes.items() if address not in elsewhere)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the plain tensors that a value leads to."""
+    if id(value) in seen or isinstance(value, (type, torch.Generator)):
+        return
+    seen.add(id(value))
+    inside: Iterable[Any] = ()
+    if isinstance(value, Tensor):
+        if not is_traceable_wrapper_subclass(value):
+            yield value
+            return
+        inside = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    elif isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        inside = value
+    elif hasattr(value, "__dict__") and not callable(value):
+        inside = vars(value).values()
+    for each in inside:
+        yield from _tensors(each, seen)
