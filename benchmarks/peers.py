@@ -1,22 +1,22 @@
-"""Other optimizers, made as their users make them, and the bytes of state that an optimizer keeps.
+"""Other optimizers by the names of the results, most of :mod:`floragrad.cli.peers`, and the bytes of state they keep.
 
 Every peer is a function of parameter groups with a ``kind``, as :func:`floragrad.param_groups` makes them, and returns
 the optimizers that are stepped, in order. A peer's package is imported when it is made.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from importlib import import_module
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from floragrad.cli import peers
+from floragrad.cli.peers import Peer
+
 LR: Final = 1e-4
 RANK: Final = 128
-GAP: Final = 200
-"""Steps between two projections of GaLore and APOLLO."""
 
 Group = dict[str, Any]
 Make = Callable[[list[Group]], list[Any]]
@@ -37,14 +37,12 @@ class Copy:
         self._target.copy_(self._source)
 
 
-def _make(module: str, name: str, *, ranked: Mapping[str, Any] | None = None, **options: Any) -> Make:
-    """Return the constructor of a class; ``ranked`` options are those of compressed matrices."""
+def _make(peer: Peer) -> Make:
+    return lambda groups: [peer.optimizer(groups, LR, RANK)]
 
-    def make(groups: list[Group]) -> list[Any]:
-        made = [{**group, **(ranked or {})} if group["kind"] == "matrix" else group for group in groups]
-        return [getattr(import_module(module), name)(made, lr=LR, **options)]
 
-    return make
+def _torch(name: str, **options: Any) -> Make:
+    return _make(Peer("torch.optim", name, options))
 
 
 def _muon(groups: list[Group]) -> list[Any]:
@@ -55,20 +53,7 @@ def _muon(groups: list[Group]) -> list[Any]:
     return [torch.optim.Muon(hidden, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)]
 
 
-def flora_opt(groups: list[Group], rank: int = RANK) -> list[Any]:
-    """Make the paper's implementation, with momentum."""
-    return _make("flora_opt.optimizers.torch.flora", "Flora", rank=rank, beta1=0.9)(groups)
-
-
-def _apollo(rank: int, scale_type: str, scale: float) -> Make:
-    options = {"rank": rank, "scale_type": scale_type, "scale": scale}
-    options |= {"proj": "random", "update_proj_gap": GAP, "proj_type": "std"}
-    return _make("apollo_torch", "APOLLOAdamW", ranked=options)
-
-
-_torch = partial(_make, "torch.optim")
-_hugging_face = partial(_make, "transformers.optimization", "Adafactor", scale_parameter=False, relative_step=False)
-_galore = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+_ADAFACTOR: Final = peers.PEERS["adafactor"]
 
 FUSED: Final = "torch AdamW, fused"
 """The reference of all step times."""
@@ -83,27 +68,25 @@ GALORE: Final = f"galore-torch AdamW, rank {RANK}"
 
 PEERS: Final[dict[str, Make]] = {
     COPY: lambda groups: [Copy(groups)],
-    FUSED: _torch("AdamW", fused=True),
+    FUSED: _make(peers.PEERS["adamw"]),
     TORCH_ADAFACTOR: _torch("Adafactor"),
-    HF_ADAFACTOR: _hugging_face(beta1=None),
-    FLORA_OPT: flora_opt,
+    HF_ADAFACTOR: _make(replace(_ADAFACTOR, options={**_ADAFACTOR.options, "beta1": None})),
+    FLORA_OPT: _make(Peer("flora_opt.optimizers.torch.flora", "Flora", {"rank": RANK, "beta1": 0.9})),
     "torch SGD, fused": _torch("SGD", fused=True),
     "torch AdamW, foreach": _torch("AdamW", foreach=True),
     "torch AdamW, loop": _torch("AdamW", foreach=False),
-    "Hugging Face Adafactor, momentum": _hugging_face(beta1=0.9),
-    GALORE: _make("galore_torch", "GaLoreAdamW", ranked=_galore, no_deprecation_warning=True),
-    APOLLO: _apollo(RANK, "channel", 1),
-    "apollo-torch APOLLO-Mini, rank 1": _apollo(1, "tensor", 128),
-    BITSANDBYTES: _make("bitsandbytes.optim", "AdamW8bit"),
-    TORCHAO: _make("torchao.optim", "AdamW8bit"),
+    "Hugging Face Adafactor, momentum": _make(_ADAFACTOR),
+    GALORE: _make(peers.PEERS["galore"]),
+    APOLLO: _make(peers.PEERS["apollo"]),
+    "apollo-torch APOLLO-Mini, rank 1": _make(peers.PEERS["apollo-mini"]),
+    BITSANDBYTES: _make(peers.PEERS["adamw-8bit"]),
+    TORCHAO: _make(peers.PEERS["adamw-8bit-torchao"]),
     "torch Muon, fused AdamW for the rest": _muon,
 }
-
-FLASH_OPTIM: Final = _make("flashoptim", "FlashAdamW")
+FLASH_OPTIM: Final = _make(Peer("flashoptim", "FlashAdamW"))
 """For GPUs only."""
 FOR_GPUS: Final = (TORCHAO, BITSANDBYTES, APOLLO, GALORE, FLORA_OPT)
 """Peers that are timed on GPUs."""
-
 PACKAGES: Final = (
     "floragrad",
     "torch",
