@@ -236,7 +236,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FloraHookState(**options)
     saved = FloraHookState(ratio=2).state_dict()
-    with pytest.raises(ValueError, match="construct it alike"):
+    with pytest.raises(ValueError, match="construct it with the same options"):
         FloraHookState(ratio=4).load_state_dict(saved)
 
 

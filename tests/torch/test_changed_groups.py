@@ -127,7 +127,7 @@ def test_a_change_that_is_refused_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 is complex"):
         optimizer.step()
     optimizer.param_groups[0]["params"][1] = param
-    with pytest.raises(ValueError, match=r"parameter 0 stands in the parameter groups twice"):
+    with pytest.raises(ValueError, match=r"parameter 0 is in the parameter groups twice"):
         optimizer.step()
     assert not param.any()
     del optimizer.param_groups[0]["params"][1]

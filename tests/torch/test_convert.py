@@ -249,5 +249,5 @@ def test_states_of_other_tensors_and_cast_payloads_are_not_converted() -> None:
         other.convert_state(old.state_dict())
     saved = old.state_dict()
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].float() / 2
-    with pytest.raises(ValueError, match="whose bytes cannot be had from it"):
+    with pytest.raises(ValueError, match="to which it cannot be converted"):
         Flora([torch.nn.Parameter(torch.ones(24, 40))], lr=1e-2, ratio=2).convert_state(saved)

@@ -251,7 +251,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"FLORAGRAD_KERNELS=yes: auto runs .*, eager runs"):
         Flora([param], lr=1e-3, rank=8)
     monkeypatch.setenv("FLORAGRAD_NATIVE", "0")
-    with pytest.raises(ValueError, match=r"FLORAGRAD_NATIVE=0 is no switch any more: set FLORAGRAD_KERNELS"):
+    with pytest.raises(ValueError, match=r"FLORAGRAD_NATIVE=0 is no longer supported: set FLORAGRAD_KERNELS"):
         Flora([param], lr=1e-3, rank=8)
     library._found.cache_clear()
 

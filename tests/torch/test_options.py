@@ -125,6 +125,6 @@ def test_residual_follows_the_projection() -> None:
 
 
 def test_every_option_of_the_constructor_is_checked() -> None:
-    """All but the one that changes nothing any more."""
+    """All but the one that has no effect."""
     given = set(inspect.signature(Flora).parameters) - {"params", "compile"}
     assert given == set(options._CHECKS) - {"kind"}

@@ -152,7 +152,7 @@ def _check_dtype(what: str, found: torch.dtype, planned: torch.dtype) -> None:
     """Refuse a cast of low-bit integers; floating-point tensors are cast back."""
     if found != planned and not (found.is_floating_point and planned.is_floating_point):
         raise ValueError(
-            f"{what} is {found}, this optimizer keeps {planned}, whose bytes cannot be had from it: "
+            f"{what} is {found}, this optimizer keeps {planned}, to which it cannot be converted: "
             "load the state as it was saved, without casting its tensors"
         )
 

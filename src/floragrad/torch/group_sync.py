@@ -86,7 +86,7 @@ def current_infos(
         is_named = len(names) == len(group["params"])
         for place, param in enumerate(group["params"]):
             if param in current:
-                raise ValueError(f"{current[param].name} stands in the parameter groups twice: list it once")
+                raise ValueError(f"{current[param].name} is in the parameter groups twice: list it once")
             if param in infos:
                 current[param] = replace(infos[param], group=group)
             elif param in predecessors:

@@ -238,7 +238,7 @@ class Flora(torch.optim.Optimizer):
         check_option_unchanged(self._infos[param])
         self._sync_schedulers(self._infos[param].group)
         if param.grad is None:
-            raise ValueError(f"{self._infos[param].name} has no gradient to be updated with")
+            raise ValueError(f"{self._infos[param].name} has no gradient")
         self._update({param: self._begin_step(param, *self._validated(param))})
 
     @disable_dynamo

@@ -128,7 +128,7 @@ def warn_compile_deprecated(stacklevel: int) -> None:
         stacklevel: Of the warning, as seen from the caller.
     """
     warnings.warn(
-        "compile= of Flora changes nothing any more and will be refused in the next release: leave it out. On CPUs the "
+        "compile= of Flora has no effect and will be refused in the next release: leave it out. On CPUs the "
         "native kernels take less time than the compiled step did; elsewhere PyTorch's operations run. A model under "
         "torch.compile is trained as before",
         FutureWarning,

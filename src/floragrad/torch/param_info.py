@@ -281,7 +281,7 @@ def unique_params(params: Any) -> list[Any]:
     if isinstance(params, Tensor):
         return [params]
     if isinstance(params, set):
-        raise TypeError("parameters must be in an order: give a list, not a set")
+        raise TypeError("parameters must be ordered: give a list, not a set")
     seen: set[int] = set()
     items, once = list(params), []
     for item in items:

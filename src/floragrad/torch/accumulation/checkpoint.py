@@ -42,7 +42,7 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
         if state["rank"] != [rank, size]:
             raise ValueError(
                 f"the saved window is rank {state['rank'][0]}'s of {state['rank'][1]}, this is rank "
-                f"{rank} of {size}: let each rank load what it saved itself, or load a state "
+                f"{rank} of {size}: load each rank's own state, or a state "
                 "that was saved between two windows"
             )
     by_id = {entry.tensor_id: entry for entry in entries}

@@ -115,7 +115,7 @@ class FloraHookState:
         if state_dict["settings"] != self._settings:
             raise ValueError(
                 f"the saved state was made with {state_dict['settings']}, this one with {self._settings}: "
-                "construct it alike"
+                "construct it with the same options"
             )
         self.step = state_dict["step"]
         self._saved = dict(state_dict["tensors"])

@@ -261,7 +261,7 @@ class MicroBatches:
             raise RuntimeError("the accumulator is closed: construct a new one")
         if self._window.failed:
             raise RuntimeError(
-                "a backward pass or step() of this window broke off, and the window holds a part of its gradients: "
+                "a backward pass or step() of this window failed, and the window holds a part of its gradients: "
                 f"{self.remedies.drop}"
             )
         if self._window.is_open:
@@ -284,7 +284,7 @@ class MicroBatches:
             names = ", ".join(each.name for each in listed[:3])
             raise RuntimeError(
                 f"no backward pass has reached a parameter of the optimizer ({len(listed)}: {names}, ..., of which "
-                f"{frozen} are frozen): what is trained are others; make the optimizer of the parameters that are "
+                f"{frozen} are frozen): others are trained; make the optimizer of the parameters that are "
                 "trained, after the model has got its adapters (get_peft_model, peft_config)"
             )
 

@@ -111,8 +111,8 @@ class ReleaseStepper:
         if was_changed and not self._has_warned_of_grads:
             self._has_warned_of_grads = True
             warnings.warn(
-                "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, and nothing came of it: with "
-                f"release the window's mean is not there; {self._remedies.clip}",
+                "gradients in .grad were changed, as by torch.nn.utils.clip_grad_norm_, without effect: with "
+                f"release the window's mean is elsewhere; {self._remedies.clip}",
                 UserWarning,
                 stacklevel=caller_stacklevel(),
             )

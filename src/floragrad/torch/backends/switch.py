@@ -14,7 +14,7 @@ def kernels_allowed() -> bool:
         ValueError: It has another value, or the variable of version 0.1 is set.
     """
     if _FORMER in os.environ:
-        raise ValueError(f"{_FORMER}={os.environ[_FORMER]} is no switch any more: set {SWITCH}=eager or {SWITCH}=auto")
+        raise ValueError(f"{_FORMER}={os.environ[_FORMER]} is no longer supported: set {SWITCH}=eager or {SWITCH}=auto")
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "eager"):
         raise ValueError(f"{SWITCH}={switch}: auto runs kernels where there are any, eager runs PyTorch's operations")

@@ -22,7 +22,7 @@ def check_not_flat(names: Sequence[str], params: Sequence[Tensor]) -> None:
         if hasattr(param, "ds_shape"):
             raise ValueError(
                 f"{name} of shape {tuple(param.ds_shape)} is held by DeepSpeed's ZeRO-3 as a vector of "
-                f"{param.numel()} numbers: shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+                f"{param.numel()} elements: shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
             )
         if getattr(param, "_fsdp_flattened", False):
             flattened.append((name, param))
@@ -51,7 +51,7 @@ def check_not_flattened(new: Sequence[Tensor], gone: Sequence[Tensor]) -> None:
         return
     if new[0].numel() * ranks >= sum(param.numel() for param in gone):
         raise RuntimeError(
-            f"a flat vector of shape {tuple(new[0].shape)} has taken the places of {len(gone)} parameters: DeepSpeed's "
-            "ZeRO exchanges matrices for flat vectors after the optimizer is made, which hides them; shard with FSDP2 "
+            f"a flat vector of shape {tuple(new[0].shape)} has replaced {len(gone)} parameters: DeepSpeed's "
+            "ZeRO replaces matrices by flat vectors after the optimizer is made, which hides them; shard with FSDP2 "
             "(torch.distributed.fsdp.fully_shard)"
         )

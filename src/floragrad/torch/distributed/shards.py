@@ -273,7 +273,7 @@ def check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> No
     where = f"{name} of shape {plan.shape} is split along its columns ({param.placements})"
     if plan.momentum == "sketch":
         if plan.projection == "adaptive":
-            raise ValueError(f"{where}: learnt weights need whole rows; give its group projection='sign'")
+            raise ValueError(f"{where}: learned weights need whole rows; give its group projection='sign'")
         return
     cuts_blocks = plan.view.columns % (QUANTIZATION_BLOCK * part.column_parts) != 0
     if plan.state_dtype == "int4" or (plan.state_dtype == "int8" and cuts_blocks):

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import AccumulatorPlan, MatrixView
-from floragrad.torch.backends.cpu.layout import is_addressable, unsupported_tensor
-from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Fold, library
+from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Fold, is_addressable, library, unsupported_tensor
 from floragrad.torch.part import Part
 
 

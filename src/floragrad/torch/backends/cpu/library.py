@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from floragrad.policy import StateDtype
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
+from floragrad.torch.validation import is_plain, unsupported_memory
 
 _INSTRUCTION_SETS: Final = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 
@@ -100,6 +102,16 @@ def absence() -> str:
 def instruction_sets() -> tuple[str, ...]:
     """Return the builds that this processor can run, best first, from torch's CPU capability."""
     return _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+
+
+def unsupported_tensor(tensor: Tensor) -> str:
+    """Return why the kernels do not support a tensor; empty if they do."""
+    return unsupported_memory(tensor, DTYPES) if tensor.is_cpu else f"on {tensor.device.type}"
+
+
+def is_addressable(tensor: Tensor) -> bool:
+    """Return whether a buffer is a plain contiguous CPU tensor, to be passed by its address."""
+    return is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
 @cache

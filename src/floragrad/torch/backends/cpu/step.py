@@ -11,8 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from floragrad.policy import Momentum, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.adaptive import learn_weights
-from floragrad.torch.backends.cpu.layout import unsupported_tensor
-from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Library, Step, absence, library
+from floragrad.torch.backends.cpu.library import (
+    DTYPES,
+    STATE_DTYPES,
+    Library,
+    Step,
+    absence,
+    library,
+    unsupported_tensor,
+)
 from floragrad.torch.context import ParamUpdate, StepContext
 from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.scheduling import step_size
