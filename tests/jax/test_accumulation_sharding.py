@@ -57,7 +57,7 @@ def alone(state_dtype: Any) -> Any:
 
 @TYPES
 @pytest.mark.parametrize("sharded", list(SPECS))
-@pytest.mark.parametrize("state_dtype", ["int4", "float32"])
+@pytest.mark.parametrize("state_dtype", ["int4", pytest.param("float32", marks=pytest.mark.slow)])
 def test_every_column_kept(types: AxisType, sharded: str, state_dtype: str) -> None:
     """At ρ = 1 nothing at all is sent, whatever is sharded; a window gives the numbers of one device.
 

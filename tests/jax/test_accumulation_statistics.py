@@ -16,6 +16,7 @@ import pytest
 from floragrad.jax import compressed_multi_steps, sketch_accumulator
 
 DRAWS = 2000
+pytestmark = pytest.mark.usefixtures("unoptimized")
 BOUND = 5.0
 COLUMNS, ROWS = 20, 5
 RATIOS = [2, 5, 8]  # with 10, 4 and 3 buckets, the last of two sizes

@@ -21,7 +21,10 @@ VARIANTS = ["vector", "paper-estimator", "adaptive-experts", "gaussian", "vocabu
 
 
 def variants(names: list[str] = VARIANTS) -> Any:
-    return pytest.mark.parametrize("case", [BY_NAME[name] for name in names], ids=str)
+    """Rows of the table; all but three of those with code of their own run with ``make test-slow`` only."""
+    slow = [] if names is not VARIANTS else ["paper-estimator", "gaussian"]
+    rows = [pytest.param(BY_NAME[name], marks=pytest.mark.slow if name in slow else ()) for name in names]
+    return pytest.mark.parametrize("case", rows, ids=str)
 
 
 def kernel(case: Case, **changes: Any) -> tuple[optax.GradientTransformation, jax.Array]:

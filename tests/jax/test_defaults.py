@@ -13,6 +13,8 @@ from optax.microbatching import microbatch
 
 from floragrad.jax import compressed_multi_steps, flora, scale_by_flora, sketch_accumulator
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 HOSTILE: dict[str, list[Callable[[], AbstractContextManager[Any]]]] = {
     "x64": [lambda: jax.enable_x64(True)],
     "the others": [

@@ -20,6 +20,7 @@ from floragrad.jax.projection import (
 
 SIZES = [(12, 4), (37, 8), (10, 2), (9, 1), (7, 7)]  # whole slots, a short last one, one bucket, a bucket each
 UNIT = 2.0**-24
+pytestmark = pytest.mark.usefixtures("unoptimized")
 by_size = pytest.mark.parametrize(("n", "k"), SIZES)
 by_axis = pytest.mark.parametrize("axis", [-2, -1])
 
@@ -44,27 +45,38 @@ def assert_close(found: jax.Array, expected: np.ndarray, axis: int) -> None:
 @by_size
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
 def test_equals_products_with_its_matrix(kind: Any, n: int, k: int, axis: int) -> None:
-    now, before = (draw(kind, jax.random.key(seed), n, k) for seed in (0, 1))
-    p, q = (np.asarray(each.matrix(), np.float64) for each in (now, before))
+
+    @jax.jit  # one program; operation by operation, each would be compiled for every shape
+    def products(x: Any, z: Any) -> Any:
+        now, before = (draw(kind, jax.random.key(seed), n, k) for seed in (0, 1))
+        carried, kept = (now.transfer(z, before, changed, orthogonal=False, axis=axis) for changed in (True, False))
+        return now.matrix(), before.matrix(), now.encode(x, axis=axis), now.decode(z, axis=axis), carried, kept
+
     x, z = normal(3, n, 5), normal(3, k, 5)
-    assert_close(now.encode(laid(x, axis), axis=axis), p @ x, axis)
-    assert_close(now.decode(laid(z, axis), axis=axis), p.T @ z, axis)
-    carried = now.transfer(laid(z, axis), before, True, orthogonal=False, axis=axis)
+    *matrices, encoded, decoded, carried, kept = products(laid(x, axis), laid(z, axis))
+    p, q = (np.asarray(each, np.float64) for each in matrices)
+    assert_close(encoded, p @ x, axis)
+    assert_close(decoded, p.T @ z, axis)
     assert_close(carried, p @ (q.T @ z), axis)
-    assert np.array_equal(now.transfer(laid(z, axis), before, False, orthogonal=False, axis=axis), laid(z, axis))
+    assert np.array_equal(kept, laid(z, axis))
 
 
 @by_axis
 @by_size
 def test_buckets_decode_orthogonally(n: int, k: int, axis: int) -> None:
     """(P Pᵀ)⁻¹ of unequal buckets too; P is the oracle's."""
-    now, before = (draw("sign", jax.random.key(seed), n, k) for seed in (0, 1))
-    p, q = (reference.bucket_projection(np.asarray(each.weight, np.float64), k) for each in (now, before))
-    assert np.array_equal(now.matrix(), p)
+
+    @jax.jit
+    def products(z: Any) -> Any:
+        now, before = (draw("sign", jax.random.key(seed), n, k) for seed in (0, 1))
+        carried = now.transfer(z, before, True, orthogonal=True, axis=axis)
+        return now.weight, before.weight, now.matrix(), now.decode_orthogonal(z, axis=axis), carried
+
     z = normal(2, k, 5)
-    expected = p.T @ np.linalg.inv(p @ p.T) @ z
-    assert_close(now.decode_orthogonal(laid(z, axis), axis=axis), expected, axis)
-    carried = now.transfer(laid(z, axis), before, True, orthogonal=True, axis=axis)
+    *weights, matrix, decoded, carried = products(laid(z, axis))
+    p, q = (reference.bucket_projection(np.asarray(each, np.float64), k) for each in weights)
+    assert np.array_equal(matrix, p)
+    assert_close(decoded, p.T @ np.linalg.inv(p @ p.T) @ z, axis)
     assert_close(carried, p @ q.T @ np.linalg.inv(q @ q.T) @ z, axis)
 
 
@@ -85,7 +97,7 @@ def test_decoding_is_unbiased(kind: Any) -> None:
     """
     n, k, count = 12, 4, 4000
     keys = jax.random.split(jax.random.key(7), count)
-    squares = jax.vmap(lambda key: (lambda p: p.T @ p)(draw(kind, key, n, k).matrix()))(keys)
+    squares = jax.jit(jax.vmap(lambda key: (lambda p: p.T @ p)(draw(kind, key, n, k).matrix())))(keys)
     assert np.abs(np.asarray(squares.mean(0)) - np.eye(n)).max() < 6 * (1 / count) ** 0.5
 
 
@@ -103,10 +115,15 @@ def test_streams_tensors_epochs_and_seeds_are_keys_of_their_own() -> None:
 @by_axis
 @by_size
 def test_what_is_learnt_is_the_oracles(n: int, k: int, axis: int) -> None:
-    matrix, key = normal(2, n, 7), jax.random.key(3)
-    start = normalise_buckets(jnp.asarray(normal(2, n)), k, jnp.ones((2, n)))
-    found = adaptive_weights(laid(matrix, axis), start, k, key, axis=axis)
-    noise = np.asarray(adaptive_noise(key, n, k), np.float64)
+
+    @jax.jit
+    def learning(matrix: Any, weight: Any) -> Any:
+        key, start = jax.random.key(3), normalise_buckets(weight, k, jnp.ones((2, n)))
+        return start, adaptive_weights(matrix, start, k, key, axis=axis), adaptive_noise(key, n, k)
+
+    matrix = normal(2, n, 7)
+    start, found, noise = learning(laid(matrix, axis), normal(2, n))
+    noise = np.asarray(noise, np.float64)
     for learnt, block, weight in zip(found, matrix, start, strict=True):
         oracle = reference.adaptive_weights(block.T.astype(np.float64), np.asarray(weight, np.float64) + noise, k)
         np.testing.assert_allclose(learnt, oracle, atol=1e-4)

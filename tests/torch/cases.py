@@ -1,8 +1,10 @@
 """The table of cases: a new variant is one more row, and gets every test that runs over the table."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 KAPPA = 10
@@ -95,3 +97,9 @@ OPTIONS = [
 ]
 
 CASES = SHAPES + OPTIONS
+
+
+def cases(quick: Collection[str]) -> list[Any]:
+    """All rows for ``parametrize``; those that are not named run with ``make test-slow`` only."""
+    assert {case.name for case in CASES} >= set(quick)
+    return [case if case.name in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]

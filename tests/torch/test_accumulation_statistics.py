@@ -41,7 +41,7 @@ def draws(ratio: int = 1, state_dtype: str = "float32", projection: str = "sign"
     plan = plan_accumulator((ROWS, COLUMNS), kind="matrix", ratio=ratio, state_dtype=state_dtype)
     sketch = GradientSketch(plan, projection, seed=0, tensor_id=1, device=torch.device("cpu"))
     found: dict[str, list[Tensor]] = {"decoded": [], "square": [], "noise": [], "stored": []}
-    for window in range(DRAWS // 2 if rounded else DRAWS):
+    for window in range(DRAWS // 4 if projection == "gaussian" else DRAWS // 2 if rounded else DRAWS):
         sketch.folds = 0
         for grad, weight in folds:
             sketch.add(grad, weight, window, measure_noise=True)

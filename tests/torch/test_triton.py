@@ -20,7 +20,7 @@ from floragrad.torch.context import ParamUpdate, StepContext
 from floragrad.torch.options import plan_for, resolve_group
 from floragrad.torch.param_info import initial_state
 from floragrad.torch.part import Part, Passes
-from tests.torch.cases import CASES, Case
+from tests.torch.cases import CASES, Case, cases
 from tests.torch.conftest import use
 from tests.torch.interpreter import accesses, launched, use_triton
 from tests.torch.oracle import assert_same_course, reference_trajectory, trajectory
@@ -43,9 +43,9 @@ SHAPES = [
 VECTOR = Case("vector", (300,))
 
 
-def drawn(cases: list[Case]) -> list[Case]:
+def drawn(rows: list[Any]) -> list[Any]:
     """All but Gaussian projections, which the eager code multiplies by."""
-    return [case for case in cases if case.options.get("projection") != "gaussian"]
+    return [row for row in rows if "gaussian" not in str(row)]
 
 
 @pytest.fixture
@@ -76,7 +76,11 @@ def both(case: Case, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[tu
 # --- Numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", drawn(CASES), ids=str)
+# The interpreter takes a hundred times as long for the vocabularies' 8,200 rows.
+QUICK = {case.name for case in CASES if "vocabulary" not in case.name}
+
+
+@pytest.mark.parametrize("case", drawn(cases(quick=QUICK)), ids=str)
 def test_every_case_equals_the_oracle(case: Case, triton: None) -> None:
     shorter = replace(case, options={"kappa": KAPPA} | case.options)
     gradients = shorter.gradients(STEPS)
