@@ -16,6 +16,7 @@ def test_a_window_in_one_program() -> None:
     assert exact - ours == pytest.approx(predicted_difference(JOB), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_in_a_program() -> None:
     """The same where activations take more than the last gradient and the updates, which a branch holds."""
     job = replace(JOB, sequences=MANY * JOB.sequences)
