@@ -15,7 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Started in the background by a shell, pytest would ignore Ctrl-C, and so would the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOWEST = ["jax", "train", "integrations", "planning"]
+SLOWEST = ["jax", "train", "compare", "integrations", "plan"]
 """Folders whose files take longest. They come first, so that every core is busy to the end under --dist loadfile."""
 
 
