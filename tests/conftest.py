@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -38,3 +39,23 @@ def unoptimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def restored_process() -> Iterator[None]:
+    """Restore the environment, torch's threads and its choice of algorithms, which commands set and never undo.
+
+    A test that compares bits with another process would run with another number of threads than that process.
+    """
+    import torch
+
+    environment = dict(os.environ)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    os.environ.clear()
+    os.environ.update(environment)

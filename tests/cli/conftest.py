@@ -1,32 +1,19 @@
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
 import pytest
-import torch
 
 from floragrad.cli.compare import compare
 from tests.cli.train.support import Here, write_texts
 
 
 @pytest.fixture(autouse=True)
-def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch, restored_process: None) -> None:
     """Undo what a run sets for its whole process, and keep the hub away."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    environment = dict(os.environ)
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
