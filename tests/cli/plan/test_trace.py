@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 FIRST_AND_SECOND = """
 import sys
 from torch import Tensor
@@ -18,6 +20,7 @@ assert tensors and not [value for value in tensors if isinstance(value, FakeTens
 """
 
 
+@pytest.mark.slow
 def test_a_process_first_trace_is_like_all_others() -> None:
     """The libraries' own tensors, made as they are imported, are neither counted nor fake from then on."""
     result = subprocess.run(

@@ -246,7 +246,7 @@ def test_a_diverged_run_fails_without_a_traceback(there: Path, capsys: pytest.Ca
     assert line.startswith("floragrad: the loss is not a finite number any more at step")
 
 
-@pytest.mark.parametrize("option", ["--model", "--dataset"])
+@pytest.mark.parametrize("option", ["--model", pytest.param("--dataset", marks=pytest.mark.slow)])
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(
     there: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:

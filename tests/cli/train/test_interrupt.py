@@ -86,6 +86,7 @@ def test_ctrl_c_before_the_run_has_begun_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here: Here) -> None:
     """The workers that are stopped are processes of their own."""
     out = tmp_path / "comparison"
@@ -183,6 +184,7 @@ def test_ctrl_c_while_a_worker_is_started_reaches_it(
     assert [worker.signals for worker in workers] == [[signal.SIGINT]]
 
 
+@pytest.mark.slow
 def test_a_starting_worker_says_nothing_and_saves(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

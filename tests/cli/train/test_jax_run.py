@@ -193,6 +193,7 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(texts: Path, tmp_path
     assert_same_run(folder, finished)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
     stopped_by_ctrl_c(tmp_path / "run", "--backend", "jax", "--optimizer", "adamw", "--text", texts)
 

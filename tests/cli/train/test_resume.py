@@ -41,7 +41,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+QUICK = {"flora redrawn", "flora adaptive", "flora sketched in bfloat16", "adamw"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, options in CASES.items()
+    ],
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(texts: Path, tmp_path: Path, options: dict) -> None:
     config = fast_config(texts, **{"eval_every": 3, **options})
     assert_same(interrupt(config, tmp_path / "stopped", 3, 5), run(config, tmp_path / "whole"))
