@@ -285,6 +285,7 @@ def test_one_goes_on_where_two_stopped(one: dict[str, RunFolder], two: Session, 
     assert_close(RunFolder.open(tmp_path / name), one["flora"])
 
 
+@pytest.mark.slow
 def test_four_go_on_where_two_stopped(one: dict[str, RunFolder], two: Session, tmp_path: Path) -> None:
     """In the other way: each of the two is written once and read once."""
     ways = {"half": ("--fsdp",), "fsdp-half": ("--no-fsdp",)}
@@ -323,6 +324,7 @@ def test_who_is_left_says_so(two: Session) -> None:
     ) in two.said("killed")
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
     """The command of the README, and a signal to torchrun."""
     process = start(2, "-m", "floragrad", *job(tmp_path / "run", texts, "--fsdp", steps=400))
