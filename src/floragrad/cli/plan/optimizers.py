@@ -82,7 +82,7 @@ ROWS: Final[dict[OptimizerName, Row]] = {
 
 
 def why_not(name: OptimizerName, settings: PlanSettings) -> str | None:
-    """Why a row cannot be planned, in a line; None where it can."""
+    """Return the reason a row cannot be planned, in one line; None where it can."""
     row = ROWS[name]
     try:
         row.load()
