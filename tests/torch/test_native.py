@@ -269,6 +269,14 @@ def test_without_a_build_the_eager_code_runs_and_says_so(monkeypatch: pytest.Mon
     library._found.cache_clear()
 
 
+def test_kernels_of_another_version_are_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that lack a function that is called, as after an update of the sources alone."""
+    runtime, load = library._torch_library(), ctypes.CDLL
+    monkeypatch.setattr(library, "_torch_library", lambda: runtime)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: load(None))
+    assert library._found.__wrapped__() == library.OTHER_VERSION
+
+
 @pytest.mark.parametrize("is_loaded", [True, False])
 def test_a_split_installation_of_torch_is_taken(is_loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing lies beside torch: its library is the one that is loaded, or the eager code runs and says why."""

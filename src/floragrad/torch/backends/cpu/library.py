@@ -82,6 +82,7 @@ class Library(NamedTuple):
     fold: Callable[[Fold], None]
 
 
+OTHER_VERSION: Final = "the native kernels are of another version: install floragrad again"
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of parameters and gradients, as in ``rows.hpp``."""
 STATE_DTYPES: Final[dict[StateDtype, int]] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -127,7 +128,10 @@ def _found() -> Library | str:
     for name in instruction_sets():
         spec = find_spec(f"floragrad.torch.backends.cpu._{name}")
         if spec is not None and spec.origin is not None:
-            return _loaded(name, ctypes.CDLL(spec.origin), runtime)
+            try:
+                return _loaded(name, ctypes.CDLL(spec.origin), runtime)
+            except LookupError:
+                return OTHER_VERSION
     return "no native kernels were built: install floragrad where there is a C++ compiler"
 
 
@@ -144,14 +148,16 @@ def _torch_library() -> ctypes.CDLL | None:
 
 def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | str:
     def function(symbol: str, result: Any, *arguments: Any) -> Any:
-        found = getattr(kernels, f"floragrad_{symbol}")
+        found = getattr(kernels, f"floragrad_{symbol}", None)
+        if found is None:
+            raise LookupError(symbol)
         found.restype, found.argtypes = result, arguments
         return found
 
     step, fold, address = ctypes.POINTER(Step), ctypes.POINTER(Fold), ctypes.c_void_p
     sizes = [function(f"{each}_size", ctypes.c_int64)() for each in ("step", "fold")]
     if sizes != [ctypes.sizeof(Step), ctypes.sizeof(Fold)]:
-        return "the native kernels are of another version: install floragrad again"
+        return OTHER_VERSION
     parallel, number = (
         ctypes.cast(each, address).value for each in (runtime.GOMP_parallel, runtime.omp_get_thread_num)
     )
