@@ -1,8 +1,30 @@
-"""Models of the Hugging Face hub that neither training nor planning takes."""
+"""Configurations of the Hugging Face hub, and models that neither training nor planning takes."""
 
 from typing import Any
 
 from floragrad.cli.errors import UserError
+
+
+def find_config(name: str, model: str, allowed: str) -> Any:
+    """Read the configuration of a model, without executing code of its own.
+
+    Args:
+        name: The option that named the model, in messages.
+        model: A configuration file, a folder with one, or a name on the hub.
+        allowed: The files, folders and presets that are allowed, in words.
+
+    Raises:
+        UserError: There is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        refuse_remote_code(f"{name} {model}", error)
+        raise UserError(
+            f"{name} {model} is unknown: {allowed}, or the name of a model on a Hugging Face hub that can be reached"
+        ) from error
 
 
 def refuse_remote_code(name: str, error: Exception) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 
 from floragrad._checks import DEFAULT_RANK
 from floragrad.cli.errors import UserError
-from floragrad.cli.hub import refuse_quantized, refuse_remote_code
+from floragrad.cli.hub import find_config, refuse_quantized
 from floragrad.cli.plan.presets import MODELS
 from floragrad.torch.groups import widest_matrix
 
@@ -188,15 +188,8 @@ def find_model(model: str) -> PlannedModel:
     preset = MODELS.get(model)
     if preset is not None:
         return planned_model(AutoConfig.for_model(preset.model_type, **preset.numbers), model)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_remote_code(f"MODEL {model}", error)
-        raise UserError(
-            f"MODEL {model} is unknown: give a preset (floragrad plan --help lists them), a configuration file, a "
-            "folder with a config.json, or the name of a model on a Hugging Face hub that can be reached"
-        ) from error
-    return planned_model(config, model)
+    allowed = "give a preset (floragrad plan --help lists them), a configuration file, a folder with a config.json"
+    return planned_model(find_config("MODEL", model, allowed), model)
 
 
 def planned_model(config: Any, name: str) -> PlannedModel:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from floragrad.cli.errors import UserError
-from floragrad.cli.hub import refuse_quantized, refuse_remote_code
+from floragrad.cli.hub import find_config, refuse_quantized, refuse_remote_code
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train.architecture import llama_config
 from floragrad.cli.train.config import RunConfig
@@ -25,14 +25,8 @@ def model_config(config: RunConfig, vocab_size: int) -> Any:
     """
     if config.model in PRESETS:
         return llama_config(config, vocab_size)
-    try:
-        found = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_remote_code(f"--model {config.model}", error)
-        raise UserError(
-            f"--model {config.model} is unknown: choose one of {', '.join(PRESETS)}, a folder with a model's "
-            "config.json, or the name of a model on a Hugging Face hub that can be reached"
-        ) from error
+    allowed = f"choose one of {', '.join(PRESETS)}, a folder with a model's config.json"
+    found = find_config("--model", config.model, allowed)
     refuse_quantized(f"--model {config.model}", found)
     positions = getattr(found, "max_position_embeddings", None)
     if positions is not None and positions < config.sequence_length:
