@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +26,7 @@ from benchmarks.peers import stored_bytes
 from floragrad._text import format_bytes
 from floragrad.cli import machine
 from floragrad.cli.errors import DivergenceError
-from floragrad.cli.peers import state_tensors
+from floragrad.cli.peers import PEERS, Peer, state_tensors
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.display import Display
 from floragrad.cli.train.folder import RunFolder
@@ -50,7 +49,7 @@ class Study:
     Attributes:
         title: Of the page.
         job: Options of all runs; the others are the defaults of ``floragrad train``.
-        rows: Options of each row; ``"peer"`` is the library whose ``optim.AdamW8bit`` replaces the optimizer.
+        rows: Options of each row; ``"peer"`` is the one of :data:`PEERS` that replaces the optimizer.
         lrs: Learning rates to choose from on the first seed.
     """
 
@@ -69,8 +68,8 @@ STUDIES = {
         {
             **{f"Flora, {dtype}": {"state_dtype": dtype} for dtype in ("float32", "bfloat16", "int8", "int4")},
             "AdamW": {"optimizer": "adamw"},
-            "bitsandbytes AdamW8bit": {"optimizer": "adamw", "peer": "bitsandbytes"},
-            "torchao AdamW8bit": {"optimizer": "adamw", "peer": "torchao"},
+            "bitsandbytes AdamW8bit": {"optimizer": "adamw", "peer": "adamw-8bit"},
+            "torchao AdamW8bit": {"optimizer": "adamw", "peer": "adamw-8bit-torchao"},
         },
         (5e-4, 1e-3, 2e-3),
     ),
@@ -99,16 +98,16 @@ STUDIES = {
 
 
 class PeerEngine(TrainerEngine):
-    """The run of AdamW with the 8-bit AdamW of a library, on the same parameter groups and with its defaults."""
+    """The run of AdamW with another optimizer, on the same parameter groups."""
 
-    def __init__(self, peer: str, *given: Any) -> None:
+    def __init__(self, peer: Peer, *given: Any) -> None:
         super().__init__(*given)
-        self._peer, self.libraries = peer, (*TrainerEngine.libraries, peer)
+        self._peer, self.libraries = peer, (*TrainerEngine.libraries, peer.module.partition(".")[0])
 
     def optimizer(self) -> tuple[type[Optimizer], dict[str, Any]]:
-        """Return the library's class, with AdamW's groups."""
+        """Return the peer's class, with AdamW's groups."""
         _, settings = super().optimizer()
-        return import_module(f"{self._peer}.optim").AdamW8bit, {name: settings[name] for name in ("params", "lr")}
+        return self._peer.arguments(settings["params"], settings["lr"])
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -124,7 +123,9 @@ def run(name: str, options: Options, path: Path) -> dict[str, Any]:
     folder = RunFolder.open(path)
     if folder.summary() is None:
         try:
-            train(folder, Display(Console(), name, brief=True), start=partial(PeerEngine, peer) if peer else start)
+            train(
+                folder, Display(Console(), name, brief=True), start=partial(PeerEngine, PEERS[peer]) if peer else start
+            )
         except DivergenceError as error:
             folder.write_summary({"validation_loss": None, "diverged_at": error.step})
     curve = {line["step"]: line["validation_loss"] for line in folder.metrics() if "validation_loss" in line}
