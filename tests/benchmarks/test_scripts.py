@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import accumulation_fold, accumulation_memory, jax_step
 
 
 @pytest.fixture(autouse=True)
-def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.harness.PAUSE", 0)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
 def test_folds_are_timed_beside_the_sum(tmp_path: Path) -> None:

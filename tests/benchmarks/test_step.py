@@ -28,7 +28,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small")
 def test_every_run_ends_and_the_page_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step.MAKES, "torchao AdamW8bit", lambda groups: groups["no torchao"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     step.main(["--rounds", "2", "--threads", "1", "--out", str(tmp_path), "--raw", str(tmp_path)])
     page = (tmp_path / "step.md").read_text()
     for run in step.RUNS:
