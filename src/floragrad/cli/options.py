@@ -181,6 +181,11 @@ def kinds(annotation: Any) -> tuple[type, ...]:
     return (float, int) if annotation is float else (origin or annotation,)
 
 
+def needing(options: Mapping[str, Option], needed: str) -> list[Option]:
+    """Return the options that have no effect without another one."""
+    return [each for each in options.values() if needed in each.needs]
+
+
 def check_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
     """Refuse values that are not allowed; None is.
 

@@ -16,9 +16,9 @@ from floragrad.cli.compare.table import Best, as_json, as_markdown, show
 from floragrad.cli.disk import write_text
 from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.figures import Contestant, comparison_figure, save
-from floragrad.cli.options import check_values, option_name, options_of
+from floragrad.cli.options import check_values, needing, option_name, options_of
 from floragrad.cli.train import manifest
-from floragrad.cli.train.config import RunConfig, needing
+from floragrad.cli.train.config import OPTIONS, RunConfig
 from floragrad.cli.train.defaults import accumulator as default_accumulator
 from floragrad.cli.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest, blocked
@@ -51,9 +51,9 @@ class Plan(Grid):
         Raises:
             UserError: One of them is not allowed.
         """
-        foreign = [] if contestant["optimizer"] == "flora" else needing("optimizer")
+        foreign = [] if contestant["optimizer"] == "flora" else needing(OPTIONS, "optimizer")
         if default_accumulator({**self.options, **contestant}) != "flora":
-            foreign = foreign + needing("accumulator")
+            foreign = foreign + needing(OPTIONS, "accumulator")
         options = {name: value for name, value in self.options.items() if name not in {each.name for each in foreign}}
         return [
             replace(
@@ -114,11 +114,11 @@ def check_plan(plan: Plan) -> None:
     for name, values in several:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
-    for each in needing("optimizer"):
+    for each in needing(OPTIONS, "optimizer"):
         if each.name in plan.options and "flora" not in plan.optimizers:
             raise UserError(f"{option_name(each.name)} belongs to flora, which is not compared: leave it out")
     ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
-    for each in needing("accumulator"):
+    for each in needing(OPTIONS, "accumulator"):
         if each.name in plan.options and "flora" not in ways:
             raise UserError(
                 f"{option_name(each.name)} belongs to sketched gradients, which are not compared: leave it out"

@@ -1,16 +1,16 @@
 """Configuration of a run: every choice, resolved and checked before anything is read or written."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
-from floragrad.cli.options import Option, check_values, kinds, option, option_name, options_of
+from floragrad.cli.options import check_values, kinds, needing, option, options_of
 from floragrad.cli.presets import LEARNING_RATES, PRESETS
 from floragrad.cli.train import defaults
+from floragrad.cli.train.conflicts import check_conflicts, check_sharding
 from floragrad.policy import Projection, StateDtype
 
 MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
@@ -286,9 +286,9 @@ class RunConfig:
         """
         given = {name: value for name, value in given.items() if value is not None and value != ()}
         check_values(OPTIONS, given)
-        _check_conflicts(given)
+        check_conflicts(given, OPTIONS)
         if given.get("fsdp"):
-            _check_sharding(given.get("backend", "torch"), given.get("optimizer", "flora"))
+            check_sharding(given.get("backend", "torch"), given.get("optimizer", "flora"))
         derived = {name: each.derive(given) for name, each in OPTIONS.items() if each.derive is not None}
         config = cls(**{**derived, **given})
         if config.warmup_steps >= config.steps:
@@ -308,7 +308,7 @@ class RunConfig:
         given = {name: value for name, value in given.items() if value is not None}
         check_values(OPTIONS, given)
         if fsdp:
-            _check_sharding(self.backend, self.optimizer)
+            check_sharding(self.backend, self.optimizer)
         return replace(self, **given)
 
     @property
@@ -336,7 +336,9 @@ class RunConfig:
 
     def keywords(self, needed: str) -> dict[str, Any]:
         """Return the arguments of Flora (``"optimizer"``) or of its accumulator (``"accumulator"``), seed included."""
-        chosen = {each.keyword: getattr(self, each.name) for each in needing(needed) if each.keyword is not None}
+        chosen = {
+            each.keyword: getattr(self, each.name) for each in needing(OPTIONS, needed) if each.keyword is not None
+        }
         return {**chosen, "seed": self.seed}
 
     def to_json(self) -> str:
@@ -364,65 +366,9 @@ class RunConfig:
 OPTIONS: Final = options_of(RunConfig)
 
 
-def needing(needed: str) -> list[Option]:
-    """Return the options that have no effect without another one."""
-    return [each for each in OPTIONS.values() if needed in each.needs]
-
-
 def _check_types(config: RunConfig) -> None:
     """Find a field that holds another type than it is declared with."""
     for name, declared in get_type_hints(RunConfig).items():
         allowed, value = kinds(declared), getattr(config, name)
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise TypeError(f"{name} is {value!r}")
-
-
-def _check_sharding(backend: str, optimizer: str) -> None:
-    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole."""
-    if backend == "jax":
-        raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
-    if optimizer == "adafactor":
-        raise UserError(
-            "--fsdp gives each process a part of every tensor, and Hugging Face's Adafactor takes whole ones only: "
-            "choose --optimizer flora or adamw, or leave --fsdp out"
-        )
-
-
-def _check_conflicts(given: Mapping[str, Any]) -> None:
-    if given.get("backend") == "jax":
-        if given.get("model", "tiny") not in PRESETS:
-            raise UserError(
-                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "
-                "none of them: choose one, or leave --backend out"
-            )
-        if "release" in given:
-            raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
-    if "text" in given and "dataset" in given:
-        raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
-    for each in needing("dataset"):
-        if each.name in given and "dataset" not in given:
-            raise UserError(
-                f"{option_name(each.name)} belongs to --dataset, which is not given: add it, or leave it out"
-            )
-    if "vocab_size" in given and given.get("model", "tiny") not in PRESETS:
-        raise UserError(
-            f"--vocab-size does not apply to --model {given['model']}, which has a tokenizer of its own: leave it out"
-        )
-    optimizer = given.get("optimizer", "flora")
-    for each in needing("optimizer"):
-        if each.name in given and optimizer != "flora":
-            raise UserError(
-                f"{option_name(each.name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
-            )
-    if given.get("accumulator", "none") != "none" and given.get("accumulate", 1) == 1:
-        raise UserError(
-            f"--accumulator {given['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
-            "is 1: give --accumulate 2 or more, or leave it out"
-        )
-    accumulator = defaults.accumulator(given)
-    for each in needing("accumulator"):
-        if each.name in given and accumulator != "flora":
-            raise UserError(
-                f"{option_name(each.name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
-                "give --accumulator flora and --accumulate 2 or more"
-            )

@@ -1,0 +1,73 @@
+"""Options of a run that contradict each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from floragrad.cli.errors import UserError
+from floragrad.cli.options import Option, needing, option_name
+from floragrad.cli.presets import PRESETS
+from floragrad.cli.train import defaults
+
+
+def check_sharding(backend: str, optimizer: str) -> None:
+    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole.
+
+    Raises:
+        UserError: The backend or the optimizer does not.
+    """
+    if backend == "jax":
+        raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
+    if optimizer == "adafactor":
+        raise UserError(
+            "--fsdp gives each process a part of every tensor, and Hugging Face's Adafactor takes whole ones only: "
+            "choose --optimizer flora or adamw, or leave --fsdp out"
+        )
+
+
+def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        given: The values that were given, by name.
+        options: All options of a run.
+
+    Raises:
+        UserError: Two of them do, with the remedy.
+    """
+    if given.get("backend") == "jax":
+        if given.get("model", "tiny") not in PRESETS:
+            raise UserError(
+                f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "
+                "none of them: choose one, or leave --backend out"
+            )
+        if "release" in given:
+            raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
+    if "text" in given and "dataset" in given:
+        raise UserError("--text and --dataset are both given, and a run reads one of them: leave one out")
+    for each in needing(options, "dataset"):
+        if each.name in given and "dataset" not in given:
+            raise UserError(
+                f"{option_name(each.name)} belongs to --dataset, which is not given: add it, or leave it out"
+            )
+    if "vocab_size" in given and given.get("model", "tiny") not in PRESETS:
+        raise UserError(
+            f"--vocab-size does not apply to --model {given['model']}, which has a tokenizer of its own: leave it out"
+        )
+    optimizer = given.get("optimizer", "flora")
+    for each in needing(options, "optimizer"):
+        if each.name in given and optimizer != "flora":
+            raise UserError(
+                f"{option_name(each.name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
+            )
+    if given.get("accumulator", "none") != "none" and given.get("accumulate", 1) == 1:
+        raise UserError(
+            f"--accumulator {given['accumulator']} gathers the gradients of several micro-batches, and --accumulate "
+            "is 1: give --accumulate 2 or more, or leave it out"
+        )
+    accumulator = defaults.accumulator(given)
+    for each in needing(options, "accumulator"):
+        if each.name in given and accumulator != "flora":
+            raise UserError(
+                f"{option_name(each.name)} belongs to --accumulator flora, and this is {accumulator}: leave it out, or "
+                "give --accumulator flora and --accumulate 2 or more"
+            )
