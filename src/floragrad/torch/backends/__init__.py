@@ -7,8 +7,8 @@ from torch import Tensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends import eager
-from floragrad.torch.backends.cpu import step as cpu
-from floragrad.torch.backends.triton import step as triton
+from floragrad.torch.backends.cpu import step as cpu_step
+from floragrad.torch.backends.triton import step as triton_step
 from floragrad.torch.context import ParamUpdate
 from floragrad.torch.part import Part, Passes
 
@@ -33,7 +33,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[tuple[Backend, ...]] = (triton, cpu, eager)
+BACKENDS: Final[tuple[Backend, ...]] = (triton_step, cpu_step, eager)
 """Backends by priority; the last supports every tensor."""
 
 

@@ -63,6 +63,7 @@ class Library(NamedTuple):
         normalise: Of some steps: the update of a factored second moment from its sums.
         direction: Of some steps: ‖D‖².
         apply: Of some steps: the update of momentum and parameter.
+        all_passes: Of some steps of whole tensors: the four above, tensor after tensor.
         power_iteration: One power iteration of one step.
         fold_bytes: Scratch bytes of a fold.
         fold: Fold of a gradient into a sketch.
@@ -77,6 +78,7 @@ class Library(NamedTuple):
     normalise: Callable[[Any, int], None]
     direction: Callable[[Any, int], None]
     apply: Callable[[Any, int], None]
+    all_passes: Callable[[Any, int], None]
     power_iteration: Callable[[Step, int, int], None]
     fold_bytes: Callable[[Fold], int]
     fold: Callable[[Fold], None]
@@ -173,6 +175,7 @@ def _loaded(name: str, kernels: ctypes.CDLL, runtime: ctypes.CDLL) -> Library | 
         normalise=function("normalise", None, step, ctypes.c_int64),
         direction=function("direction", None, step, ctypes.c_int64),
         apply=function("apply", None, step, ctypes.c_int64),
+        all_passes=function("all_passes", None, step, ctypes.c_int64),
         power_iteration=function("power_iteration", None, step, address, address),
         fold_bytes=function("fold_bytes", ctypes.c_int64, fold),
         fold=function("fold", None, fold),

@@ -45,6 +45,15 @@ EXPORT void floragrad_direction(const Step* steps, int64_t count) {
 EXPORT void floragrad_apply(const Step* steps, int64_t count) {
   for_each_step(steps, count, [](const TensorStep& step) { step.apply(); });
 }
+// All passes of a whole tensor, then those of the next; they may share what is kept between passes.
+EXPORT void floragrad_all_passes(const Step* steps, int64_t count) {
+  for_each_step(steps, count, [](const TensorStep& step) {
+    step.statistics();
+    step.normalise();
+    step.direction();
+    step.apply();
+  });
+}
 
 // One power iteration of a step that learns its weights.
 EXPORT void floragrad_power_iteration(const Step* step, const float* learner, float* product) {

@@ -25,9 +25,6 @@ from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.scheduling import step_size
 from floragrad.torch.validation import increment_versions, is_plain
 
-BATCH_ELEMENTS: Final = 2**16
-"""Elements of small tensors that are stepped together, few enough to stay in the cache from pass to pass."""
-
 _MOMENTA: Final[dict[Momentum, int]] = {"none": 0, "whole": 1, "sketch": 2}
 
 _KEYS: Final = {
@@ -69,43 +66,55 @@ def supports(update: ParamUpdate) -> bool:
 
 
 def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
-    """Yield the passes of small tensors in batches, of others one by one; :func:`supports` is true for each."""
-    for batch in _batches(updates):
-        kernels = library()
-        assert kernels is not None
-        yield _step(batch, kernels)
+    """Yield the passes of whole tensors, shards, and tensors that learn weights; :func:`supports` is true for each.
+
+    All share one scratch buffer: a pass leaves nothing there for the next.
+    """
+    kernels = library()
+    if kernels is None or not updates:
+        return
+    steps = [_described(update, kernels) for update in updates]
+    scratch = torch.empty(max(map(kernels.scratch_bytes, steps)), dtype=torch.uint8, device="cpu")
+    pairs = list(zip(updates, steps, strict=True))
+    learning = [pair for pair in pairs if pair[0].ctx.learns_weights]
+    others = [pair for pair in pairs if not pair[0].ctx.learns_weights]
+    for pair in learning:
+        yield _interleaved([pair], scratch, kernels)
+    if whole := [pair for pair in others if not pair[0].ctx.part.split]:
+        yield _consecutive(whole, scratch, kernels)
+    if shards := [pair for pair in others if pair[0].ctx.part.split]:
+        yield _interleaved(shards, scratch, kernels)
 
 
-def _batches(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
-    """Yield batches of small tensors; tensors that learn weights, and large ones, alone."""
-    batch: list[ParamUpdate] = []
-    elements = 0
-    for update in updates:
-        size = BATCH_ELEMENTS if update.ctx.learns_weights else update.param.numel()
-        if batch and elements + size > BATCH_ELEMENTS:
-            yield batch
-            batch, elements = [], 0
-        batch.append(update)
-        elements += size
-    if batch:
-        yield batch
+def _consecutive(pairs: Sequence[tuple[ParamUpdate, Step]], scratch: Tensor, kernels: Library) -> Passes:
+    """Run all passes of a whole tensor, then those of the next: a tensor stays in the cache, and Python out of it."""
+    updates, steps = zip(*pairs, strict=True)
+    kept = torch.empty(max(map(kernels.kept_bytes, steps)), dtype=torch.uint8, device="cpu")
+    if _is_fake(updates):
+        return
+    for step, update in zip(steps, updates, strict=True):
+        step.kept, step.scratch = kept.data_ptr(), scratch.data_ptr()
+        _set_sizes(step, update, _square_norm(update))
+    kernels.all_passes((Step * len(steps))(*steps), len(steps))
+    increment_versions(update.param for update in updates)
+    yield from ()
 
 
-def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Passes:
-    """Run the passes of some tensors, which share scratch; one that learns weights comes alone."""
-    given = (Step * len(updates))(*(_described(update, kernels) for update in updates))
-    sizes = list(map(kernels.kept_bytes, given))
+def _interleaved(pairs: Sequence[tuple[ParamUpdate, Step]], scratch: Tensor, kernels: Library) -> Passes:
+    """Run each pass over all tensors; one that learns weights comes alone."""
+    updates, steps = zip(*pairs, strict=True)
+    sizes = list(map(kernels.kept_bytes, steps))
     kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
-    scratch = torch.empty(max(map(kernels.scratch_bytes, given)), dtype=torch.uint8, device="cpu")
-    if any(isinstance(update.param, FakeTensor) for update in updates):
-        return  # its memory has been counted
+    if _is_fake(updates):
+        return
+    given = (Step * len(steps))(*steps)
     first, shares = 0, []
     for each, update, size in zip(given, updates, sizes, strict=True):
         each.kept, each.scratch = kept.data_ptr() + first, scratch.data_ptr()
         if update.ctx.part.split:
             shares.append(_shares(update.ctx, kept[first : first + size]))
         first += size
-    norms = [pure.square_norm(each.param) if each.ctx.group["scale_parameter"] else None for each in updates]
+    norms = list(map(_square_norm, updates))
     kernels.statistics(given, len(given))
     norm_shares = [each.ctx.shard_sum(norm) for each, norm in zip(updates, norms, strict=True) if norm is not None]
     yield norm_shares + [share for statistics, _ in shares for share in statistics]
@@ -124,11 +133,26 @@ def _step(updates: Sequence[ParamUpdate], kernels: Library) -> Passes:
     kernels.direction(given, len(given))
     yield [square for _, square in shares]
     for each, update, norm in zip(given, updates, norms, strict=True):
-        ctx = update.ctx
-        alpha = step_size(ctx.group, ctx.step, 0.0 if norm is None else sqrt(float(norm) / ctx.numel))
-        each.keep, each.size = 1 - alpha * ctx.group["weight_decay"], alpha * ctx.sign
+        _set_sizes(each, update, norm)
     kernels.apply(given, len(given))
     increment_versions(update.param for update in updates)
+
+
+def _is_fake(updates: Sequence[ParamUpdate]) -> bool:
+    """Return whether only memory is counted, which has been allocated by then."""
+    return any(isinstance(update.param, FakeTensor) for update in updates)
+
+
+def _square_norm(update: ParamUpdate) -> Tensor | None:
+    """Return ‖W‖² of the local part, where the step is in its units."""
+    return pure.square_norm(update.param) if update.ctx.group["scale_parameter"] else None
+
+
+def _set_sizes(step: Step, update: ParamUpdate, square_norm: Tensor | None) -> None:
+    """Set the factors of the parameter and of its update, from ‖W‖² of the whole tensor."""
+    ctx = update.ctx
+    alpha = step_size(ctx.group, ctx.step, 0.0 if square_norm is None else sqrt(float(square_norm) / ctx.numel))
+    step.keep, step.size = 1 - alpha * ctx.group["weight_decay"], alpha * ctx.sign
 
 
 def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
