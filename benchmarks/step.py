@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks import harness, peers
 from benchmarks.harness import Ratio, Timed
-from benchmarks.peers import COPY, FLORA_OPT, FUSED, HF_ADAFACTOR, LR, PEERS, TORCH_ADAFACTOR, Group, Make
+from benchmarks.peers import COPY, FLORA_OPT, FUSED, HF_ADAFACTOR, LR, MUON, PEERS, TORCH_ADAFACTOR, Group, Make
 from floragrad import Flora, param_groups
 from floragrad._text import format_bytes
 from floragrad.cli.plan.models import find_model
@@ -119,7 +119,12 @@ RUNS: Final = (
     Run(GOALS_RUN, LAYERS, (*_COMPARED, *tuple(OURS)[:8])),
     Run(RESAMPLE_RUN, LAYERS, (INT8, f"{INT8}, resampling", ADAPTIVE, f"{ADAPTIVE}, resampling")),
     Run(RANKS_RUN, LAYERS, [ranked(rank) for rank in RANKS]),
-    Run("GPT-2 small's layers, peers", LAYERS, [name for name in PEERS if name not in (FUSED, *_COMPARED)], rounds=5),
+    Run(
+        "GPT-2 small's layers, peers",
+        LAYERS,
+        [name for name in PEERS if name not in (FUSED, MUON, *_COMPARED)],
+        rounds=5,
+    ),
     Run("GPT-2 small's layers, one thread", LAYERS, _DTYPES, threads=1),
     Run("GPT-2 small's layers, bfloat16 parameters", LAYERS, _DTYPES, torch.bfloat16),
     *(Run(f"GPT-2's layers, width {width}", f"{LAYERS} {width}", (INT8, FLOAT32)) for width in (256, 512, 1024)),
