@@ -22,6 +22,9 @@ compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table an
 bench: $(BENCH_READY)  ## a step's time, state and temporaries beside every peer's; leave the machine alone meanwhile
 	$(BENCH_VENV)/bin/python -m benchmarks.step
 
+# The bytecode of torch, transformers and JAX is kept, or every process that a test starts compiles them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A file's tests run in one process, which makes their fixtures and compiles JAX's programs once.
 PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 

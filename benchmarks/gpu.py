@@ -183,7 +183,7 @@ class _Released:
 def _models(tiny: bool) -> Iterator[tuple[str, list[tuple[int, ...]], torch.dtype]]:
     """Yield names, shapes of all tensors, and the dtype of their weights."""
     if tiny:
-        yield "tiny layers", [(12, 40), (12, 40), (40,)], torch.bfloat16
+        yield "tiny layers", [(12, 40), (40,)], torch.bfloat16
         return
     for name, width, inner, layers, gated, dtype in (
         ("GPT-2 small, layers", 768, 3072, 12, False, torch.float32),
@@ -256,7 +256,7 @@ def _prepared(
         for kind in ("matrix", "vector")
     ]
     (optimizer,) = make(groups)
-    for _ in range(2 if report.tiny else 4):
+    for _ in range(1 if report.tiny else 4):
         optimizer.step()
     report.synchronize()
     state = {id(value): value for each in optimizer.state.values() for value in _tensors(each)}
@@ -332,10 +332,10 @@ def peak(report: Report) -> None:
     if report.tiny:
         sizes = {
             "tiny Llama": transformers.LlamaConfig(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=256
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, vocab_size=32
             )
         }
-    sequence = 32 if report.tiny else 1024
+    sequence = 8 if report.tiny else 1024
     for name, config in sizes.items():
         rows = {"adamw": False, "flora": False, "flora+release": True}
         with _native(report):

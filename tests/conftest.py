@@ -1,5 +1,6 @@
 """What every test process has in common."""
 
+import gc
 import os
 import signal
 import warnings
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOWEST.index(folder) if folder in SLOWEST else len(SLOWEST)
 
     items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt from garbage collection what is imported by now: accelerate collects all of it in each run, in seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
