@@ -4,16 +4,14 @@ Every peer is a function of parameter groups with a ``kind``, as :func:`floragra
 the optimizers that are stepped, in order. A peer's package is imported when it is made.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from floragrad.cli import peers
-from floragrad.cli.peers import Peer
+from floragrad.cli.peers import Peer, stored_bytes
 
 LR: Final = 1e-4
 RANK: Final = 128
@@ -53,8 +51,6 @@ def _muon(groups: list[Group]) -> list[Any]:
     return [torch.optim.Muon(hidden, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)]
 
 
-_ADAFACTOR: Final = peers.PEERS["adafactor"]
-
 FUSED: Final = "torch AdamW, fused"
 """The reference of all step times."""
 COPY: Final = "copy of as many bytes"
@@ -72,12 +68,12 @@ PEERS: Final[dict[str, Make]] = {
     COPY: lambda groups: [Copy(groups)],
     FUSED: _make(peers.PEERS["adamw"]),
     TORCH_ADAFACTOR: _torch("Adafactor"),
-    HF_ADAFACTOR: _make(replace(_ADAFACTOR, options={**_ADAFACTOR.options, "beta1": None})),
+    HF_ADAFACTOR: _make(peers.PEERS["adafactor-none"]),
     FLORA_OPT: _make(Peer("flora_opt.optimizers.torch.flora", "Flora", {"rank": RANK, "beta1": 0.9})),
     "torch SGD, fused": _torch("SGD", fused=True),
     "torch AdamW, foreach": _torch("AdamW", foreach=True),
     "torch AdamW, loop": _torch("AdamW", foreach=False),
-    "Hugging Face Adafactor, momentum": _make(_ADAFACTOR),
+    "Hugging Face Adafactor, momentum": _make(peers.PEERS["adafactor"]),
     GALORE: _make(peers.PEERS["galore"]),
     APOLLO: _make(peers.PEERS["apollo"]),
     "apollo-torch APOLLO-Mini, rank 1": _make(peers.PEERS["apollo-mini"]),
@@ -110,39 +106,3 @@ def state_bytes(optimizers: Iterable[Any], apart: Iterable[Tensor] = ()) -> int:
     """
     # A parameter is the key of its state.
     return stored_bytes([list(optimizer.state.values()) for optimizer in optimizers], apart)
-
-
-def stored_bytes(value: Any, apart: Iterable[Tensor] = ()) -> int:
-    """Return the bytes of the storages that a value leads to, each storage once.
-
-    Args:
-        value: Mappings, sequences, objects with attributes (a projector with its matrix) and tensors that wrap others
-            (codes with their scales) are searched.
-        apart: Tensors whose storages do not count.
-    """
-    apart = list(apart)
-    elsewhere = {tensor.untyped_storage().data_ptr() for tensor in apart}
-    storages = [tensor.untyped_storage() for tensor in _tensors(value, {id(tensor) for tensor in apart})]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for address, size in sizes.items() if address not in elsewhere)
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the plain tensors that a value leads to."""
-    if id(value) in seen or isinstance(value, (type, torch.Generator)):
-        return
-    seen.add(id(value))
-    inside: Iterable[Any] = ()
-    if isinstance(value, Tensor):
-        if not is_traceable_wrapper_subclass(value):
-            yield value
-            return
-        inside = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-    elif isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        inside = value
-    elif hasattr(value, "__dict__") and not callable(value):
-        inside = vars(value).values()
-    for each in inside:
-        yield from _tensors(each, seen)

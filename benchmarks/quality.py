@@ -12,26 +12,21 @@ can share the work.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
-from torch.optim import Optimizer
 
 from benchmarks import harness
-from benchmarks.peers import stored_bytes
 from floragrad._text import format_bytes
 from floragrad.cli import machine
 from floragrad.cli.errors import DivergenceError
-from floragrad.cli.peers import PEERS, Peer, state_tensors
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.display import Display
 from floragrad.cli.train.folder import RunFolder
-from floragrad.cli.train.run import begin, start, train
-from floragrad.cli.train.trainer import TrainerEngine
+from floragrad.cli.train.run import begin, train
 
 SEEDS = (0, 1, 2)
 Options = Mapping[str, Any]
@@ -49,7 +44,7 @@ class Study:
     Attributes:
         title: Of the page.
         job: Options of all runs; the others are the defaults of ``floragrad train``.
-        rows: Options of each row; ``"peer"`` is the one of :data:`PEERS` that replaces the optimizer.
+        rows: Options of each row.
         lrs: Learning rates to choose from on the first seed.
     """
 
@@ -68,8 +63,8 @@ STUDIES = {
         {
             **{f"Flora, {dtype}": {"state_dtype": dtype} for dtype in ("float32", "bfloat16", "int8", "int4")},
             "AdamW": {"optimizer": "adamw"},
-            "bitsandbytes AdamW8bit": {"optimizer": "adamw", "peer": "adamw-8bit"},
-            "torchao AdamW8bit": {"optimizer": "adamw", "peer": "adamw-8bit-torchao"},
+            "bitsandbytes AdamW8bit": {"optimizer": "adamw-8bit"},
+            "torchao AdamW8bit": {"optimizer": "adamw-8bit-torchao"},
         },
         (5e-4, 1e-3, 2e-3),
     ),
@@ -97,35 +92,14 @@ STUDIES = {
 }
 
 
-class PeerEngine(TrainerEngine):
-    """The run of AdamW with another optimizer, on the same parameter groups."""
-
-    def __init__(self, peer: Peer, *given: Any) -> None:
-        super().__init__(*given)
-        self._peer, self.libraries = peer, (*TrainerEngine.libraries, peer.module.partition(".")[0])
-
-    def optimizer(self) -> tuple[type[Optimizer], dict[str, Any]]:
-        """Return the peer's class, with AdamW's groups."""
-        _, settings = super().optimizer()
-        return self._peer.arguments(settings["params"], settings["lr"])
-
-    @property
-    def optimizer_state_bytes(self) -> int:
-        """Count the storages of the state, also those inside tensor subclasses."""
-        return stored_bytes(list(state_tensors(self._optimizer)))
-
-
 def run(name: str, options: Options, path: Path) -> dict[str, Any]:
     """Train a run unless it is finished; return its summary with the validation losses by step."""
-    peer = options.get("peer")
     if not path.is_dir():
-        begin(RunConfig.resolve(**{key: value for key, value in options.items() if key != "peer"}), path)
+        begin(RunConfig.resolve(**options), path)
     folder = RunFolder.open(path)
     if folder.summary() is None:
         try:
-            train(
-                folder, Display(Console(), name, brief=True), start=partial(PeerEngine, PEERS[peer]) if peer else start
-            )
+            train(folder, Display(Console(), name, brief=True))
         except DivergenceError as error:
             folder.write_summary({"validation_loss": None, "diverged_at": error.step})
     curve = {line["step"]: line["validation_loss"] for line in folder.metrics() if "validation_loss" in line}

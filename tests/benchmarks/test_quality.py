@@ -10,7 +10,7 @@ from floragrad.cli.plan.closed_form import closed_form
 from floragrad.cli.plan.result import PlanSettings
 from tests.cli.train.support import FAST, newest, write_texts
 
-ROWS = {"Flora": {}, "AdamW": {"optimizer": "adamw"}, "peer": {"optimizer": "adamw", "peer": "adamw-8bit"}}
+ROWS = {"Flora": {}, "AdamW": {"optimizer": "adamw"}, "peer": {"optimizer": "adamw-8bit"}}
 
 
 @pytest.fixture

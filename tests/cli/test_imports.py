@@ -11,7 +11,10 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (SOURCE / "floragrad").rglob("*.py")
 }
-ROOT = "app", "disk", "errors", "figures", "hub", "machine", "options", "peers", "presets"
+ROOT = (
+    *("app", "combined", "disk", "errors", "figures", "hub"),
+    *("machine", "methods", "options", "peers", "presets", "rivals"),
+)
 """What the commands share."""
 
 

@@ -1,10 +1,13 @@
 """The pictures: one run's loss, and a comparison's losses and optimizer states."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -12,8 +15,12 @@ from floragrad._text import format_bytes
 from floragrad.cli.disk import whole_file
 
 COLOURS = {"flora": "#1b7f4d", "adamw": "#c4572e", "adafactor": "#4464ad"}
+OTHER_COLOURS = [matplotlib.colormaps["tab20"](index) for index in range(20)]
+"""Of other methods, in turn."""
 LINES = {"flora": "-", "exact": "--", "none": ":"}
 """By accumulator, where gradients are gathered."""
+MOST_UPRIGHT = 4
+"""Beyond so many bars their names are written from bottom to top."""
 SMOOTHING = 0.95
 DOTS_PER_INCH = 150
 
@@ -33,12 +40,12 @@ def run_figure(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Drawn:
     """One line of a comparison's picture.
 
     Attributes:
         label: Its name.
-        optimizer: Which colour it has.
+        method: Which colour it has.
         accumulator: Which line it has.
         metrics: Of one run.
         state_bytes: Measured bytes of the optimizer's state.
@@ -46,20 +53,21 @@ class Contestant:
     """
 
     label: str
-    optimizer: str
+    method: str
     accumulator: str
     metrics: Sequence[Mapping[str, Any]]
     state_bytes: int
     accumulation_bytes: int
 
 
-def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
+def comparison_figure(contestants: Sequence[Drawn], title: str) -> Figure:
     """Each contestant's losses over the steps, and beside them a bar of its state between micro-batches."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
     gathers = any(each.accumulation_bytes for each in contestants)
-    for each in contestants:
-        colour, line = COLOURS[each.optimizer], LINES[each.accumulator] if gathers else "-"
+    colours = _colours(contestants)
+    for each, colour in zip(contestants, colours, strict=True):
+        line = LINES[each.accumulator] if gathers else "-"
         steps, values = _points(each.metrics, "loss")
         losses.plot(steps, _smoothed(values), line, color=colour, alpha=0.35, linewidth=1)
         points = _points(each.metrics, "validation_loss")
@@ -67,7 +75,6 @@ def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
     losses.set_title("validation loss (dots), training loss (pale)", loc="left", fontsize=10)
     _finish(losses)
     names = [each.label.replace(", ", ",\n") for each in contestants]
-    colours = [COLOURS[each.optimizer] for each in contestants]
     states = [each.state_bytes for each in contestants]
     totals = [each.state_bytes + each.accumulation_bytes for each in contestants]
     drawn = bars.bar(names, [size / 1e6 for size in states], color=colours)
@@ -77,11 +84,21 @@ def comparison_figure(contestants: Sequence[Contestant], title: str) -> Figure:
     bars.bar_label(drawn, [format_bytes(size) for size in totals], fontsize=9, padding=2)
     what = "optimizer state, and gathered gradients (pale)" if gathers else "optimizer state, measured"
     bars.set_title(what, loc="left", fontsize=10)
-    bars.tick_params(axis="x", labelsize=8)
+    bars.tick_params(axis="x", labelsize=8, labelrotation=90 if len(contestants) > MOST_UPRIGHT else 0)
     bars.set_ylabel("MB")
     bars.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def _colours(contestants: Sequence[Drawn]) -> list[Any]:
+    """Return a colour for each: the method's own where no other contestant has it, else the next free one."""
+    others, found = cycle(OTHER_COLOURS), []
+    known = Counter((each.method, each.accumulator) for each in contestants)
+    for each in contestants:
+        own = COLOURS.get(each.method) if known[each.method, each.accumulator] == 1 else None
+        found.append(own or next(others))
+    return found
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -30,20 +30,5 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class LearningRates:
-    """One optimizer's default learning rates: of hidden matrices, and of the embedding and output head."""
-
-    lr: float
-    embedding_lr: float
-
-
-LEARNING_RATES = {
-    "flora": LearningRates(1e-3, 1e-2),
-    "adamw": LearningRates(1e-3, 1e-2),
-    "adafactor": LearningRates(1e-3, 1e-2),
-}
-"""The best of the grid in docs/training.md, on the default job. The keys are the optimizers there are."""
-
 FINE_TUNING_LEARNING_RATE = 5e-5
 """The default for a model given by name or folder, whose weights are trained already (transformers' own)."""

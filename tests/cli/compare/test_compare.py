@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -7,19 +8,28 @@ from rich.console import Console
 
 from floragrad.cli.compare import compare as comparison
 from floragrad.cli.compare.compare import Plan, begin, compare
-from floragrad.cli.compare.table import difference
+from floragrad.cli.compare.picture import picture, state_figure
+from floragrad.cli.compare.table import Best, difference
 from floragrad.cli.errors import StoppedError, UserError
+from floragrad.cli.train import adopt
+from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.folder import RunFolder, new_folder
 from tests.cli.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
 
 QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
 
 
-def plan(texts: Path, *optimizers: str, **changes: Any) -> Plan:
+def plan(texts: Path, *methods: str, **changes: Any) -> Plan:
     options = {**QUICK, "text": (str(texts),), **changes.pop("options", {})}
     values = {"accumulators": None, "seeds": (0,), "lrs": None, "embedding_lrs": None}
     values |= {"options": options, "command": "floragrad compare"}
-    return Plan(optimizers=optimizers, **{**values, **changes})
+    return Plan(methods=methods, **{**values, **changes})
+
+
+def cells(lines: list[str], number: int) -> dict[str, str]:
+    """A line of the Markdown table, by the heads of the columns."""
+    heads, row = ([cell.strip() for cell in lines[each].strip("|").split("|")] for each in (0, number))
+    return dict(zip(heads, row, strict=True))
 
 
 def done(plan: Plan, out: Path) -> dict[str, Any]:
@@ -74,6 +84,137 @@ def test_a_row_says_what_its_runs_say(texts: Path, tmp_path: Path, here: Here) -
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_state_of_hidden_matrices_has_a_column(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    methods = ("adamw", "flora-full", "flora-none", "sinkgd")
+    rows = done(plan(texts, *methods, options={"vocabulary": "shared"}), out)["rows"]
+    kept = {row["label"]: row["bytes_per_hidden_parameter"] for row in rows}
+    assert kept["adamw"] == pytest.approx(8, abs=1e-3)
+    assert 4 < kept["flora-full"] < 4.1
+    assert 0 < kept["flora-none"] < 0.1
+    assert kept["sinkgd"] == 0
+    lines = (out / "table.md").read_text().splitlines()
+    assert [cells(lines, number)["state / hidden parameter"] for number in (2, 5)] == ["8 B", "0 B"]
+    assert (out / "state.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_are_compared_with_each_other(texts: Path, tmp_path: Path, here: Here) -> None:
+    settings = ("ratio=2,4", "state_dtype=int8,float32")
+    made = plan(texts, "flora", "flora-full", "adamw", set=settings, options={"vocabulary": "shared"})
+    assert [contestant.get("set", ()) for contestant in made.contestants] == [
+        *((f"ratio={ratio}", f"state_dtype={dtype}") for ratio in (2, 4) for dtype in ("int8", "float32")),
+        *[()] * 2,
+    ]
+    out = tmp_path / "out"
+    table = done(made, out)
+    kept = {row["label"]: row["bytes_per_hidden_parameter"] for row in table["rows"]}
+    assert list(kept)[:2] == ["flora ratio=2 state_dtype=int8", "flora ratio=2 state_dtype=float32"]
+    assert len({row["validation_loss"] for row in table["rows"]}) == 6
+    assert kept["flora ratio=4 state_dtype=float32"] < 0.6 * kept["flora ratio=2 state_dtype=float32"]
+    assert len(here.titles) == made.runs == 6
+
+
+def test_a_factor_multiplies_each_methods_own_rate(texts: Path) -> None:
+    made = plan(texts, "flora", "racs", lr_factors=(0.5, 2.0))
+    assert [[config.lr for config in made.grid(each)] for each in made.contestants] == [[5e-4, 2e-3], [1e-2, 4e-2]]
+
+
+def test_a_method_that_is_not_installed_has_a_row_that_says_how(
+    texts: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    made = plan(texts, "gefen", "adamw", seeds=(0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("floragrad.cli.peers.find_spec", lambda name: None if name == "gefen" else name)
+        table = done(made, out)
+        assert made.runs == len(here.titles) == 2
+    missing, adamw = table["rows"]
+    assert (missing["validation_loss"], adamw["validation_loss"] is None) == (None, False)
+    assert missing["remedy"] == "pip install 'floragrad[rivals]'"
+    assert (
+        "| gefen | 0.001 | 0.01 | not installed: pip install 'floragrad[rivals]' | – |"
+        in (out / "table.md").read_text()
+    )
+    assert {tried["label"] for tried in table["grid"]} == {"adamw"}
+
+
+def test_a_comparison_of_an_earlier_version_goes_on(texts: Path, tmp_path: Path) -> None:
+    made = plan(texts, "adamw")
+    out = tmp_path / "out"
+    begin(made, out)
+    values = read_json(out / "comparison.json")
+    names = ("methods", "set", "lr_factors")
+    older = {name: value for name, value in values.items() if name not in names}
+    (out / "comparison.json").write_text(json.dumps({"optimizers": values["methods"], **older}))
+    (out / "manifest.json").unlink()
+    adopt.adopt(out)
+    assert Plan.load(out) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lrs": (1.0,), "lr_factors": (2.0,)}, "--lrs and --lr-factors are both given: leave one out"),
+        ({"lr_factors": (0.0,)}, "--lr-factors is 0.0: give a number above 0"),
+        ({"set": ("beta1=0.5,none",)}, "--set beta1 belongs to flora, which is not compared: leave it out"),
+        ({"set": ("beta=0.5",)}, "--set beta is no option of Flora"),
+    ],
+    ids=str,
+)
+def test_an_impossible_comparison_is_refused(
+    texts: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        begin(plan(texts, "adamw", "flora-none", **changes), tmp_path / "out")
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def best(method: str, loss: float, state: int, *settings: str) -> Best:
+    config = RunConfig.resolve(optimizer=method, set=settings)
+    summary = {"validation_loss": loss, "hidden_parameters": 100, "hidden_state_bytes": state}
+    return Best(config, Path(), (0, 1), [summary, {**summary, "validation_loss": loss + 0.5}], [])
+
+
+def test_the_picture_joins_rows_that_differ_in_their_ratio() -> None:
+    found = picture(
+        [
+            best("flora", 3.0, 200, "ratio=1"),
+            best("flora", 4.0, 10, "ratio=4", "state_dtype=int4"),
+            best("flora", 3.2, 100, "ratio=2"),
+            best("flora", 3.3, 100, "ratio=2", "kappa=never"),
+            best("flora", 3.4, 100, "ratio=2", "residual=false"),
+            best("flora-none", 5.0, 1),
+            best("flora-full", 2.0, 400),
+            best("adamw", 3.1, 800),
+            best("sinkgd", 3.6, 0),
+            Best(RunConfig.resolve(optimizer="muon"), Path(), (0,), [{"validation_loss": None}], []),
+        ]
+    )
+    assert {name: [(point.bytes, point.loss) for point in curve] for name, curve in found.curves.items()} == {
+        "flora int8 sign κ=1000": [(1, 3.45), (2, 3.25)],
+        "flora int4 sign κ=1000": [(0.1, 4.25)],
+        "flora int8 sign κ=never": [(1, 3.55)],
+        "flora int8 sign κ=1000, residual=false": [(1, 3.65)],
+    }
+    assert [(point.label, point.bytes) for point in found.rivals] == [("adamw", 8), ("sinkgd", 0)]
+    assert [point.label for point in found.lines] == ["flora-none", "flora-full"]
+    assert found.rivals[0].spread == pytest.approx(0.5 / 2**0.5)
+
+
+def test_the_picture_has_room_for_no_state_at_all() -> None:
+    found = picture(
+        [best("flora", 3.0, 200), best("flora-none", 5.0, 1), best("adamw", 3.1, 800), best("sinkgd", 3.1, 0)]
+    )
+    (axes,) = state_figure(found, "A job").axes
+    left, right = axes.get_xlim()
+    assert left < 0 < 8 < right
+    labels = {text.get_text(): text for text in axes.texts}
+    assert labels.keys() == {"adamw", "sinkgd"}
+    lines = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_xdata())) == 2]
+    assert 5.25 in lines
+
+
 def test_differences_are_paired_by_validation_block(texts: Path, tmp_path: Path, here: Here) -> None:
     out = tmp_path / "out"
     flora, adamw = done(plan(texts, "flora", "adamw", seeds=(0, 1)), out)["rows"]
@@ -114,7 +255,7 @@ def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here
         assert none["validation_loss"] != pytest.approx(exact["validation_loss"], rel=1e-5)
     lines = (out / "table.md").read_text().splitlines()
     assert lines[2].startswith("| flora, exact gradients | ")
-    assert lines[4].split(" | ")[10] == "–"
+    assert cells(lines, 4)["gathered gradients"] == "–"
     tokens = {path.name: RunFolder.open(path).metrics()[-1]["tokens"] for path in (out / "runs").iterdir()}
     assert {name.split("-")[1]: count for name, count in tokens.items()} == {"exact": 144, "flora": 144, "none": 48}
 
@@ -206,7 +347,7 @@ def test_the_command_makes_a_table_and_a_picture(
 ) -> None:
     out = tmp_path / "out"
     fast = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
-    assert command("compare", "--optimizers", "flora", "--text", texts, "--out", out, *fast) == 0
+    assert command("compare", "--methods", "flora", "--text", texts, "--out", out, *fast) == 0
     said = capfd.readouterr()
     assert said.err == ""
     assert "1/1 flora-lr" in said.out

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from floragrad.cli.errors import UserError
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS
+from floragrad.cli.methods import EMBEDDING_LR, METHODS
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, PRESETS
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.defaults import rank_of
 
@@ -21,11 +22,18 @@ def test_defaults_are_the_presets() -> None:
         assert config.rank == rank_of(preset.hidden_size) == preset.hidden_size // 4
 
 
-@pytest.mark.parametrize("optimizer", LEARNING_RATES)
-def test_each_optimizer_has_its_own_learning_rates(optimizer: str) -> None:
-    rates = LEARNING_RATES[optimizer]
+@pytest.mark.parametrize("optimizer", METHODS)
+def test_each_method_has_its_own_learning_rate(optimizer: str) -> None:
     config = RunConfig.resolve(optimizer=optimizer)
-    assert (config.lr, config.embedding_lr) == (rates.lr, pytest.approx(rates.embedding_lr))
+    assert (config.lr, config.embedding_lr) == (METHODS[optimizer].lr, pytest.approx(EMBEDDING_LR))
+    tuned = RunConfig.resolve(optimizer=optimizer, model="somebody/model")
+    assert tuned.lr == pytest.approx(FINE_TUNING_LEARNING_RATE * METHODS[optimizer].lr / METHODS["adamw"].lr)
+
+
+def test_a_shared_vocabulary_has_floras_learning_rate_beside_every_method() -> None:
+    for optimizer in METHODS:
+        assert RunConfig.resolve(optimizer=optimizer, vocabulary="shared", lr=7e-4).embedding_lr == EMBEDDING_LR
+    assert RunConfig.resolve(vocabulary="shared", embedding_lr=3e-3).embedding_lr == 3e-3
 
 
 def test_the_embedding_follows_a_given_learning_rate() -> None:
@@ -86,6 +94,8 @@ def test_a_run_may_be_started_in_another_way() -> None:
 
 
 SHARDED = [
+    ({"optimizer": "muon"}, "muon takes whole ones only: choose --optimizer flora or adamw"),
+    ({"vocabulary": "shared"}, "--fsdp has one optimizer for all tensors: leave it out, or --vocabulary shared"),
     ({"optimizer": "adafactor"}, "Hugging Face's Adafactor takes whole ones only: choose --optimizer flora or adamw"),
     ({"backend": "jax"}, "--fsdp is PyTorch's: leave it out with --backend jax"),
 ]
@@ -131,7 +141,7 @@ def test_values_of_a_file_are_checked_too(name: str, value: object, message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown: choose one of flora, adamw, adafactor"),
+        ({"optimizer": "sgd"}, f"--optimizer 'sgd' is unknown: choose one of {', '.join(METHODS)}"),
         ({"projection": "dct"}, "--projection 'dct' is unknown: choose one of sign, adaptive, gaussian"),
         ({"state_dtype": "int2"}, "--state-dtype 'int2' is unknown: choose one of float32, bfloat16, int8, int4"),
         ({"dtype": "float16"}, "--dtype 'float16' is unknown: choose one of float32, bfloat16"),
@@ -162,6 +172,19 @@ def test_values_of_a_file_are_checked_too(name: str, value: object, message: str
         (
             {"optimizer": "adamw", "rank": 4},
             "--rank belongs to --optimizer flora, and this is adamw: leave it out",
+        ),
+        (
+            {"optimizer": "flora-full", "rank": 4},
+            "--rank belongs to --optimizer flora, and this is flora-full: leave it out",
+        ),
+        (
+            {"optimizer": "muon", "backend": "jax"},
+            "--backend jax trains with flora, adamw, adafactor, and --optimizer muon is none of them: choose one, or "
+            "leave --backend out",
+        ),
+        (
+            {"vocabulary": "shared", "backend": "jax"},
+            "--vocabulary shared is PyTorch's: leave it out with --backend jax",
         ),
         ({"accumulate": 0}, "--accumulate is 0: give a whole number of at least 1"),
         (

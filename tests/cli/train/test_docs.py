@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from floragrad.cli.compare.command import COMPARE_OPTIONS
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS
+from floragrad.cli.methods import DEFAULT_METHODS, EMBEDDING_LR, METHODS
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, PRESETS
 from floragrad.cli.train.command import TRAIN_OPTIONS
 from tests.cli.train.support import fast_config, newest, run
 
@@ -33,9 +34,9 @@ def test_the_sizes_are_those_of_the_presets() -> None:
 
 def test_the_learning_rates_are_the_best_of_the_table() -> None:
     tried = [(name, float(lr), float(embedding), float(loss)) for name, lr, embedding, loss in rows("optimizer")]
-    for name, rates in LEARNING_RATES.items():
+    for name in DEFAULT_METHODS:
         best = min((row for row in tried if row[0] == name), key=lambda row: row[-1])
-        assert best[1:3] == (rates.lr, rates.embedding_lr)
+        assert best[1:3] == (METHODS[name].lr, EMBEDDING_LR)
     assert f"{FINE_TUNING_LEARNING_RATE:.0e}".replace("e-05", "e-5") in PAGE
 
 

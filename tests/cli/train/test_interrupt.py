@@ -90,8 +90,8 @@ def test_ctrl_c_before_the_run_has_begun_leaves_nothing(tmp_path: Path) -> None:
 def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here: Here) -> None:
     """The workers that are stopped are processes of their own."""
     out = tmp_path / "comparison"
-    optimizers = ("--optimizers", "adamw,adafactor")
-    process = start("compare", *optimizers, "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS)
+    methods = ("--methods", "adamw,adafactor")
+    process = start("compare", *methods, "--text", texts, "--steps", STEPS, "--out", out, *OPTIONS)
     wait_for_step(process, out, "runs/*")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -164,7 +164,7 @@ class _Worker:
 
 def a_comparison(texts: Path, out: Path) -> Path:
     options = {**FAST, "steps": 2, "text": (str(texts),), "keep_checkpoint": False}
-    begin(Plan(optimizers=("adamw",), options=options, command="floragrad compare"), out)
+    begin(Plan(methods=("adamw",), options=options, command="floragrad compare"), out)
     return out
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from floragrad import Flora, param_groups
 from floragrad.cli.errors import DivergenceError, UserError
-from floragrad.cli.presets import LEARNING_RATES
+from floragrad.cli.methods import DEFAULT_METHODS
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Corpus
 from floragrad.cli.train.folder import RunFolder
@@ -30,7 +30,7 @@ class Finished:
     summary: dict
 
 
-@pytest.fixture(scope="module", params=list(LEARNING_RATES))
+@pytest.fixture(scope="module", params=DEFAULT_METHODS)
 def finished(request: pytest.FixtureRequest, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     config = fast_config(texts, optimizer=request.param, steps=20, eval_every=8, save_every=7)
     folder = run(config, tmp_path_factory.mktemp("runs") / request.param)
@@ -112,7 +112,7 @@ def test_the_folder_holds_everything_and_nothing_half_written(finished: Finished
 def test_the_first_batch_is_the_same_for_every_optimizer(texts: Path, tmp_path: Path) -> None:
     first = [
         timeless(run(fast_config(texts, optimizer=name, steps=2, keep_checkpoint=False), tmp_path / name))[:2]
-        for name in LEARNING_RATES
+        for name in DEFAULT_METHODS
     ]
     for start, step in first:
         assert start == first[0][0]

@@ -182,7 +182,7 @@ def test_a_comparison_goes_on_after_a_kill_at_the_end_of_a_run(
 ) -> None:
     """Its runs keep no checkpoints by default."""
     options = {**FAST, "steps": 4, "keep_checkpoint": False, "text": (str(texts),)}
-    made = Plan(optimizers=("adamw",), options=options, command="floragrad compare")
+    made = Plan(methods=("adamw",), options=options, command="floragrad compare")
     out = tmp_path / "out"
     begin_comparison(made, out)
     with monkeypatch.context() as patch:

@@ -1,1 +1,1 @@
-"""``floragrad compare``: the same training run with several optimizers, one after another."""
+"""``floragrad compare``: the same training run with several methods, one after another."""

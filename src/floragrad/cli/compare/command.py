@@ -9,22 +9,24 @@ from rich.console import Console
 
 from floragrad.cli import machine
 from floragrad.cli.app import app
-from floragrad.cli.compare.grid import Grid, comparison_options
+from floragrad.cli.compare.grid import DEFAULTS, Grid, comparison_options
 from floragrad.cli.options import command, options_of, take
 from floragrad.cli.train.config import OPTIONS, RunConfig
 from floragrad.cli.train.place import Place, new_name, refuse_beside_resume, run_fields
 
 HELP = (
-    "Do the same training run with several optimizers, one after another.\n\n"
-    "Everything but the optimizer is the same: weights, batches, schedule, parameter groups. With several "
-    "learning rates each optimizer tries them all on the first seed, and its best goes on to the others. "
+    "Do the same training run with several methods, one after another.\n\n"
+    "Everything but the method is the same: weights, batches, schedule, parameter groups, and what trains the "
+    "vocabulary. With several learning rates each method tries them all on the first seed, and its best goes on to the "
+    "others. "
     "Writes one table (table.md, table.json) and one picture (comparison.png), with the runs beside them. "
     "Ctrl-C saves, and **--resume** continues; runs that are finished are not done again."
 )
 EXAMPLES = (
     "**floragrad compare** runs Flora, AdamW and Adafactor on the default job.\n\n"
-    "**floragrad compare --lrs 1e-3,2e-3,4e-3 --embedding-lrs 5e-3,1e-2 --seeds 0,1,2** is a fair fight.\n\n"
-    "**floragrad compare --optimizers flora,adamw --model small --text books/** is another job.\n\n"
+    "**floragrad compare --lrs 1e-3,2e-3,4e-3 --seeds 0,1,2** is a fair fight of AdamW-like rates.\n\n"
+    "**floragrad compare --methods flora,muon,lora --lr-factors 0.5,1,2** tries multiples of each one's rate.\n\n"
+    "**floragrad compare --methods flora,adamw --model small --text books/** is another job.\n\n"
     "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison."
 )
 COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
@@ -45,7 +47,7 @@ def compare(given: dict[str, Any]) -> None:
         return
     plan = comparison.Plan(
         **{name: given[name] for name in options_of(Grid) if name in given},
-        options={"keep_checkpoint": False, "threads": machine.default_threads(), **fields},
+        options={**DEFAULTS, "threads": machine.default_threads(), **fields},
         command=shlex.join(["floragrad", *sys.argv[1:]]),
     )
     out = place.out or new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")

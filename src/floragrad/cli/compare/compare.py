@@ -1,4 +1,4 @@
-"""Comparison of optimizers: the same run with each, one after another."""
+"""Comparison of methods: the same run with each, one after another."""
 
 import contextlib
 import json
@@ -6,25 +6,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
 from floragrad.cli.compare.grid import Grid
+from floragrad.cli.compare.picture import picture, state_figure
 from floragrad.cli.compare.table import Best, as_json, as_markdown, show
 from floragrad.cli.disk import write_text
 from floragrad.cli.errors import StoppedError, UserError
-from floragrad.cli.figures import Contestant, comparison_figure, save
+from floragrad.cli.figures import Drawn, comparison_figure, save
+from floragrad.cli.methods import METHODS, Method
 from floragrad.cli.options import check_values, needing, option_name, options_of
 from floragrad.cli.train import manifest
 from floragrad.cli.train.config import OPTIONS, RunConfig
 from floragrad.cli.train.defaults import accumulator as default_accumulator
+from floragrad.cli.train.defaults import lr as default_lr
 from floragrad.cli.train.folder import CONFIG, CORPUS, PLAN, RESTORE, RUNS, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest, blocked
-from floragrad.cli.train.run import check_model, write_corpus
+from floragrad.cli.train.run import check_model, how_to_install, write_corpus
+from floragrad.cli.train.settings import read_settings
 
-TABLE, RESULTS, FIGURE = "table.md", "table.json", "comparison.png"
+Contestant: TypeAlias = dict[str, Any]
+TABLE, RESULTS, FIGURE, STATE_FIGURE = "table.md", "table.json", "comparison.png", "state.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,35 +46,49 @@ class Plan(Grid):
     command: str
 
     @property
-    def contestants(self) -> list[dict[str, str]]:
-        """Each optimizer with each way to gather gradients, as fields of :class:`RunConfig`."""
+    def contestants(self) -> list[Contestant]:
+        """Each method with each combination of settings and each way to gather gradients, as fields of a run."""
         ways = [{"accumulator": name} for name in self.accumulators] if self.accumulators else [{}]
-        return [{"optimizer": name, **way} for name in self.optimizers for way in ways]
+        return [
+            {"optimizer": name, **({"set": chosen} if chosen else {}), **way}
+            for name in self.methods
+            for chosen in product(*self._settings(METHODS[name]))
+            for way in ways
+        ]
 
-    def grid(self, contestant: dict[str, str]) -> list[RunConfig]:
+    def _settings(self, method: Method) -> list[list[str]]:
+        """Return the values of each setting that has an effect on a method, as ``NAME=VALUE``."""
+        settings = read_settings(self.set).items() if method.is_flora else ()
+        return [[f"{name}={value}" for value in values] for name, values in settings if method.takes(name)]
+
+    def grid(self, contestant: Contestant) -> list[RunConfig]:
         """Every setting of one contestant, with the first seed.
 
         Raises:
             UserError: One of them is not allowed.
         """
-        foreign = [] if contestant["optimizer"] == "flora" else needing(OPTIONS, "optimizer")
+        method = METHODS[contestant["optimizer"]]
+        foreign = [each for each in needing(OPTIONS, "optimizer") if not method.takes(each.name)]
         if default_accumulator({**self.options, **contestant}) != "flora":
             foreign = foreign + needing(OPTIONS, "accumulator")
         options = {name: value for name, value in self.options.items() if name not in {each.name for each in foreign}}
+        standard = default_lr({**options, **contestant})
+        lrs = self.lrs or ([factor * standard for factor in self.lr_factors] if self.lr_factors else (None,))
         return [
             replace(
                 RunConfig.resolve(**options, **contestant, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
                 prepared=f"../../{CORPUS}",
             )
-            for lr in self.lrs or (None,)
+            for lr in lrs
             for embedding_lr in self.embedding_lrs or (None,)
         ]
 
     @property
     def runs(self) -> int:
-        """Number of runs."""
-        settings = len(self.lrs or (None,)) * len(self.embedding_lrs or (None,))
-        return len(self.contestants) * (settings + len(self.seeds) - 1)
+        """Number of runs of the methods that are installed."""
+        settings = len(self.lrs or self.lr_factors or (None,)) * len(self.embedding_lrs or (None,))
+        present = [contestant for contestant in self.contestants if not how_to_install(contestant["optimizer"])]
+        return len(present) * (settings + len(self.seeds) - 1)
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
@@ -83,7 +103,8 @@ class Plan(Grid):
         values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         for where in (values, values["options"]):
             where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
-        return cls(**values)
+        methods = values.pop("optimizers", None)  # of an earlier version
+        return cls(**({} if methods is None else {"methods": methods}), **values)
 
 
 def begin(plan: Plan, out: Path) -> None:
@@ -95,8 +116,9 @@ def begin(plan: Plan, out: Path) -> None:
     check_plan(plan)
     check_free(out)
     configs = [config for contestant in plan.contestants for config in plan.grid(contestant)]
-    for config in {config.optimizer: config for config in configs}.values():
-        check_model(config)
+    for config in {config.label: config for config in configs}.values():
+        if not how_to_install(config.optimizer):  # else its row says how
+            check_model(config)
     with new_folder(out) as folder:
         write_corpus(configs[0], folder / CORPUS)
         (folder / RUNS).mkdir()
@@ -107,16 +129,22 @@ def check_plan(plan: Plan) -> None:
     """Refuse a comparison that is impossible.
 
     Raises:
-        UserError: An optimizer is unknown or named twice, or an option belongs to none of them.
+        UserError: A method is unknown or named twice, or an option belongs to none of them.
     """
     check_values(options_of(Grid), vars(plan))
-    several = (("optimizers", plan.optimizers), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
+    several = (("methods", plan.methods), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
     for name, values in several:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
-    for each in needing(OPTIONS, "optimizer"):
-        if each.name in plan.options and "flora" not in plan.optimizers:
-            raise UserError(f"{option_name(each.name)} belongs to flora, which is not compared: leave it out")
+    if plan.lrs and plan.lr_factors:
+        raise UserError("--lrs and --lr-factors are both given: leave one out")
+    methods = [METHODS[name] for name in plan.methods]
+    for name in [each.name for each in needing(OPTIONS, "optimizer") if each.name in plan.options]:
+        if not any(method.takes(name) for method in methods):
+            raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
+    for name in read_settings(plan.set):
+        if not any(method.is_flora and method.takes(name) for method in methods):
+            raise UserError(f"--set {name} belongs to flora, which is not compared: leave it out")
     ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
     for each in needing(OPTIONS, "accumulator"):
         if each.name in plan.options and "flora" not in ways:
@@ -144,19 +172,20 @@ def compare(folder: Path, console: Console) -> None:
 
 
 def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console) -> None:
-    """Write the table and the picture, and show the table."""
+    """Write the table and the pictures, and show the table."""
     finished = [best for best in bests if best.loss is not None]
     numbers = as_json(bests, plan.command)
     write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
     if finished:
         save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
+        save(state_figure(picture(finished), finished[0].title), folder / STATE_FIGURE)
     write_text(folder / TABLE, as_markdown(bests, numbers))
     show(console, numbers["rows"], numbers["step_time_of"])
     console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
 
 
-def _drawn(best: Best) -> Contestant:
-    return Contestant(
+def _drawn(best: Best) -> Drawn:
+    return Drawn(
         best.config.label,
         best.optimizer,
         best.config.accumulator,
@@ -166,9 +195,12 @@ def _drawn(best: Best) -> Contestant:
     )
 
 
-def _best(plan: Plan, contestant: dict[str, str], runner: "_Runner") -> Best:
+def _best(plan: Plan, contestant: Contestant, runner: "_Runner") -> Best:
     """Run a contestant's grid, and its best setting on the other seeds."""
     grid = plan.grid(contestant)
+    remedy = how_to_install(contestant["optimizer"])
+    if remedy:
+        return Best(grid[0], runner.path(grid[0]), plan.seeds, [], [], remedy)
     results = [runner.run(config) for config in grid]
     order = sorted(zip(results, grid, strict=True), key=lambda pair: _loss(pair[0]))
     result, config = order[0]
@@ -244,5 +276,6 @@ class _Runner:
 
 
 def _name(config: RunConfig) -> str:
-    gathered = "" if config.accumulate == 1 else f"-{config.accumulator}"
-    return f"{config.optimizer}{gathered}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"
+    gathered = () if config.accumulate == 1 else (config.accumulator,)
+    name = "-".join((config.optimizer, *config.set, *gathered))
+    return f"{name}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"

@@ -15,11 +15,15 @@ from floragrad.cli.train.recorder import standard_error
 
 NOTHING = "–"
 """A cell without a value."""
+VOCABULARIES = {
+    "shared": "the embedding, the output head and the vectors are trained by Flora's defaults in every row",
+    "own": "every method trains the embedding, the output head and the vectors itself",
+}
 
 
 @dataclass(frozen=True)
 class Best:
-    """One optimizer's best setting, and everything that was tried for it.
+    """One method's best setting, and everything that was tried for it.
 
     Attributes:
         config: The setting, with the first seed.
@@ -27,6 +31,7 @@ class Best:
         seeds: The seeds it was run with.
         summaries: Its summaries, one a seed; only the first where that one diverged.
         grid: Every setting that was tried on the first seed, and its summary.
+        remedy: The command that installs the method's package; empty where it is installed.
     """
 
     config: RunConfig
@@ -34,10 +39,11 @@ class Best:
     seeds: tuple[int, ...]
     summaries: list[dict[str, Any]]
     grid: list[tuple[RunConfig, dict[str, Any]]]
+    remedy: str = ""
 
     @property
     def optimizer(self) -> str:
-        """The optimizer's name."""
+        """The method's name."""
         return self.config.optimizer
 
     @property
@@ -55,8 +61,8 @@ class Best:
 
     @property
     def loss(self) -> float | None:
-        """Mean of the validation losses; None if a seed diverged."""
-        return mean(self.losses) if len(self.losses) == len(self.summaries) else None
+        """Mean of the validation losses; None if a seed diverged or nothing was run."""
+        return mean(self.losses) if 0 < len(self.losses) == len(self.summaries) else None
 
     @property
     def spread(self) -> float | None:
@@ -73,6 +79,12 @@ class Best:
     def state_bytes(self) -> int:
         """Measured bytes of the optimizer's state."""
         return int(self._finished[0]["optimizer_state_bytes"])
+
+    @property
+    def bytes_per_hidden_parameter(self) -> float | None:
+        """Measured bytes of the hidden matrices' state per element of theirs; None of runs of earlier versions."""
+        about = self.about
+        return about["hidden_state_bytes"] / about["hidden_parameters"] if about.get("hidden_parameters") else None
 
     @property
     def accumulation_bytes(self) -> int:
@@ -146,6 +158,8 @@ def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
         "validation_losses": [summary["validation_loss"] for summary in best.summaries],
         "validation_loss": best.loss,
     }
+    if best.remedy:
+        row["remedy"] = best.remedy
     if best.loss is None or baseline is None:
         return row
     return {
@@ -157,6 +171,7 @@ def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
         "held_out_blocks": best.about.get("held_out_blocks"),
         "standard_error": standard_error(best.block_losses),
         **_difference(best, baseline),
+        "bytes_per_hidden_parameter": best.bytes_per_hidden_parameter,
         "optimizer_state_bytes": best.state_bytes,
         "state_of_adamw": best.state_bytes / best.adamw_bytes,
         "accumulation_bytes": best.accumulation_bytes,
@@ -179,20 +194,22 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with its settings below it.
 
     Args:
-        bests: Best setting of each optimizer.
+        bests: Best setting of each method.
         numbers: Result of :func:`as_json`.
     """
     of = numbers["step_time_of"] or "adamw"
     heads = [
-        "optimizer", "lr", "embedding lr", "validation loss", "min – max", "deviation over seeds",
-        "error over blocks", f"minus {of}'s", "optimizer state", "of AdamW's", "gathered gradients", "peak memory",
+        "method", "lr", "embedding lr", "validation loss", "min – max", "error over blocks", f"minus {of}'s",
+        "state / hidden parameter", "optimizer state", "of AdamW's", "gathered gradients", "peak memory",
         f"step time / {of}'s",
     ]  # fmt: skip
     config = bests[0].config
     lines = [*_table(heads, [_cells(row) for row in numbers["rows"]]), ""]
     lines += [
         f"- {bests[0].title}; {len(bests[0].seeds)} seed(s): {', '.join(map(str, bests[0].seeds))}; "
-        f"{config.dtype}; the loss is the mean over the seeds, the state is measured from its tensors",
+        f"{config.dtype}; the loss is the mean ± standard deviation over the seeds, the state is measured from its "
+        "tensors; adapters count as state",
+        f"- {VOCABULARIES[config.vocabulary]}",
         *[f"- {line}" for line in validation_notes(numbers["rows"], of)],
         f"- `{numbers['command']}`",
     ]
@@ -208,7 +225,7 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
         ]
         for tried in numbers["grid"]
     ]
-    heads = ["optimizer", "lr", "embedding lr", f"validation loss, seed {config.seed}"]
+    heads = ["method", "lr", "embedding lr", f"validation loss, seed {config.seed}"]
     lines += ["", "Everything that was tried:", "", *_table(heads, grid)]
     return "\n".join(lines) + "\n"
 
@@ -216,20 +233,34 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
     if row["validation_loss"] is None:
-        return [*first, "diverged", *[NOTHING] * 9]
+        return [*first, _failure(row), *[NOTHING] * 9]
     return [
         *first,
-        _number(row["validation_loss"]),
+        _loss(row),
         f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
-        NOTHING if row["validation_loss_stdev"] is None else _number(row["validation_loss_stdev"]),
         NOTHING if row["standard_error"] is None else _number(row["standard_error"]),
         difference(row),
+        _per_parameter(row),
         format_bytes(row["optimizer_state_bytes"]),
         f"{100 * row['state_of_adamw']:.1f}%",
         format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,
         format_bytes(row["peak_memory_bytes"]),
         f"{row['step_time_ratio']:.2f}",
     ]
+
+
+def _failure(row: Mapping[str, Any]) -> str:
+    return f"not installed: {row['remedy']}" if "remedy" in row else "diverged"
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    spread = row["validation_loss_stdev"]
+    return _number(row["validation_loss"]) + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def _per_parameter(row: Mapping[str, Any]) -> str:
+    found = row["bytes_per_hidden_parameter"]
+    return NOTHING if found is None else f"{found:.3g} B"
 
 
 def _number(value: float | None) -> str:
@@ -245,19 +276,16 @@ def show(console: Console, rows: list[dict[str, Any]], baseline: str | None) -> 
     table = Table()
     step = "step time" if baseline is None else f"step / {baseline}'s"
     minus = "difference" if baseline is None else f"minus {baseline}'s"
-    heads = ("optimizer", "lr, embedding", "validation loss", minus, "state", "of AdamW's", "gradients kept", step)
+    heads = ("method", "lr, embedding", "validation loss", minus, "state / hidden", "state", "gradients kept", step)
     for head in heads:
-        table.add_column(head, justify="left" if head == "optimizer" else "right")
+        table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
         if row["validation_loss"] is None:
-            table.add_row(*cells, "diverged")
+            table.add_row(*cells, _failure(row))
             continue
-        spread = row["validation_loss_stdev"]
-        loss = f"{row['validation_loss']:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-        share = f"{100 * row['state_of_adamw']:.1f}%"
-        sizes = (format_bytes(row["optimizer_state_bytes"]), share, format_bytes(row["accumulation_bytes"]))
-        table.add_row(*cells, loss, difference(row), *sizes, f"{row['step_time_ratio']:.2f}")
+        sizes = (format_bytes(row["optimizer_state_bytes"]), format_bytes(row["accumulation_bytes"]))
+        table.add_row(*cells, _loss(row), difference(row), _per_parameter(row), *sizes, f"{row['step_time_ratio']:.2f}")
     console.print(table)
     for line in validation_notes(rows, baseline or "adamw"):
         console.print(line, soft_wrap=True, highlight=False)

@@ -1,22 +1,26 @@
 """Configuration of a run: every choice, resolved and checked before anything is read or written."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
-from floragrad.cli.options import check_values, kinds, needing, option, options_of
-from floragrad.cli.presets import LEARNING_RATES, PRESETS
+from floragrad.cli.methods import EMBEDDING_LR, METHODS
+from floragrad.cli.options import check_values, kinds, needing, option, option_name, options_of
+from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import defaults
 from floragrad.cli.train.conflicts import check_conflicts, check_sharding
+from floragrad.cli.train.settings import check_together, read_settings, setting_value
 from floragrad.policy import Projection, StateDtype
 
 MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"
 TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several processes, started by torchrun"
-_RATES = ", ".join(f"{name} {rates.lr:g}" for name, rates in LEARNING_RATES.items())
-_RATIOS = ", ".join(f"{name} {rates.embedding_lr / rates.lr:g}" for name, rates in LEARNING_RATES.items())
+_OTHER_RATES: Final = ", ".join(
+    f"{name} {method.lr:g}" for name, method in METHODS.items() if method.lr != METHODS["flora"].lr
+)
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
 
 
@@ -37,10 +41,10 @@ class RunConfig:
         metavar="|".join(PRESETS) + "|NAME|FOLDER",
     )
     optimizer: str = option(
-        "What trains: Flora, torch's AdamW, or Hugging Face's Adafactor with momentum.",
+        "What trains, by the names of the methods that floragrad compare knows.",
         OPTIMIZER,
         default="flora",
-        choices=tuple(LEARNING_RATES),
+        choices=tuple(METHODS),
     )
     text: tuple[str, ...] = option(
         "Text to train on, UTF-8; may be given several times. Of a folder, everything below it.",
@@ -150,7 +154,7 @@ class RunConfig:
         "Peak learning rate of the hidden matrices and the vectors.",
         OPTIMIZER,
         derive=defaults.lr,
-        shown=f"{_RATES}; 5e-5 for a model of Hugging Face",
+        shown=f"{METHODS['flora'].lr:g}, but {_OTHER_RATES}; times 0.05 for a model of Hugging Face",
         above=0,
         maximum=1e37,  # its default multiple for the embedding is a float32 too
     )
@@ -158,7 +162,7 @@ class RunConfig:
         "Peak learning rate of the embedding and the output head, which want a larger one.",
         OPTIMIZER,
         derive=defaults.embedding_lr,
-        shown=f"--lr times so much: {_RATIOS}; 1 for a model of Hugging Face",
+        shown=f"{EMBEDDING_LR:g} at the default --lr, and in proportion to it; 5e-5 for a model of Hugging Face",
         above=0,
         maximum=1e38,
     )
@@ -180,9 +184,10 @@ class RunConfig:
         maximum=1e38,
     )
     rank: int | None = option(
-        "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements.",
+        "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements. "
+        "galore, apollo, lora: their rank.",
         OPTIMIZER,
-        derive=defaults.with_flora(defaults.rank),
+        derive=defaults.with_flora("rank", defaults.rank),
         shown="a quarter of the hidden size; 128 for a model of Hugging Face",
         minimum=1,
         needs=("optimizer",),
@@ -191,7 +196,7 @@ class RunConfig:
     kappa: int | None = option(
         "Flora: steps until the projection is drawn anew.",
         OPTIMIZER,
-        derive=defaults.with_flora(lambda given: 100 if given.get("projection") == "adaptive" else 1000),
+        derive=defaults.with_flora("kappa", lambda given: 100 if given.get("projection") == "adaptive" else 1000),
         shown="1000; 100 for adaptive",
         minimum=1,
         needs=("optimizer",),
@@ -200,7 +205,7 @@ class RunConfig:
     projection: str | None = option(
         "Flora: random signs, weights that are learnt, or the paper's Gaussian.",
         OPTIMIZER,
-        derive=defaults.with_flora("sign"),
+        derive=defaults.with_flora("projection", "sign"),
         shown="sign",
         choices=get_args(Projection),
         needs=("optimizer",),
@@ -209,11 +214,25 @@ class RunConfig:
     state_dtype: str | None = option(
         "Flora: how the sketch is stored.",
         OPTIMIZER,
-        derive=defaults.with_flora("int8"),
+        derive=defaults.with_flora("state_dtype", "int8"),
         shown="int8",
         choices=get_args(StateDtype),
         needs=("optimizer",),
         keyword="state_dtype",
+    )
+    set: tuple[str, ...] = option(
+        "Flora: any other of its options, by its name in Python; may be given several times.",
+        OPTIMIZER,
+        default=(),
+        metavar="NAME=VALUE",
+        needs=("optimizer",),
+    )
+    vocabulary: str = option(
+        "Who trains the embedding, the output head and the vectors: the method itself (own), or Flora with its default "
+        "options and learning rates beside every method (shared).",
+        OPTIMIZER,
+        default="own",
+        choices=("shared", "own"),
     )
     backend: str = option(
         "The framework: PyTorch with transformers' Trainer, or JAX with flax, optax and orbax.",
@@ -285,12 +304,18 @@ class RunConfig:
             UserError: A value is out of range, or two options contradict each other.
         """
         given = {name: value for name, value in given.items() if value is not None and value != ()}
+        settings = _settings(given)
+        given |= {name: value for name, value in settings.items() if name in OPTIONS}
         check_values(OPTIONS, given)
         check_conflicts(given, OPTIONS)
         if given.get("fsdp"):
-            check_sharding(given.get("backend", "torch"), given.get("optimizer", "flora"))
+            check_sharding(*(given.get(name, OPTIONS[name].default) for name in ("backend", "optimizer", "vocabulary")))
         derived = {name: each.derive(given) for name, each in OPTIONS.items() if each.derive is not None}
+        if "ratio" in settings:
+            derived["rank"] = None  # the two say the same
         config = cls(**{**derived, **given})
+        if settings:
+            check_together(config.keywords("optimizer"))
         if config.warmup_steps >= config.steps:
             raise UserError(
                 f"--warmup-steps {config.warmup_steps} leaves none of the {config.steps} steps for the full "
@@ -308,7 +333,7 @@ class RunConfig:
         given = {name: value for name, value in given.items() if value is not None}
         check_values(OPTIONS, given)
         if fsdp:
-            check_sharding(self.backend, self.optimizer)
+            check_sharding(self.backend, self.optimizer, self.vocabulary)
         return replace(self, **given)
 
     @property
@@ -323,10 +348,9 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """The optimizer, and how gradients are gathered where that was asked for."""
-        if self.accumulate == 1:
-            return self.optimizer
-        return f"{self.optimizer}, {_GATHERED[self.accumulator]}"
+        """The method with its settings, and how gradients are gathered where that was asked for."""
+        name = " ".join((self.optimizer, *self.set))
+        return name if self.accumulate == 1 else f"{name}, {_GATHERED[self.accumulator]}"
 
     @property
     def uses_hub(self) -> bool:
@@ -336,10 +360,11 @@ class RunConfig:
 
     def keywords(self, needed: str) -> dict[str, Any]:
         """Return the arguments of Flora (``"optimizer"``) or of its accumulator (``"accumulator"``), seed included."""
-        chosen = {
-            each.keyword: getattr(self, each.name) for each in needing(OPTIONS, needed) if each.keyword is not None
-        }
-        return {**chosen, "seed": self.seed}
+        chosen = {each.keyword: getattr(self, each.name) for each in needing(OPTIONS, needed) if each.keyword}
+        fixed = METHODS[self.optimizer].flora if needed == "optimizer" else None
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        settings = _values(self.set) if needed == "optimizer" else {}
+        return {**(fixed or {}), **settings, **chosen, "seed": self.seed}
 
     def to_json(self) -> str:
         """Return the configuration as a JSON object, one field a line."""
@@ -354,7 +379,7 @@ class RunConfig:
         """
         try:
             values = json.loads(text)
-            config = replace(cls(**values), text=tuple(values["text"]))
+            config = replace(cls(**values), text=tuple(values["text"]), set=tuple(values.get("set", ())))
             _check_types(config)
         except (ValueError, TypeError, KeyError) as error:
             names = ", ".join(field.name for field in fields(cls))
@@ -364,6 +389,29 @@ class RunConfig:
 
 
 OPTIONS: Final = options_of(RunConfig)
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``--set`` and their values.
+
+    Raises:
+        UserError: One has several values, has an option of its own that is given too, or has no effect.
+    """
+    method = METHODS.get(given.get("optimizer", "flora"))
+    for name, values in read_settings(given.get("set", ())).items():
+        if len(values) > 1:
+            raise UserError(f"--set {name}={','.join(values)} has several values: give one, or use floragrad compare")
+        if name in given:
+            raise UserError(f"--set {name} and {option_name(name)} are both given: leave one out")
+        if method is not None and method.is_flora and not method.takes(name):
+            raise UserError(f"--set {name} has no effect with --optimizer {given['optimizer']}: leave it out")
+        if name == "embedding_momentum" and given.get("vocabulary") == "shared":
+            raise UserError("--set embedding_momentum changes the vocabulary's optimizer: add --vocabulary own")
+    return _values(given.get("set", ()))
+
+
+def _values(settings: Iterable[str]) -> dict[str, Any]:
+    return {name: setting_value(value) for name, _, value in (text.partition("=") for text in settings)}
 
 
 def _check_types(config: RunConfig) -> None:

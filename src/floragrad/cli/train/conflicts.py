@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from floragrad.cli.errors import UserError
+from floragrad.cli.methods import DEFAULT_METHODS
 from floragrad.cli.options import Option, needing, option_name
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import defaults
 
 
-def check_sharding(backend: str, optimizer: str) -> None:
+def check_sharding(backend: str, optimizer: str, vocabulary: str) -> None:
     """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole.
 
     Raises:
@@ -17,11 +18,14 @@ def check_sharding(backend: str, optimizer: str) -> None:
     """
     if backend == "jax":
         raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
-    if optimizer == "adafactor":
+    if optimizer not in ("flora", "adamw"):
+        what = "Hugging Face's Adafactor" if optimizer == "adafactor" else optimizer
         raise UserError(
-            "--fsdp gives each process a part of every tensor, and Hugging Face's Adafactor takes whole ones only: "
+            f"--fsdp gives each process a part of every tensor, and {what} takes whole ones only: "
             "choose --optimizer flora or adamw, or leave --fsdp out"
         )
+    if vocabulary == "shared":
+        raise UserError("--fsdp has one optimizer for all tensors: leave it out, or --vocabulary shared")
 
 
 def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
@@ -40,6 +44,15 @@ def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> 
                 f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "
                 "none of them: choose one, or leave --backend out"
             )
+        if given.get("optimizer", "flora") not in DEFAULT_METHODS:
+            raise UserError(
+                f"--backend jax trains with {', '.join(DEFAULT_METHODS)}, and --optimizer {given['optimizer']} is none "
+                "of them: choose one, or leave --backend out"
+            )
+        if "set" in given:
+            raise UserError("--set sets options of PyTorch's Flora: leave it out with --backend jax")
+        if given.get("vocabulary") == "shared":
+            raise UserError("--vocabulary shared is PyTorch's: leave it out with --backend jax")
         if "release" in given:
             raise UserError("--release frees gradients inside torch's backward pass: leave it out with --backend jax")
     if "text" in given and "dataset" in given:
@@ -53,9 +66,9 @@ def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> 
         raise UserError(
             f"--vocab-size does not apply to --model {given['model']}, which has a tokenizer of its own: leave it out"
         )
-    optimizer = given.get("optimizer", "flora")
+    optimizer, method = given.get("optimizer", "flora"), defaults.method(given)
     for each in needing(options, "optimizer"):
-        if each.name in given and optimizer != "flora":
+        if each.name in given and not method.takes(each.name):
             raise UserError(
                 f"{option_name(each.name)} belongs to --optimizer flora, and this is {optimizer}: leave it out"
             )

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, LEARNING_RATES, PRESETS, LearningRates, Preset
+from floragrad.cli.methods import EMBEDDING_LR, METHODS, Method
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, PRESETS, Preset
 
 STANDARD_LIBRARY_MEGABYTES: Final = 4.0
 DATASET_MEGABYTES: Final = 200.0
@@ -23,9 +24,14 @@ def accumulator(given: Given) -> str:
     return str(given.get("accumulator", "flora" if is_flora(given) else "exact"))
 
 
+def method(given: Given) -> Method:
+    """Return the method that trains."""
+    return METHODS[given.get("optimizer", "flora")]
+
+
 def is_flora(given: Given) -> bool:
     """Return whether Flora trains."""
-    return bool(given.get("optimizer", "flora") == "flora")
+    return method(given).is_flora
 
 
 def of_preset(name: str, otherwise: Any) -> Derive:
@@ -43,9 +49,14 @@ def with_dataset(default: Any) -> Derive:
     return lambda given: default if "dataset" in given else None
 
 
-def with_flora(default: Any) -> Derive:
-    """Derive a default with Flora, itself derived if it is a function; None with other optimizers."""
-    return lambda given: _value(default, given) if is_flora(given) else None
+def with_flora(option: str, default: Any) -> Derive:
+    """Derive a default with Flora, itself derived if it is a function; None where it has no effect."""
+
+    def derive(given: Given) -> Any:
+        chosen = method(given)
+        return _value(default, given) if chosen.takes(option) else (chosen.flora or {}).get(option)
+
+    return derive
 
 
 def with_sketches(default: Any) -> Derive:
@@ -54,14 +65,17 @@ def with_sketches(default: Any) -> Derive:
 
 
 def lr(given: Given) -> float:
-    """Return the optimizer's default learning rate."""
-    return _rates(given).lr
+    """Return the method's default learning rate; of trained weights, as a multiple of AdamW's."""
+    found = method(given).lr
+    return found if _preset(given) else FINE_TUNING_LEARNING_RATE * (found / METHODS["adamw"].lr)
 
 
 def embedding_lr(given: Given) -> float:
-    """Return the default multiple of the learning rate."""
-    rates = _rates(given)
-    return float(given.get("lr", rates.lr) * (rates.embedding_lr / rates.lr))
+    """Return the default multiple of the learning rate; where all methods share the vocabulary's, the same for all."""
+    if given.get("vocabulary") == "shared":
+        return _embedding_lr(given)
+    standard = lr(given)
+    return float(given.get("lr", standard) * (_embedding_lr(given) / standard))
 
 
 def max_megabytes(given: Given) -> float | None:
@@ -94,10 +108,8 @@ def _preset(given: Given) -> Preset | None:
     return PRESETS.get(given.get("model", "tiny"))
 
 
-def _rates(given: Given) -> LearningRates:
-    if _preset(given) is None:
-        return LearningRates(FINE_TUNING_LEARNING_RATE, FINE_TUNING_LEARNING_RATE)
-    return LEARNING_RATES[given.get("optimizer", "flora")]
+def _embedding_lr(given: Given) -> float:
+    return EMBEDDING_LR if _preset(given) else FINE_TUNING_LEARNING_RATE
 
 
 def _value(default: Any, given: Given) -> Any:

@@ -1,6 +1,6 @@
 """Interface of the framework that trains a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from floragrad.cli.machine import Gpu
@@ -32,6 +32,11 @@ class Engine(Protocol):
     @property
     def optimizer_state_bytes(self) -> int:
         """Bytes of the optimizer's state, measured from its arrays after the run."""
+        ...
+
+    @property
+    def hidden(self) -> Mapping[str, int]:
+        """``hidden_parameters`` and ``hidden_state_bytes`` of the summary; empty where they are not measured."""
         ...
 
     @property

@@ -22,11 +22,13 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
         said = _condensed(report)
     elif config.optimizer == "adamw":
         said = f"AdamW compresses nothing: two elements for every parameter, {format_bytes(whole)} of state"
-    else:
+    elif config.optimizer == "adafactor":
         said = (
             "Adafactor keeps rows and columns of the second moment, and one element of momentum for every "
             f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
         )
+    else:
+        said = f"{config.optimizer} trains; AdamW's state for the same parameters is {format_bytes(whole)}"
     return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, engine)}"
 
 

@@ -10,6 +10,7 @@ from floragrad.cli import machine
 from floragrad.cli.disk import write_text
 from floragrad.cli.errors import DivergenceError, StoppedError, UserError
 from floragrad.cli.figures import run_figure, save
+from floragrad.cli.methods import METHODS
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Corpus, prepare_corpus
@@ -54,8 +55,10 @@ def check_model(config: RunConfig) -> None:
     """Find out that the model cannot be trained before any text is read.
 
     Raises:
-        UserError: There is no such model, or the rank compresses none of it.
+        UserError: There is no such model, the method's package is not installed, or the rank compresses nothing.
     """
+    if config.backend == "torch" and (remedy := how_to_install(config.optimizer)):
+        raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
     preset = PRESETS.get(config.model)
     if preset is not None:
         widest = preset.hidden_size
@@ -63,11 +66,19 @@ def check_model(config: RunConfig) -> None:
         from floragrad.cli.train.models import widest_matrix
 
         widest = widest_matrix(config)
-    if config.rank is not None and widest < 2 * config.rank:
+    if config.rank is not None and METHODS[config.optimizer].is_flora and widest < 2 * config.rank:
         raise UserError(
             f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "
             f"{config.model} is {widest}, and a sketch needs half of it or less: give at most {widest // 2}"
         )
+
+
+def how_to_install(optimizer: str) -> str:
+    """Return the command that installs a method's package; empty where it is installed."""
+    from floragrad.cli.peers import PEERS
+
+    peer = METHODS[optimizer].peer
+    return PEERS[peer].remedy if peer else ""
 
 
 def write_corpus(config: RunConfig, folder: Path) -> Corpus:
@@ -173,6 +184,7 @@ def _finish(
         "accumulation_bytes": engine.accumulation_bytes,
         "gradient_bytes": engine.gradient_bytes,
         "optimizer_state_bytes": engine.optimizer_state_bytes,
+        **engine.hidden,
         "adamw_state_bytes": engine.adamw_state_bytes,
         "peak_memory_bytes": machine.peak_memory_bytes(engine.gpu),
         "peak_memory_of": "process" if engine.gpu is None else "GPU",

@@ -1,6 +1,6 @@
 """The PyTorch backend: transformers' Trainer, fed and watched by us."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -14,7 +14,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 
 from floragrad import Flora
 from floragrad.cli.machine import Gpu, configure_torch, torch_gpu
+from floragrad.cli.methods import METHODS
+from floragrad.cli.peers import HIDDEN, PEERS
 from floragrad.cli.presets import PRESETS
+from floragrad.cli.train import adapters
 from floragrad.cli.train.callbacks import BLOCK_LOSSES, RecorderCallback, ScheduleCallback
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Blocks, Corpus
@@ -42,8 +45,6 @@ class TrainerEngine:
         processes: Who trains; all make an engine.
     """
 
-    libraries = ("torch", "transformers", "tokenizers")
-
     def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> None:
         configure_torch(config.threads)
         set_seed(config.seed)
@@ -57,8 +58,16 @@ class TrainerEngine:
     def _whole_model(self) -> Any:
         """Return the model at its start, or one that the Trainer will load the checkpoint's weights into."""
         if self._checkpoint is None:
-            return build_model(self._config, self._corpus.facts.vocab_size)
-        return rebuild_model(self._config, self._checkpoint)
+            return self._adapted(build_model(self._config, self._corpus.facts.vocab_size))
+        return self._adapted(rebuild_model(self._config, self._checkpoint))
+
+    def _adapted(self, model: Any) -> Any:
+        """Return the model, with adapters where the method trains those."""
+        config = self._config
+        if METHODS[config.optimizer].adapters:
+            assert config.rank is not None
+            adapters.add_adapters(model, config.rank, others=config.vocabulary == "shared")
+        return model
 
     def _sharded_model(self) -> Any:
         """Return the model with its weights, which cannot be loaded any more once it is cut."""
@@ -68,6 +77,13 @@ class TrainerEngine:
         model = self._whole_model() if trained is None else trained_model(self._config, trained)
         shard(model, self._processes)
         return model
+
+    @property
+    def libraries(self) -> Sequence[str]:
+        """The distributions whose versions the result depends on."""
+        peer = METHODS[self._config.optimizer].peer
+        package = PEERS[peer].package if peer else "torch"
+        return tuple(dict.fromkeys(("torch", "transformers", "tokenizers", package)))
 
     @property
     def gpu(self) -> Gpu | None:
@@ -80,7 +96,7 @@ class TrainerEngine:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """Return the optimizer's class and its arguments. Override it to put another one to the same job."""
+        """Return the optimizer's class and its arguments."""
         return optimizer_class(self._config, self._model)
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
@@ -119,6 +135,18 @@ class TrainerEngine:
     def optimizer_state_bytes(self) -> int:
         """Bytes of the optimizer's state, measured from its tensors."""
         return state_bytes(self._optimizer)
+
+    @property
+    def hidden(self) -> dict[str, int]:
+        """Elements of the hidden matrices, and bytes of their state; adapters count as state."""
+        params = [p for group in self._optimizer.param_groups if group["kind"] in HIDDEN for p in group["params"]]
+        kept = state_bytes(self._optimizer, HIDDEN)
+        if METHODS[self._config.optimizer].adapters:
+            elements = adapters.adapted_elements(self._model)
+            kept += adapters.adapter_bytes(self._model)
+        else:
+            elements = sum(param.numel() for param in params)
+        return {"hidden_parameters": elements, "hidden_state_bytes": kept}
 
     @property
     def adamw_state_bytes(self) -> int:

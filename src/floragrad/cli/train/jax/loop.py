@@ -75,6 +75,11 @@ class JaxEngine:
         return _bytes(self._state if self._config.micro_batches == 1 else self._state.inner_opt_state)
 
     @property
+    def hidden(self) -> dict[str, int]:
+        """Nothing: comparisons run in PyTorch."""
+        return {}
+
+    @property
     def adamw_state_bytes(self) -> int:
         """Bytes of optax's AdamW's state."""
         return _bytes(jax.eval_shape(optax.adamw(1.0).init, self._params))

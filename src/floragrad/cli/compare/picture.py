@@ -1,0 +1,121 @@
+"""The picture of a comparison: validation loss over bytes of state per hidden parameter."""
+
+from collections.abc import Sequence
+from math import floor, log10
+from typing import Any, Final, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from floragrad.cli.compare.table import Best
+from floragrad.cli.methods import METHODS
+from floragrad.cli.options import LARGEST_INTEGER
+
+LINES: Final = ("flora-none", "flora-full")
+"""Methods that are drawn as horizontal lines."""
+LABEL_GAP: Final = 0.035
+"""Least distance of two labels, as a share of the picture's height."""
+NEAR: Final = 0.16
+"""Labels of points that are closer than this share of the width may meet."""
+
+
+class Point(NamedTuple):
+    """A row of the table in the picture."""
+
+    label: str
+    bytes: float
+    loss: float
+    spread: float
+
+
+class Picture(NamedTuple):
+    """What is drawn.
+
+    Attributes:
+        curves: Flora's rows that differ only in their ratio, by ascending bytes.
+        rivals: All other rows.
+        lines: Flora without momentum, and with all of it.
+    """
+
+    curves: dict[str, list[Point]]
+    rivals: list[Point]
+    lines: list[Point]
+
+
+def picture(bests: Sequence[Best]) -> Picture:
+    """Sort the rows that did not diverge."""
+    found = Picture({}, [], [])
+    for best in bests:
+        if best.loss is None or best.bytes_per_hidden_parameter is None:
+            continue
+        point = Point(best.config.label, best.bytes_per_hidden_parameter, best.loss, best.spread or 0.0)
+        if best.optimizer in LINES:
+            found.lines.append(point)
+        elif METHODS[best.optimizer].is_flora:
+            found.curves.setdefault(_curve(best), []).append(point)
+        else:
+            found.rivals.append(point)
+    for points in found.curves.values():
+        points.sort(key=lambda point: point.bytes)
+    return found
+
+
+def _curve(best: Best) -> str:
+    """Name everything but the ratio."""
+    config, written = best.config, ("rank", "ratio", "state_dtype", "projection", "kappa")
+    others = [each for each in config.set if each.partition("=")[0] not in written]
+    kappa = "never" if config.kappa == LARGEST_INTEGER else config.kappa
+    gathered = [config.label.partition(", ")[2]] if config.accumulate > 1 else []
+    return ", ".join([f"{config.optimizer} {config.state_dtype} {config.projection} κ={kappa}", *others, *gathered])
+
+
+def state_figure(found: Picture, title: str) -> Figure:
+    """Draw the losses over the bytes, on a logarithmic axis that has room for 0."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes = figure.subplots()
+    points = [*found.rivals, *(point for curve in found.curves.values() for point in curve)]
+    positive = [point.bytes for point in points if point.bytes > 0]
+    axes.set_xscale("symlog", linthresh=10.0 ** floor(log10(min(positive, default=1.0))), linscale=0.6)
+    for name, curve in found.curves.items():
+        axes.errorbar(*_columns(curve), label=name, marker="o", markersize=4, capsize=2, linewidth=1.4)
+    for point, dash in zip(found.lines, ("--", ":", "-."), strict=False):
+        axes.axhline(point.loss, color="#777777", linestyle=dash, linewidth=1.2, label=point.label)
+    if found.rivals:
+        axes.errorbar(*_columns(found.rivals), fmt="D", color="#222222", markersize=4, capsize=2, linewidth=0.8)
+    axes.set_xlim(left=-0.3 * min(positive, default=1.0), right=3 * max(positive, default=1.0))
+    axes.margins(y=0.08)
+    _label(axes, found.rivals)
+    axes.set_xlabel("bytes of optimizer state per element of the hidden matrices")
+    axes.set_ylabel("validation loss (nats)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_title(title, loc="left", fontsize=10)
+    if found.curves or found.lines:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float], list[float]]:
+    return [point.bytes for point in points], [point.loss for point in points], [point.spread for point in points]
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the rivals' names beside them, those of neighbours one above the other."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    placed: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: point.loss):
+        x, y = to_share.transform((point.bytes, point.loss))
+        near = [other for at, other in placed if abs(at - x) < NEAR]
+        y = max([y, *(other + LABEL_GAP for other in near)])
+        placed.append((x, y))
+        arrow: dict[str, Any] = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5}
+        axes.annotate(
+            point.label,
+            (point.bytes, point.loss),
+            (x + 0.012, y),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops=arrow,
+        )
