@@ -45,6 +45,7 @@ class Option:
         parse: Reader of a value of another type; raises ValueError.
         example: List with commas, where the option takes one.
         needs: Options without which it has no effect.
+        requires: Values of another option, by its name, of which it needs one.
         keyword: Argument of ``Flora`` or its accumulator (see ``needs``) that takes the value.
     """
 
@@ -66,6 +67,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     example: str | None = None
     needs: tuple[str, ...] = ()
+    requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keyword: str | None = None
 
     @property
@@ -196,6 +198,22 @@ def check_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> No
         fault = each.fault(each.flags.partition("/")[0], values[name]) if values.get(name) is not None else None
         if fault is not None:
             raise UserError(fault)
+
+
+def check_requirements(options: Mapping[str, Option], given: Mapping[str, Any]) -> None:
+    """Refuse options beside values of others with which they have no effect.
+
+    Raises:
+        UserError: One is given.
+    """
+    for each in options.values():
+        for other, values in each.requires.items():
+            chosen = given.get(other, options[other].default)
+            if each.name in given and chosen not in values:
+                raise UserError(
+                    f"{option_name(each.name)} belongs to {option_name(other)} {' and '.join(values)}, and this is "
+                    f"{chosen}: leave it out"
+                )
 
 
 def take(source: Callable[..., T], given: Mapping[str, Any]) -> T:

@@ -1,13 +1,13 @@
-"""The Llama sizes that ``--model`` knows by name, and the defaults that go with them."""
+"""The sizes that ``--model`` knows by name, and the defaults that go with them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of Llama, and the job that it is trained on by default.
+    """One size of a model, and the job that it is trained on by default.
 
-    The sizes from 60m up are those of the GaLore paper (arXiv 2403.03507, appendix), and so are their steps.
+    The sizes of Llama from 60m up are those of the GaLore paper (arXiv 2403.03507, appendix), and so are their steps.
     """
 
     hidden_size: int
@@ -29,6 +29,16 @@ PRESETS = {
     "1b": Preset(2048, 5461, 32, 24, 32000, 256, 32, 100_000),
 }
 
+
+TASKS = {
+    "lm": PRESETS,
+    "seq2seq": {"tiny": Preset(192, 512, 6, 3, vocab_size=4096, sequence_length=24, batch_size=64, steps=400)},
+    "vision": {"tiny": Preset(192, 384, 6, 4, vocab_size=0, sequence_length=49, batch_size=32, steps=400)},
+}
+"""Each task's models by name: Llamas for language modeling, T5s for translation, ViTs for images.
+
+The sequence of a ViT is its patches, and it has no vocabulary.
+"""
 
 FINE_TUNING_LEARNING_RATE = 5e-5
 """The default for a model given by name or folder, whose weights are trained already (transformers' own)."""

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from floragrad.cli.errors import UserError
-from floragrad.cli.train.corpus import Blocks, Corpus, prepare_corpus, sampled, split
+from floragrad.cli.train.corpus import Blocks, Corpus, prepare_corpus, split
+from floragrad.cli.train.order import sampled
 from floragrad.cli.train.sources import Documents, read_documents
 from tests.cli.train.support import fast_config, load_tokenizer, newest, run
 

@@ -27,6 +27,7 @@ EXAMPLES = (
     "**floragrad compare --lrs 1e-3,2e-3,4e-3 --seeds 0,1,2** is a fair fight of AdamW-like rates.\n\n"
     "**floragrad compare --methods flora,muon,lora --lr-factors 0.5,1,2** tries multiples of each one's rate.\n\n"
     "**floragrad compare --methods flora,adamw --model small --text books/** is another job.\n\n"
+    "**floragrad compare --task vision** is another task.\n\n"
     "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison."
 )
 COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
@@ -38,18 +39,19 @@ def compare(given: dict[str, Any]) -> None:
     place, fields = take(Place, given), run_fields(given)
     if place.resume is not None:
         refuse_beside_resume(given, "resume")
-    hub = place.resume is None and RunConfig.resolve(**{**fields, "optimizer": "flora"}).uses_hub
-    machine.prepare("torch", hub=hub)
+    config = RunConfig.resolve(**{**fields, "optimizer": "flora"}) if place.resume is None else None
+    machine.prepare("torch", hub=config is not None and config.uses_hub)
     from floragrad.cli.compare import compare as comparison
 
     if place.resume is not None:
         comparison.compare(place.resume, Console())
         return
+    assert config is not None
     plan = comparison.Plan(
         **{name: given[name] for name in options_of(Grid) if name in given},
         options={**DEFAULTS, "threads": machine.default_threads(), **fields},
         command=shlex.join(["floragrad", *sys.argv[1:]]),
     )
-    out = place.out or new_name(f"compare-{Path(fields.get('model', 'tiny')).name}")
+    out = place.out or new_name(f"compare-{Path(config.job).name}")
     comparison.begin(plan, out)
     comparison.compare(out, Console())

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from floragrad._text import format_bytes
 from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.measures import format_measure, measure_name, measures_of
 from floragrad.cli.train.recorder import standard_error
+from floragrad.cli.train.tasks import TASKS
 
 NOTHING = "–"
 """A cell without a value."""
@@ -51,8 +53,8 @@ class Best:
         """The job in a few words."""
         config = self.config
         batches = "" if config.accumulate == 1 else f" in {config.accumulate} micro-batches"
-        tokens = config.batch_size * config.accumulate * config.sequence_length
-        return f"{config.model}, {config.steps} steps of {tokens:,} tokens{batches}"
+        count = config.units_per_step // config.micro_batches * config.accumulate
+        return f"{config.job}, {config.steps} steps of {count:,} {config.unit}{batches}"
 
     @property
     def losses(self) -> list[float]:
@@ -74,6 +76,12 @@ class Best:
         """The loss of each validation block, averaged over the seeds; empty where a run did not record them."""
         blocks = [summary.get("block_losses") or [] for summary in self._finished]
         return [fmean(block) for block in zip(*blocks, strict=True)] if all(blocks) else []
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """The task's measures beside the loss, averaged over the seeds."""
+        found = [measures_of(summary) for summary in self._finished]
+        return {name: fmean(each[name] for each in found) for name in found[0]}
 
     @property
     def state_bytes(self) -> int:
@@ -149,6 +157,7 @@ def _baseline(bests: Sequence[Best]) -> Best | None:
 
 def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
     row = {
+        "task": best.config.task,
         "optimizer": best.optimizer,
         "accumulator": best.config.accumulator,
         "label": best.config.label,
@@ -171,6 +180,7 @@ def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
         "held_out_blocks": best.about.get("held_out_blocks"),
         "standard_error": standard_error(best.block_losses),
         **_difference(best, baseline),
+        **best.measures,
         "bytes_per_hidden_parameter": best.bytes_per_hidden_parameter,
         "optimizer_state_bytes": best.state_bytes,
         "state_of_adamw": best.state_bytes / best.adamw_bytes,
@@ -197,14 +207,14 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
         bests: Best setting of each method.
         numbers: Result of :func:`as_json`.
     """
-    of = numbers["step_time_of"] or "adamw"
+    of, measured = numbers["step_time_of"] or "adamw", _measured(numbers["rows"])
     heads = [
         "method", "lr", "embedding lr", "validation loss", "min – max", "error over blocks", f"minus {of}'s",
-        "state / hidden parameter", "optimizer state", "of AdamW's", "gathered gradients", "peak memory",
-        f"step time / {of}'s",
+        *map(measure_name, measured), "state / hidden parameter", "optimizer state", "of AdamW's",
+        "gathered gradients", "peak memory", f"step time / {of}'s",
     ]  # fmt: skip
     config = bests[0].config
-    lines = [*_table(heads, [_cells(row) for row in numbers["rows"]]), ""]
+    lines = [*_table(heads, [_cells(row, measured) for row in numbers["rows"]]), ""]
     lines += [
         f"- {bests[0].title}; {len(bests[0].seeds)} seed(s): {', '.join(map(str, bests[0].seeds))}; "
         f"{config.dtype}; the loss is the mean ± standard deviation over the seeds, the state is measured from its "
@@ -230,16 +240,22 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the measures that any row has."""
+    return list({name: None for row in rows for name in measures_of(row)})
+
+
+def _cells(row: dict[str, Any], measured: list[str]) -> list[str]:
     first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
     if row["validation_loss"] is None:
-        return [*first, _failure(row), *[NOTHING] * 9]
+        return [*first, _failure(row), *[NOTHING] * (9 + len(measured))]
     return [
         *first,
         _loss(row),
         f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
         NOTHING if row["standard_error"] is None else _number(row["standard_error"]),
         difference(row),
+        *[format_measure(name, row[name]) for name in measured],
         _per_parameter(row),
         format_bytes(row["optimizer_state_bytes"]),
         f"{100 * row['state_of_adamw']:.1f}%",
@@ -276,8 +292,9 @@ def show(console: Console, rows: list[dict[str, Any]], baseline: str | None) -> 
     table = Table()
     step = "step time" if baseline is None else f"step / {baseline}'s"
     minus = "difference" if baseline is None else f"minus {baseline}'s"
-    heads = ("method", "lr, embedding", "validation loss", minus, "state / hidden", "state", "gradients kept", step)
-    for head in heads:
+    measured = _measured(rows)
+    heads = ["method", "lr, embedding", "validation loss", minus, *map(measure_name, measured)]
+    for head in (*heads, "state / hidden", "state", "gradients kept", step):
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
@@ -285,7 +302,9 @@ def show(console: Console, rows: list[dict[str, Any]], baseline: str | None) -> 
             table.add_row(*cells, _failure(row))
             continue
         sizes = (format_bytes(row["optimizer_state_bytes"]), format_bytes(row["accumulation_bytes"]))
-        table.add_row(*cells, _loss(row), difference(row), _per_parameter(row), *sizes, f"{row['step_time_ratio']:.2f}")
+        others = [format_measure(name, row[name]) for name in measured]
+        cells += [_loss(row), difference(row), *others, _per_parameter(row), *sizes]
+        table.add_row(*cells, f"{row['step_time_ratio']:.2f}")
     console.print(table)
     for line in validation_notes(rows, baseline or "adamw"):
         console.print(line, soft_wrap=True, highlight=False)
@@ -305,9 +324,10 @@ def validation_notes(rows: Sequence[Mapping[str, Any]], of: str) -> list[str]:
     row = next((row for row in rows if row.get("validation_blocks")), None)
     if row is None:
         return []
+    task = TASKS[row["task"]]
     return [
-        f"validated on {row['validation_blocks']:,} of {row['held_out_blocks']:,} held-out blocks, drawn from all "
-        "held-out documents, the same for all",
+        f"validated on {row['validation_blocks']:,} of {row['held_out_blocks']:,} {task.blocks}, drawn from "
+        f"{task.everything}, the same for all",
         "error over blocks: the standard error of the loss for the choice of blocks, which all share; of what is "
         f"minus {of}'s: of the differences block by block",
     ]

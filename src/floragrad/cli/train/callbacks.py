@@ -7,8 +7,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from floragrad.cli.train.recorder import Recorder, Schedule
 
-BLOCK_LOSSES = "eval_block_losses"
-"""The key of the Trainer's metrics that holds the loss of each validation block."""
+BLOCK_LOSSES, MEASURES = "eval_block_losses", "eval_measures"
+"""The keys of the Trainer's metrics that hold the loss of each validation block, and the task's other measures."""
 
 
 class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
@@ -80,7 +80,7 @@ class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
         **_kwargs: Any,
     ) -> None:
         """Record an evaluation."""
-        self._recorder.evaluation(state.global_step, metrics[BLOCK_LOSSES])
+        self._recorder.evaluation(state.global_step, metrics[BLOCK_LOSSES], metrics[MEASURES])
         self._stop_if_diverged(control)
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from floragrad.cli.train.folder import RunFolder
 
 HELP = (
-    "Train a causal language model, with Flora unless you say otherwise.\n\n"
+    "Train a causal language model, or another of the tasks, with Flora unless you say otherwise.\n\n"
     "Says first what the optimizer keeps and last what came out. Writes a folder with the configuration, the "
     "metrics (JSON lines), the newest checkpoint, the tokenizer, a summary, and the loss as a picture. "
     "Ctrl-C saves, and **--resume** continues as if nothing had happened, bit for bit."
@@ -32,6 +32,7 @@ EXAMPLES = (
     "**floragrad train --text books/ --model small --steps 5000** reads everything below a folder.\n\n"
     "**floragrad train --model 60m --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1** "
     "streams a dataset.\n\n"
+    "**floragrad train --task vision** classifies images, **--task seq2seq** translates.\n\n"
     "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run.\n\n"
     "**torchrun --nproc-per-node 2 -m floragrad train** divides every batch over two processes."
 )
@@ -54,7 +55,7 @@ def train(given: dict[str, Any]) -> None:
     processes = join(config)
     with processes.together():
         folder = processes.share(
-            lambda: begin(config, place.out or new_name(f"{Path(config.model).name}-{config.optimizer}"))
+            lambda: begin(config, place.out or new_name(f"{Path(config.job).name}-{config.optimizer}"))
         )
     _train(folder, processes)
 

@@ -10,7 +10,7 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.options import check_values, kinds, needing, option, option_name, options_of
-from floragrad.cli.presets import PRESETS
+from floragrad.cli.presets import PRESETS, TASKS
 from floragrad.cli.train import defaults
 from floragrad.cli.train.conflicts import check_conflicts, check_sharding
 from floragrad.cli.train.settings import check_together, read_settings, setting_value
@@ -21,6 +21,7 @@ TRAINING, OUTPUT, PROCESSES = "Training", "Folder and machine", "Several process
 _OTHER_RATES: Final = ", ".join(
     f"{name} {method.lr:g}" for name, method in METHODS.items() if method.lr != METHODS["flora"].lr
 )
+_STEPS: Final = ", ".join(f"{name}: {sizes['tiny'].steps}" for name, sizes in TASKS.items() if name != "lm")
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
 
 
@@ -33,6 +34,12 @@ class RunConfig:
     ``floragrad compare`` only: the folder, relative to the run's, whose text and tokenizer it reads.
     """
 
+    task: str = option(
+        "What is trained: a language model on text, a small T5 that translates, or a small ViT that classifies images.",
+        MODEL,
+        default="lm",
+        choices=tuple(TASKS),
+    )
     model: str = option(
         "A Llama by size, or any causal language model of Hugging Face by name or folder, with its weights where it "
         "has some. 60m to 1b are the sizes of the GaLore paper.",
@@ -52,6 +59,7 @@ class RunConfig:
         default=(),
         shown="the Python source of the standard library on this machine",
         metavar="FILE|FOLDER|PATTERN",
+        requires={"task": ("lm",)},
     )
     dataset: str | None = option(
         "A dataset of the Hugging Face hub, or a folder with its files, instead of --text.", MODEL, default=None
@@ -63,15 +71,34 @@ class RunConfig:
     text_column: str | None = option(
         "Column of the dataset that holds the text.",
         MODEL,
-        derive=defaults.with_dataset("text"),
+        derive=defaults.column(lm="text"),
         shown="text",
         needs=("dataset",),
+        requires={"task": ("lm",)},
+    )
+    source_column: str | None = option(
+        "Column of the dataset that the model reads: texts (or a part of it: translation.de), or images.",
+        MODEL,
+        default=None,
+        derive=defaults.column(seq2seq="translation.de", vision="image"),
+        shown="translation.de; vision: image",
+        needs=("dataset",),
+        requires={"task": ("seq2seq", "vision")},
+    )
+    target_column: str | None = option(
+        "Column of the dataset that the model predicts: texts, or classes, which are whole numbers from 0 on.",
+        MODEL,
+        default=None,
+        derive=defaults.column(seq2seq="translation.en", vision="label"),
+        shown="translation.en; vision: label",
+        needs=("dataset",),
+        requires={"task": ("seq2seq", "vision")},
     )
     max_megabytes: float | None = option(
-        "Read at most so much text.",
+        "Read at most so much text, or so many pixels.",
         MODEL,
         derive=defaults.max_megabytes,
-        shown="4 for tiny on the standard library, 200 of a dataset, else everything",
+        shown="4 for tiny on the standard library and for seq2seq on the dictionary, 200 of a dataset, else everything",
         above=0,
         maximum=1e12,
     )
@@ -79,21 +106,23 @@ class RunConfig:
         "Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
         MODEL,
         derive=defaults.of_preset("vocab_size", None),
-        shown="2048 for tiny, 8192 for small, 32000 above",
+        shown="2048 for tiny, 8192 for small, 32000 above; seq2seq: 4096",
         minimum=257,  # the 256 bytes and the end of a text
+        requires={"task": ("lm", "seq2seq")},
     )
     sequence_length: int = option(
-        "Tokens of a block.",
+        "Tokens of a block; of --task seq2seq, of a text at most.",
         MODEL,
         derive=defaults.of_preset("sequence_length", 256),
-        shown="128 for tiny, else 256",
+        shown="128 for tiny, else 256; seq2seq: 24",
         minimum=2,
+        requires={"task": ("lm", "seq2seq")},
     )
     batch_size: int = option(
-        "Blocks at once, in all processes together.",
+        "Blocks at once, or pairs, or images, in all processes together.",
         TRAINING,
         derive=defaults.of_preset("batch_size", 8),
-        shown="8 for tiny, 16 for small, 32 above, else 8",
+        shown="8 for tiny, 16 for small, 32 above, else 8; seq2seq: 64, vision: 32",
         minimum=1,
     )
     accumulate: int = option(
@@ -147,7 +176,7 @@ class RunConfig:
         "Optimizer steps.",
         TRAINING,
         derive=defaults.steps,
-        shown=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + ", else 1000",
+        shown=", ".join(f"{preset.steps} for {name}" for name, preset in PRESETS.items()) + f", else 1000; {_STEPS}",
         minimum=1,
     )
     lr: float = option(
@@ -254,9 +283,11 @@ class RunConfig:
         minimum=1,
     )
     eval_blocks: int = option(
-        "Held-out blocks to validate with, at most; drawn from all held-out documents.",
+        "Held-out blocks, or pairs, or images, to validate with, at most; drawn from all that are held out.",
         TRAINING,
         default=128,
+        derive=defaults.of_task(128, 512),
+        shown="128; seq2seq and vision: 512",
         minimum=1,
     )
     save_every: int = option(
@@ -340,6 +371,21 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step reads."""
         return self.batch_size * self.micro_batches * self.sequence_length
+
+    @property
+    def job(self) -> str:
+        """Name of the model, and of the task where it is no language model."""
+        return self.model if self.task == "lm" else f"{self.task}-{self.model}"
+
+    @property
+    def unit(self) -> str:
+        """Name of what a step reads so many of."""
+        return "tokens" if self.task == "lm" else "examples"
+
+    @property
+    def units_per_step(self) -> int:
+        """Tokens that one optimizer step reads; examples with other tasks than language models."""
+        return self.tokens_per_step if self.task == "lm" else self.batch_size * self.micro_batches
 
     @property
     def micro_batches(self) -> int:

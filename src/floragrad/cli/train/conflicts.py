@@ -5,8 +5,8 @@ from typing import Any
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.methods import DEFAULT_METHODS
-from floragrad.cli.options import Option, needing, option_name
-from floragrad.cli.presets import PRESETS
+from floragrad.cli.options import Option, check_requirements, needing, option_name
+from floragrad.cli.presets import PRESETS, TASKS
 from floragrad.cli.train import defaults
 
 
@@ -38,7 +38,16 @@ def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> 
     Raises:
         UserError: Two of them do, with the remedy.
     """
+    task = given.get("task", "lm")
+    if task != "lm" and given.get("model", "tiny") not in TASKS[task]:
+        raise UserError(
+            f"--model {given['model']} is none of --task {task}, which trains new models of its own: choose "
+            f"{', '.join(TASKS[task])}, or leave it out"
+        )
+    check_requirements(options, given)
     if given.get("backend") == "jax":
+        if task != "lm":
+            raise UserError(f"--backend jax trains language models, and --task is {task}: leave one out")
         if given.get("model", "tiny") not in PRESETS:
             raise UserError(
                 f"--backend jax trains new Llamas of the sizes {', '.join(PRESETS)}, and --model {given['model']} is "

@@ -17,11 +17,10 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import manifest
 from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.order import HELD_OUT, Order, divide, sampled
 from floragrad.cli.train.sources import MEGABYTE, Documents
 
 END_OF_TEXT = "<|endoftext|>"
-HELD_OUT = 10
-"""Every tenth document is held out; of fewer than ten documents, the last tenth of each."""
 TOKENIZER_SAMPLE = 2 * MEGABYTE
 """Characters that the tokenizer is trained on, at most: more of them change little and take longer."""
 DOCUMENTS_AT_ONCE = 256
@@ -68,7 +67,7 @@ class Corpus:
         return cls(folder, CorpusFacts(**values))
 
     @property
-    def tokenizer(self) -> Any:
+    def processor(self) -> Any:
         """The tokenizer, as transformers loads it."""
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
 
@@ -85,15 +84,22 @@ class Corpus:
         """Count the held-out blocks, of which :meth:`validation_blocks` is a sample."""
         return self.facts.validation_tokens // config.sequence_length
 
+    def describe(self) -> str:
+        """Return the source and the sizes of the text."""
+        facts = self.facts
+        skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
+        return (
+            f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
+            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
+            f"vocabulary {facts.vocab_size:,}"
+        )
+
     def _tokens(self, part: str) -> NDArray[Any]:
         return np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r")
 
 
 class Blocks:
-    """Blocks of ``length`` tokens: each once and in order, or shuffled anew for every pass.
-
-    The order follows from ``seed`` and the position alone, so that a run may start anywhere in it, and runs
-    with different optimizers read the same batches.
+    """Blocks of ``length`` tokens, in an :class:`Order`.
 
     Args:
         tokens: All tokens in one row; a rest that fills no block is left out.
@@ -113,35 +119,14 @@ class Blocks:
     ) -> None:
         blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
         self._blocks = blocks if chosen is None else blocks[chosen]
-        self._count = len(self._blocks) if total is None else total // length
-        self._seed = seed
-        self._pass = -1
-        self._order: NDArray[np.int64] = np.arange(len(self._blocks))
+        self._order = Order(len(self._blocks), seed, None if total is None else total // length)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._order)
 
     def __getitem__(self, position: int) -> dict[str, NDArray[np.int64]]:
-        number, index = divmod(position, len(self._blocks))
-        if self._seed is not None and number != self._pass:
-            generator = np.random.Generator(np.random.Philox(key=[self._seed, number]))
-            self._order, self._pass = generator.permutation(len(self._blocks)), number
-        block = self._blocks[self._order[index]].astype(np.int64)
+        block = self._blocks[self._order[position]].astype(np.int64)
         return {"input_ids": block, "labels": block}
-
-
-def sampled(blocks: int, count: int) -> NDArray[np.int64]:
-    """Draw ``count`` of ``blocks`` indices without replacement and sort them; all where there are no more.
-
-    The draw is fixed, so that all runs on one text validate with the same blocks, and a larger sample contains
-    the smaller ones. It uses the generator's raw bits, which are the same in every version of NumPy.
-
-    Example:
-        >>> sampled(20, 4), sampled(20, 6)
-        (array([ 0,  2, 11, 17]), array([ 0,  1,  2,  9, 11, 17]))
-    """
-    order = np.argsort(np.random.Philox(key=0).random_raw(blocks), kind="stable")
-    return np.sort(order[:count])
 
 
 def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: int | None = None) -> Corpus:
@@ -203,7 +188,7 @@ def _check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | 
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Return the texts to train on, and those held out. It goes by position, never by chance.
+    """Return the texts to train on, and those held out: every tenth; of fewer than ten, the last tenth of each.
 
     Example:
         >>> train, validation = split([str(number) for number in range(20)])
@@ -213,8 +198,7 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
         (['abcdefghijabcdefgh'], ['ij'])
     """
     if len(texts) >= HELD_OUT:
-        held_out = [text for index, text in enumerate(texts) if index % HELD_OUT == HELD_OUT - 1]
-        return [text for index, text in enumerate(texts) if index % HELD_OUT != HELD_OUT - 1], held_out
+        return divide(texts)
     cuts = [len(text) - len(text) // HELD_OUT for text in texts]
     return [text[:cut] for text, cut in zip(texts, cuts, strict=True)], [
         text[cut:] for text, cut in zip(texts, cuts, strict=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from floragrad.cli.methods import EMBEDDING_LR, METHODS, Method
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, PRESETS, Preset
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, TASKS, Preset
 
 STANDARD_LIBRARY_MEGABYTES: Final = 4.0
 DATASET_MEGABYTES: Final = 200.0
@@ -39,7 +39,7 @@ def of_preset(name: str, otherwise: Any) -> Derive:
 
     def derive(given: Given) -> Any:
         preset = _preset(given)
-        return getattr(preset, name) if preset else otherwise
+        return getattr(preset, name) or None if preset else otherwise
 
     return derive
 
@@ -47,6 +47,16 @@ def of_preset(name: str, otherwise: Any) -> Derive:
 def with_dataset(default: Any) -> Derive:
     """Derive a default with a dataset; None without."""
     return lambda given: default if "dataset" in given else None
+
+
+def column(**by_task: str) -> Derive:
+    """Derive a dataset's column from the task; None for other tasks, and without a dataset."""
+    return lambda given: with_dataset(by_task.get(given.get("task", "lm")))(given)
+
+
+def of_task(lm: Any, otherwise: Any) -> Derive:
+    """Derive a default of language models, and that of the other tasks."""
+    return lambda given: lm if given.get("task", "lm") == "lm" else otherwise
 
 
 def with_flora(option: str, default: Any) -> Derive:
@@ -82,6 +92,8 @@ def max_megabytes(given: Given) -> float | None:
     """Return how much text is read."""
     if "dataset" in given:
         return DATASET_MEGABYTES
+    if given.get("task") == "vision":
+        return None
     return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
 
 
@@ -105,7 +117,7 @@ def part_of_steps(part: int, least: int, most: int | None = None) -> Derive:
 
 
 def _preset(given: Given) -> Preset | None:
-    return PRESETS.get(given.get("model", "tiny"))
+    return TASKS[given.get("task", "lm")].get(given.get("model", "tiny"))
 
 
 def _embedding_lr(given: Given) -> float:

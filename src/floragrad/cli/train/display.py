@@ -1,5 +1,6 @@
 """Screen of a run: opening, progress, summary."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from floragrad._text import format_bytes
+from floragrad.cli.train.measures import format_measure, measure_name, measures_of
+from floragrad.cli.train.tasks import TASKS
 
 LINES_WITHOUT_TERMINAL = 10
 """A run whose output is no terminal writes so many lines instead of a bar."""
@@ -36,16 +39,16 @@ class Display:
         self._title = title
         self._brief = brief
         self._progress: Progress | None = None
-        self._steps = 0
+        self._steps, self._unit = 0, "tokens"
 
     def say(self, text: str) -> None:
         """Write a line or a table of plain text."""
         if not self._brief:
             self._console.print(Text(text), soft_wrap=True)
 
-    def begin(self, step: int, steps: int) -> None:
-        """Show the progress from ``step`` on."""
-        self._steps = steps
+    def begin(self, step: int, steps: int, unit: str = "tokens") -> None:
+        """Show the progress from ``step`` on, and the speed in units a second."""
+        self._steps, self._unit = steps, unit
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -58,17 +61,18 @@ class Display:
             self._progress.add_task(self._title, total=steps, completed=step, numbers="")
             self._progress.start()
 
-    def step(self, step: int, loss: float, tokens_per_second: float, memory: int) -> None:
+    def step(self, step: int, loss: float, speed: float, memory: int) -> None:
         """Show the progress after a training step."""
-        numbers = f"loss {loss:.3f} · {tokens_per_second:,.0f} tokens/s · {format_bytes(memory)}"
+        numbers = f"loss {loss:.3f} · {speed:,.0f} {self._unit}/s · {format_bytes(memory)}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
         elif step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
             self.say(f"step {step}/{self._steps} · {numbers}")
 
-    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
-        """Show a validation loss."""
-        self.say(f"step {step}/{self._steps} · validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
+    def evaluation(self, step: int, loss: float, perplexity: float, measures: Mapping[str, float]) -> None:
+        """Show a validation loss, and the task's other measures."""
+        others = "".join(f", {measure_name(name)} {format_measure(name, each)}" for name, each in measures.items())
+        self.say(f"step {step}/{self._steps} · validation loss {loss:.4f}, perplexity {perplexity:,.1f}{others}")
 
     def end(self) -> None:
         """Stop showing the progress."""
@@ -80,11 +84,16 @@ class Display:
         """Show the summary of a run that is finished."""
         if self._brief:
             return
-        table = Table(show_header=False, title=f"{summary['model']} with {summary['optimizer']}", title_justify="left")
+        table = Table(show_header=False, title=f"{_job(summary)} with {summary['optimizer']}", title_justify="left")
         for row in _summary_rows(summary):
             table.add_row(*row)
         self._console.print(table)
         self.say(f"everything is in {folder}")
+
+
+def _job(summary: dict[str, Any]) -> str:
+    """Return the model, and the task where it is no language model."""
+    return str(summary["model"]) if summary.get("task", "lm") == "lm" else f"{summary['task']}-{summary['model']}"
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -97,6 +106,7 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("validation loss", losses),
         *_blocks(summary),
         ("perplexity", perplexities),
+        *((measure_name(name), format_measure(name, value)) for name, value in measures_of(summary).items()),
         (
             "optimizer state",
             f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
@@ -105,8 +115,14 @@ def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *_gathered(summary),
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
-        ("tokens", f"{summary['tokens']:,} in {summary['steps']} steps"),
+        _read(summary),
     ]
+
+
+def _read(summary: dict[str, Any]) -> tuple[str, str]:
+    """Return the row on the tokens or examples that were read."""
+    unit = next(name for name in ("tokens", "examples") if name in summary)
+    return unit, f"{summary[unit]:,} in {summary['steps']} steps"
 
 
 def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -114,7 +130,8 @@ def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary.get("standard_error") is None:
         return []
     count, held_out = len(summary["block_losses"]), summary["held_out_blocks"]
-    return [("standard error", f"{summary['standard_error']:.4f} over {count:,} of {held_out:,} held-out blocks")]
+    blocks = TASKS[summary.get("task", "lm")].blocks
+    return [("standard error", f"{summary['standard_error']:.4f} over {count:,} of {held_out:,} {blocks}")]
 
 
 def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:

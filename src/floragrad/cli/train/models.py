@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from floragrad.cli.errors import UserError
@@ -54,14 +55,27 @@ def build_model(config: RunConfig, vocab_size: int) -> Any:
         ) from error
 
 
-def rebuild_model(config: RunConfig, checkpoint: Path) -> Any:
+def new_model(auto_class: str, architecture: Any, config: RunConfig) -> Any:
+    """Return a model of an architecture, drawn from the global generator.
+
+    Args:
+        auto_class: Name of transformers' class for such models.
+        architecture: In transformers' terms.
+        config: Of the run.
+    """
+    auto = getattr(transformers, auto_class)
+    return auto.from_config(architecture, dtype=DTYPES[config.dtype], trust_remote_code=False)
+
+
+def rebuild_model(auto_class: str, config: RunConfig, checkpoint: Path) -> Any:
     """Return a model of the checkpoint's architecture, whose weights the Trainer will load."""
-    return _from_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), config)
+    return new_model(auto_class, AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), config)
 
 
-def trained_model(config: RunConfig, checkpoint: Path) -> Any:
+def trained_model(auto_class: str, config: RunConfig, checkpoint: Path) -> Any:
     """Return the checkpoint's model with its weights."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.dtype], trust_remote_code=False)
+    auto = getattr(transformers, auto_class)
+    return auto.from_pretrained(checkpoint, dtype=DTYPES[config.dtype], trust_remote_code=False)
 
 
 def embedding_rows(config: RunConfig) -> int:
@@ -82,7 +96,7 @@ def widest_matrix(config: RunConfig) -> int:
 
 def _from_config(found: Any, config: RunConfig) -> Any:
     try:
-        return AutoModelForCausalLM.from_config(found, dtype=DTYPES[config.dtype], trust_remote_code=False)
+        return new_model("AutoModelForCausalLM", found, config)
     except ValueError as error:
         refuse_remote_code(f"--model {config.model}", error)
         raise UserError(

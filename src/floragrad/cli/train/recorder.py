@@ -71,7 +71,7 @@ class Recorder:
         self,
         config: RunConfig,
         folder: RunFolder,
-        tokenizer: Any,
+        processor: Any,
         display: Display,
         gpu: Gpu | None,
         processes: Processes = ALONE,
@@ -79,7 +79,7 @@ class Recorder:
         self._config = config
         self._processes = processes
         self._folder = folder
-        self._tokenizer = tokenizer
+        self._processor = processor
         self._display = display
         self._gpu = gpu
         earlier = folder.metrics()
@@ -96,7 +96,7 @@ class Recorder:
         """Show the optimizer's state, then the progress after ``step``."""
         self._began = time.perf_counter()
         self._display.say(opening)
-        self._display.begin(step, self._config.steps)
+        self._display.begin(step, self._config.steps, self._config.unit)
 
     def step_begins(self) -> None:
         """Start the step's clock."""
@@ -122,24 +122,26 @@ class Recorder:
             step_seconds=step_seconds,
             memory_bytes=memory,
         )
-        self._display.step(step, loss, self._config.tokens_per_step / step_seconds, memory)
+        self._display.step(step, loss, self._config.units_per_step / step_seconds, memory)
         self._look_at(step, loss)
 
-    def evaluation(self, step: int, losses: Sequence[float]) -> None:
-        """Write an evaluation's line, from the loss of each validation block."""
+    def evaluation(self, step: int, losses: Sequence[float], measures: Mapping[str, float] | None = None) -> None:
+        """Write an evaluation's line, from the loss of each validation block and the task's other measures."""
+        found = measures or {}
         loss = fmean(losses)
         blocks = [round(each, BLOCK_DIGITS) if isfinite(each) else None for each in losses]
         error = standard_error(losses)
-        self._write(step, validation_loss=loss, perplexity=perplexity(loss), standard_error=error, block_losses=blocks)
-        self._display.evaluation(step, loss, perplexity(loss))
+        numbers = {"validation_loss": loss, "perplexity": perplexity(loss), **found}
+        self._write(step, **numbers, standard_error=error, block_losses=blocks)
+        self._display.evaluation(step, loss, perplexity(loss), found)
         self._look_at(step, loss)
 
     def saved(self, step: int) -> None:
-        """Complete the checkpoint with the tokenizer, then put it in its place when all have written their part."""
+        """Complete the checkpoint with the data's processor, then publish it when all have written their part."""
         self._processes.wait()
         if self._processes.leads:
             with self._folder.writing():
-                self._tokenizer.save_pretrained(self._folder.staging / f"checkpoint-{step}")
+                self._processor.save_pretrained(self._folder.staging / f"checkpoint-{step}")
             self._folder.publish(step)
         self._processes.wait()
 
@@ -153,5 +155,6 @@ class Recorder:
         known = {
             name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
         }
-        line = {"step": step, **known, "tokens": step * self._config.tokens_per_step, "seconds": self.seconds}
+        read = {self._config.unit: step * self._config.units_per_step}
+        line = {"step": step, **known, **read, "seconds": self.seconds}
         self._folder.append_metrics(line)

@@ -11,34 +11,37 @@ from floragrad.cli.disk import write_text
 from floragrad.cli.errors import DivergenceError, StoppedError, UserError
 from floragrad.cli.figures import run_figure, save
 from floragrad.cli.methods import METHODS
-from floragrad.cli.presets import PRESETS
+from floragrad.cli.presets import TASKS as SIZES
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.corpus import Corpus, prepare_corpus
+from floragrad.cli.train.corpus import Corpus
 from floragrad.cli.train.display import Display
 from floragrad.cli.train.engine import Engine
 from floragrad.cli.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest
+from floragrad.cli.train.measures import measures_of
 from floragrad.cli.train.processes import ALONE, Processes
 from floragrad.cli.train.recorder import Recorder, Schedule, perplexity
-from floragrad.cli.train.sources import read_documents
+from floragrad.cli.train.tasks import TASKS
+from floragrad.cli.train.tasks.task import Data
 
-Start: TypeAlias = Callable[[RunConfig, RunFolder, Corpus, int, Processes], Engine]
+Start: TypeAlias = Callable[[RunConfig, RunFolder, Data, int, Processes], Engine]
 """Constructor of the engine of a run, like :func:`start`."""
 
 
-def start(config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> Engine:
+def start(config: RunConfig, folder: RunFolder, data: Data, step: int, processes: Processes) -> Engine:
     """Return the engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
     if config.backend == "jax":
         from floragrad.cli.train.jax.loop import JaxEngine
 
-        return JaxEngine(config, folder, corpus, step)
+        assert isinstance(data, Corpus)
+        return JaxEngine(config, folder, data, step)
     from floragrad.cli.train.trainer import TrainerEngine
 
-    return TrainerEngine(config, folder, corpus, step, processes)
+    return TrainerEngine(config, folder, TASKS[config.task], data, step, processes)
 
 
 def begin(config: RunConfig, out: Path) -> RunFolder:
-    """Make the folder of a new run: its configuration, its text and its tokenizer.
+    """Make the folder of a new run: its configuration and its data.
 
     Raises:
         UserError: The run cannot be done; then there is no folder.
@@ -52,14 +55,14 @@ def begin(config: RunConfig, out: Path) -> RunFolder:
 
 
 def check_model(config: RunConfig) -> None:
-    """Find out that the model cannot be trained before any text is read.
+    """Find out that the model cannot be trained before any data are read.
 
     Raises:
         UserError: There is no such model, the method's package is not installed, or the rank compresses nothing.
     """
     if config.backend == "torch" and (remedy := how_to_install(config.optimizer)):
         raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
-    preset = PRESETS.get(config.model)
+    preset = SIZES[config.task].get(config.model)
     if preset is not None:
         widest = preset.hidden_size
     else:
@@ -81,15 +84,9 @@ def how_to_install(optimizer: str) -> str:
     return PEERS[peer].remedy if peer else ""
 
 
-def write_corpus(config: RunConfig, folder: Path) -> Corpus:
-    """Read, tokenize and pack the text of a run into a new folder."""
-    documents = read_documents(config)
-    folder.mkdir()
-    if config.model in PRESETS:
-        return prepare_corpus(config, documents, folder)
-    from floragrad.cli.train.models import embedding_rows
-
-    return prepare_corpus(config, documents, folder, embedding_rows(config))
+def write_corpus(config: RunConfig, folder: Path) -> Data:
+    """Read and prepare the data of a run in a new folder."""
+    return TASKS[config.task].prepare(config, folder)
 
 
 def train(folder: RunFolder, display: Display, processes: Processes = ALONE, start: Start = start) -> dict[str, Any]:
@@ -114,10 +111,11 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
         step = processes.share(lambda: _take(folder, held))
         display.say(f"run folder: {folder.path}")
         held.enter_context(stop.listening())
-        config, corpus = folder.config, Corpus.load(folder.corpus)
-        engine = start(config, folder, corpus, step, processes)
-        recorder = Recorder(config, folder, corpus.tokenizer, display, engine.gpu, processes)
-        _introduce(engine, corpus, config, step, display)
+        config = folder.config
+        data = TASKS[config.task].load(folder.corpus)
+        engine = start(config, folder, data, step, processes)
+        recorder = Recorder(config, folder, data.processor, display, engine.gpu, processes)
+        _introduce(engine, data, config, step, display)
         try:
             made = engine.run(Schedule(config, stop, processes), recorder)
         finally:
@@ -126,7 +124,7 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
             raise DivergenceError(recorder.diverged_at)
         if stop.signum is not None and made < config.steps:
             raise StoppedError(folder.path, f"{processes.program} train", stop.signum)
-        return processes.share(lambda: _finish(folder, config, corpus, engine, recorder, processes))
+        return processes.share(lambda: _finish(folder, config, data, engine, recorder, processes))
 
 
 def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
@@ -137,32 +135,30 @@ def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
     return step
 
 
-def _introduce(engine: Engine, corpus: Corpus, config: RunConfig, step: int, display: Display) -> None:
-    """Show the model, the text and the validation blocks."""
-    facts, held_out = corpus.facts, corpus.held_out_blocks(config)
-    skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
+def _introduce(engine: Engine, data: Data, config: RunConfig, step: int, display: Display) -> None:
+    """Show the model, the data and the validation blocks."""
+    task, held_out = TASKS[config.task], data.held_out_blocks(config)
     display.say(
-        f"{config.model}: {engine.parameters:,} parameters in {config.dtype}, on {machine.describe(engine.gpu)}\n"
-        f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
-        f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
-        f"vocabulary {facts.vocab_size:,}\n"
-        f"validation with {min(config.eval_blocks, held_out):,} of {held_out:,} held-out blocks, "
-        "drawn from all held-out documents"
+        f"{config.job}: {engine.parameters:,} parameters in {config.dtype}, on {machine.describe(engine.gpu)}\n"
+        f"{data.describe()}\n"
+        f"validation with {min(config.eval_blocks, held_out):,} of {held_out:,} {task.blocks}, "
+        f"drawn from {task.everything}"
     )
     if step:
         display.say(f"continuing after step {step}")
 
 
 def _finish(
-    folder: RunFolder, config: RunConfig, corpus: Corpus, engine: Engine, recorder: Recorder, processes: Processes
+    folder: RunFolder, config: RunConfig, data: Data, engine: Engine, recorder: Recorder, processes: Processes
 ) -> dict[str, Any]:
     """Write the figure and the summary of a run that has made all its steps."""
     metrics = folder.metrics()
     evaluations = [line for line in metrics if "validation_loss" in line]
     first, last = evaluations[0]["validation_loss"], evaluations[-1]["validation_loss"]
     with folder.writing():
-        save(run_figure(metrics, f"{Path(config.model).name} with {config.label}"), folder.path / FIGURE)
+        save(run_figure(metrics, f"{Path(config.job).name} with {config.label}"), folder.path / FIGURE)
     summary = {
+        "task": config.task,
         "model": config.model,
         "optimizer": config.optimizer,
         "backend": config.backend,
@@ -170,15 +166,16 @@ def _finish(
         "processes": processes.size,
         "fsdp": processes.sharded,
         "steps": config.steps,
-        "tokens": config.steps * config.tokens_per_step,
+        config.unit: config.steps * config.units_per_step,
         "first_validation_loss": first,
         "validation_loss": last,
         "validation_loss_change": last / first - 1,
         "first_perplexity": perplexity(first),
         "perplexity": perplexity(last),
+        **measures_of(evaluations[-1]),
         "standard_error": evaluations[-1].get("standard_error"),
         "block_losses": evaluations[-1].get("block_losses"),
-        "held_out_blocks": corpus.held_out_blocks(config),
+        "held_out_blocks": data.held_out_blocks(config),
         "accumulator": config.accumulator,
         "micro_batches": config.micro_batches,
         "accumulation_bytes": engine.accumulation_bytes,

@@ -97,7 +97,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _from_files(files: list[_File], source: str, max_megabytes: float | None) -> Documents:
-    texts, skipped, budget = [], 0, _Budget(max_megabytes)
+    texts, skipped, budget = [], 0, Budget(max_megabytes)
     for file in sorted(files, key=lambda file: file.order):
         if budget.spent:
             break
@@ -122,7 +122,7 @@ def _read(file: _File) -> str | None:
     return None if "\0" in text and not file.named else text
 
 
-class _Budget:
+class Budget:
     """Counts bytes down, and cuts the text in which they end."""
 
     def __init__(self, megabytes: float | None) -> None:
@@ -130,9 +130,16 @@ class _Budget:
 
     @property
     def spent(self) -> bool:
+        """True when nothing is left."""
         return self._left is not None and self._left <= 0
 
+    def spend(self, size: int) -> None:
+        """Count bytes that are taken whole."""
+        if self._left is not None:
+            self._left -= size
+
     def take(self, text: str) -> str:
+        """Count the bytes of a text. Returns it, cut where they end."""
         if self._left is None:
             return text
         data = text.encode("utf-8")
@@ -142,28 +149,40 @@ class _Budget:
         return text
 
 
-def _from_dataset(config: RunConfig) -> Documents:
-    """Stream a dataset's column of text, in the dataset's own order."""
+def dataset_rows(config: RunConfig, instead: str = "--text") -> Iterator[dict[str, Any]]:
+    """Stream the rows of ``--dataset``, in its own order.
+
+    Args:
+        config: Of the run.
+        instead: What can be given instead, for the error.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
     import datasets
 
-    assert config.dataset is not None
     try:
-        rows = datasets.load_dataset(config.dataset, config.dataset_config, split=config.dataset_split, streaming=True)
-        texts, skipped = _column(rows, config)
+        yield from datasets.load_dataset(
+            config.dataset, config.dataset_config, split=config.dataset_split, streaming=True
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--dataset {config.dataset} cannot be loaded ({reason}): give the name of a dataset that can be "
-            "reached, a folder with its files, or --text"
+            f"reached, a folder with its files, or {instead}"
         ) from error
-    return Documents(texts, f"{config.dataset} ({config.dataset_split})", skipped)
 
 
-def _column(rows: Iterable[dict[str, Any]], config: RunConfig) -> tuple[list[str], int]:
-    """Return the texts of a dataset's column, and how many rows have none (null)."""
-    texts, skipped, budget, name = [], 0, _Budget(config.max_megabytes), config.text_column
+def dataset_name(config: RunConfig) -> str:
+    """Return the name of a dataset and its split."""
+    return f"{config.dataset} ({config.dataset_split})"
+
+
+def _from_dataset(config: RunConfig) -> Documents:
+    """Read a dataset's column of text; rows without any (null) are left out and counted."""
+    texts, skipped, budget, name = [], 0, Budget(config.max_megabytes), config.text_column
     assert name is not None
-    for row in rows:
+    for row in dataset_rows(config):
         if budget.spent:
             break
         if name not in row:
@@ -179,4 +198,4 @@ def _column(rows: Iterable[dict[str, Any]], config: RunConfig) -> tuple[list[str
             )
         elif text.strip():
             texts.append(budget.take(text))
-    return texts, skipped
+    return Documents(texts, dataset_name(config), skipped)

@@ -1,6 +1,8 @@
 """The PyTorch backend: transformers' Trainer, fed and watched by us."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -8,9 +10,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from floragrad import Flora
 from floragrad.cli.machine import Gpu, configure_torch, torch_gpu
@@ -18,15 +19,15 @@ from floragrad.cli.methods import METHODS
 from floragrad.cli.peers import HIDDEN, PEERS
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import adapters
-from floragrad.cli.train.callbacks import BLOCK_LOSSES, RecorderCallback, ScheduleCallback
+from floragrad.cli.train.callbacks import BLOCK_LOSSES, MEASURES, RecorderCallback, ScheduleCallback
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.corpus import Blocks, Corpus
 from floragrad.cli.train.folder import RunFolder
-from floragrad.cli.train.models import build_model, rebuild_model, trained_model
+from floragrad.cli.train.models import rebuild_model, trained_model
 from floragrad.cli.train.opening import opening
 from floragrad.cli.train.optimizers import accumulation_bytes, adamw_bytes, gradient_bytes, optimizer_class, state_bytes
 from floragrad.cli.train.processes import Processes
 from floragrad.cli.train.recorder import Recorder, Schedule
+from floragrad.cli.train.tasks.task import Blocks, Data, Task
 from floragrad.torch.integrations import AccumulationOptions
 from floragrad.torch.integrations.transformers import FloraTrainerMixin
 
@@ -40,15 +41,18 @@ class TrainerEngine:
     Args:
         config: Of the run.
         folder: Its folder, with the checkpoint to go on from.
-        corpus: Its text.
+        task: Makes the model and measures it.
+        data: Its data.
         step: The step of that checkpoint; 0 begins.
         processes: Who trains; all make an engine.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, corpus: Corpus, step: int, processes: Processes) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, task: Task, data: Data, step: int, processes: Processes
+    ) -> None:
         configure_torch(config.threads)
         set_seed(config.seed)
-        self._config, self._folder, self._corpus = config, folder, corpus
+        self._config, self._folder, self._task, self._data = config, folder, task, data
         self._step, self._processes = step, processes
         self._checkpoint = folder.checkpoints()[-1][1] if step else None
         self._model = self._sharded_model() if processes.sharded else self._whole_model()
@@ -58,8 +62,8 @@ class TrainerEngine:
     def _whole_model(self) -> Any:
         """Return the model at its start, or one that the Trainer will load the checkpoint's weights into."""
         if self._checkpoint is None:
-            return self._adapted(build_model(self._config, self._corpus.facts.vocab_size))
-        return self._adapted(rebuild_model(self._config, self._checkpoint))
+            return self._adapted(self._task.build(self._config, self._data))
+        return self._adapted(rebuild_model(self._task.auto_class, self._config, self._checkpoint))
 
     def _adapted(self, model: Any) -> Any:
         """Return the model, with adapters where the method trains those."""
@@ -73,8 +77,8 @@ class TrainerEngine:
         """Return the model with its weights, which cannot be loaded any more once it is cut."""
         from floragrad.cli.train.sharding import shard
 
-        trained = self._checkpoint
-        model = self._whole_model() if trained is None else trained_model(self._config, trained)
+        trained, auto_class = self._checkpoint, self._task.auto_class
+        model = self._whole_model() if trained is None else trained_model(auto_class, self._config, trained)
         shard(model, self._processes)
         return model
 
@@ -104,18 +108,20 @@ class TrainerEngine:
         sketched = self._config.accumulator == "flora"
         trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
             folder=self._folder,
+            task=self._task,
+            processor=self._data.processor,
             processes=self._processes,
             model=self._model,
             args=_arguments(self._config, self._folder, self._processes, begins=self._checkpoint is None),
-            train_dataset=self._corpus.train_blocks(self._config),
-            eval_dataset=self._corpus.validation_blocks(self._config),
-            data_collator=default_data_collator,
+            train_dataset=self._data.train_blocks(self._config),
+            eval_dataset=self._data.validation_blocks(self._config),
+            data_collator=self._task.collate,
             optimizer_cls_and_kwargs=self.optimizer(),
             callbacks=[ScheduleCallback(schedule), RecorderCallback(recorder, self._opened)],
             **({"accumulation": _accumulation(self._config)} if sketched else {}),
         )
         trainer.remove_callback(PrinterCallback)
-        # All blocks are as long, so the mean over batches is the mean over tokens. The Trainer's own count of tokens
+        # All blocks count alike, so the loss is a mean over batches. The Trainer's own count of tokens
         # depends on its version: some count the first one of a block too, which nothing predicts.
         trainer.model_accepts_loss_kwargs = False
         if self._processes.size > 1 or self._step:
@@ -164,15 +170,19 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     Args:
         folder: Of the run.
+        task: Computes the loss.
+        processor: Of the data.
         processes: Who trains.
         **kwargs: Of the Trainer.
     """
 
     control: Any
 
-    def __init__(self, folder: RunFolder, processes: Processes, **kwargs: Any) -> None:
-        self._folder, self._processes = folder, processes
+    def __init__(self, folder: RunFolder, task: Task, processor: Any, processes: Processes, **kwargs: Any) -> None:
+        self._folder, self._task, self._processor, self._processes = folder, task, processor, processes
         super().__init__(**kwargs)
+        # Under the names of its modules: the Trainer finds no others when it loads.
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         if self.args.world_size != processes.size:
             raise RuntimeError(f"the Trainer trains in {self.args.world_size} of {processes.size} processes")
         if processes.sharded:
@@ -182,19 +192,28 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def _get_train_sampler(self, train_dataset: Blocks | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *_args: Any, **_kwargs: Any) -> Tensor:
+        """Return the task's loss."""
+        return self._task.loss(model, inputs)
+
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
-        """Return the loss of each validation block, however they are divided over processes, and their mean."""
+        """Return the loss of each validation block, however they are divided over processes, their mean, and more."""
         self.model.eval()
-        losses = [0.0] * len(self.eval_dataset)
-        for part in _parts(len(losses), self.args.per_device_eval_batch_size, self._processes):
+        count = len(self.eval_dataset)
+        found: dict[str, list[float]] = defaultdict(lambda: [0.0] * count)
+        for part in _parts(count, self.args.per_device_eval_batch_size, self._processes):
             # Who has nothing left takes part with a block that does not count: shards are gathered from all.
             rows = [self.eval_dataset[position] for position in part or [0]]
-            tokens = self._prepare_inputs(self.data_collator(rows))["input_ids"]
             with torch.no_grad():
-                found = _block_losses(self.model(input_ids=tokens).logits, tokens)
-            losses[part.start : part.stop] = found.tolist()[: len(part)]
-        losses = self._processes.total(*losses)
-        metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses}
+                measured = self._task.examine(self.model, self._prepare_inputs(self.data_collator(rows)))
+            for name, values in measured.items():
+                found[name][part.start : part.stop] = values.tolist()[: len(part)]
+        blocks = {name: self._processes.total(*values) for name, values in found.items()}
+        losses = blocks.pop("loss")
+        with torch.no_grad():
+            measures = self._task.measure(self.model, self.eval_dataset, self._processor, self._prepare_inputs)
+        measures = {**{name: fmean(values) for name, values in blocks.items()}, **measures}
+        metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses, MEASURES: measures}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -251,12 +270,6 @@ class _SketchingTrainer(FloraTrainerMixin, _OrderedTrainer):
 
 def _as_it_is(model: Any, **_kwargs: Any) -> Any:
     return model
-
-
-def _block_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats and float32, of each block's (batch, length) tokens but the first."""
-    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return losses.view(len(tokens), -1).mean(1)
 
 
 def _parts(blocks: int, share: int, processes: Processes) -> Iterator[range]:
