@@ -28,12 +28,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # A file's tests run in one process, which makes their fixtures and compiles JAX's programs once.
 PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## every test, on every core; those of several processes one after another
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/distributed --ignore tests/cli/train/test_torchrun.py
-	$(BIN)/python -m pytest tests/distributed tests/cli/train/test_torchrun.py
+test: $(READY)  ## every test, on every core
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 sanitize: $(READY)  ## the kernels under AddressSanitizer and UBSan, in a folder of their own, over the kernels' tests
 	FLORAGRAD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects

@@ -17,14 +17,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Started in the background by a shell, pytest would ignore Ctrl-C, and so would the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOWEST = ["jax", "train", "compare", "integrations", "plan"]
-"""Folders whose files take longest. They come first, so that every core is busy to the end under --dist loadfile."""
+SLOWEST = ["test_torchrun", "train", "distributed", "jax", "compare", "plan", "integrations", "benchmarks"]
+"""Files and folders that take longest. They come first, so that every core is busy to the end under --dist loadfile."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def turn(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return SLOWEST.index(folder) if folder in SLOWEST else len(SLOWEST)
+        names = item.path.stem, item.path.parent.name
+        return next((place for place, name in enumerate(SLOWEST) if name in names), len(SLOWEST))
 
     items.sort(key=turn)
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import quality
 from floragrad.cli.plan.closed_form import closed_form
 from floragrad.cli.plan.result import PlanSettings
-from tests.cli.train.support import FAST, newest, write_texts
+from tests.cli.train.support import FAST, newest, save_nothing, write_texts
 
 ROWS = {"Flora": {}, "AdamW": {"optimizer": "adamw"}, "peer": {"optimizer": "adamw-8bit"}}
 
@@ -19,6 +19,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Study:
     study = quality.Study("A study", {**FAST, "text": texts, "eval_every": 4}, ROWS, (1e-3, 1e-2))
     monkeypatch.setitem(quality.STUDIES, "jax_training", study)
     monkeypatch.setattr(quality, "SEEDS", (0, 1))
+    monkeypatch.setattr("floragrad.cli.train.run.save", save_nothing)
     return study
 
 

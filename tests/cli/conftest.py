@@ -5,15 +5,20 @@ import huggingface_hub.constants
 import pytest
 
 from floragrad.cli.compare import compare
-from tests.cli.train.support import Here, write_texts
+from floragrad.cli.train import run
+from tests.cli.train.support import Here, save_nothing, write_texts
 
 
 @pytest.fixture(autouse=True)
 def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch, restored_process: None) -> None:
-    """Undo what a run sets for its whole process, and keep the hub away."""
+    """Undo what a run sets for its whole process, and keep the hub away.
+
+    Runs of one test draw no picture; those that a module shares do, for they begin before this.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(run, "save", save_nothing)
 
 
 @pytest.fixture(scope="session")

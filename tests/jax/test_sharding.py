@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -36,9 +37,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"ratio": 4, "mu_dtype": "int8"},
 }
 STEPS = 4  # two epoch changes
+MODES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 by_output = pytest.mark.parametrize(("shape", "spec"), OUTPUTS.values(), ids=OUTPUTS.keys())
-by_input = pytest.mark.parametrize(("shape", "spec"), INPUTS.values(), ids=INPUTS.keys())
-by_mode = pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
+by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def combined(shapes: dict[str, tuple[Any, PartitionSpec]], kinds: list[str], quick: set[tuple[str, str]]) -> Any:
+    """Shapes × modes × kinds. Signs in all of them, other kinds in some: the rest with ``make test-slow``.
+
+    Args:
+        shapes: With their shardings.
+        kinds: Of momentum.
+        quick: Pairs of shape and mode for all kinds.
+    """
+    rows = []
+    for (name, (shape, spec)), (mode_name, mode), kind in product(shapes.items(), MODES.items(), kinds):
+        marks = () if kind == "sign" or (name, mode_name) in quick else pytest.mark.slow
+        rows.append(pytest.param(shape, spec, mode, kind, id=f"{name}-{mode_name}-{kind}", marks=marks))
+    return pytest.mark.parametrize(("shape", "spec", "mode", "kind"), rows)
 
 
 def optimizer_of(kind: str) -> optax.GradientTransformation:
@@ -83,9 +99,7 @@ def moved(compiled: str) -> list[tuple[str, int]]:
     return [(name, prod(int(size) for size in sizes.split(",") if size)) for sizes, name in found]
 
 
-@pytest.mark.parametrize("kind", ["sign", "adaptive", "gaussian", "whole"])
-@by_mode
-@by_output
+@combined(OUTPUTS, ["sign", "adaptive", "gaussian", "whole"], {("outputs", "automatic"), ("stack", "explicit")})
 def test_sharded_outputs_stay_where_they_are(
     shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType, kind: str
 ) -> None:
@@ -123,9 +137,7 @@ def test_the_momentum_lies_as_its_parameter_does(shape: tuple[int, ...], spec: P
     assert [each for each in moved(compiled.as_text()) if each[1] >= prod(shape) // 8] == []
 
 
-@pytest.mark.parametrize("kind", ["sign", "adaptive"])
-@by_mode
-@by_input
+@combined(INPUTS, ["sign", "adaptive"], {("inputs", "automatic"), ("stacked-inputs", "explicit")})
 def test_sharded_inputs_give_the_same_numbers(
     shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType, kind: str
 ) -> None:

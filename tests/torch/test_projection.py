@@ -148,7 +148,7 @@ def test_error_of_drawn_signs() -> None:
     assert abs(np.mean(errors) - (b - 1) * n) <= SIGMAS * standard_error
 
 
-@pytest.mark.parametrize("piece", [4, 3, 1])
+@pytest.mark.parametrize("piece", [4, 3, pytest.param(1, marks=pytest.mark.slow)])  # 3: two pieces, the last smaller
 def test_error_and_norm_of_gaussian(piece: int) -> None:
     """E‖decode(encode(x)) - x‖² = ((n + 1)/k) ‖x‖² and E‖encode(x)‖² = ‖x‖².
 

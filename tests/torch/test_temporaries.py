@@ -1,5 +1,7 @@
 """What a step of one tensor holds beside its state, measured."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.torch.cases import CASES, Case
 
 ON_BOTH = pytest.mark.parametrize("code", ["eager", "baseline"], indirect=True)
 """PyTorch's code, which makes its numbers a block at a time, and the native kernels."""
+QUICK = [("float32", torch.bfloat16), ("int4", torch.float32)]
 LARGE = {
     1: (2**15,),
     2: (384, 256),
@@ -41,8 +44,15 @@ def test_the_counter_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("state_dtype", "dtype"),
+    [
+        # Each dtype of a parameter and of a state with every case; all pairs of them with make test-slow.
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in product(("float32", "int8", "int4"), (torch.float32, torch.bfloat16))
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", [case for case in CASES if case.shape], ids=str)
 @ON_BOTH
 def test_a_step_needs_at_most_two_buffers(code: str, case: Case, state_dtype: str, dtype: torch.dtype) -> None:

@@ -38,6 +38,8 @@ from tests.cli.train.support import (
 )
 from tests.cli.train.test_interrupt import wait_for_step
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # one at a time: all of them meet at torchrun's default port
+
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 ROOT = Path(__file__).parents[3]
 PATIENCE = 300.0
@@ -325,6 +327,19 @@ def test_who_is_left_says_so(two: Session) -> None:
 
 
 @pytest.mark.slow
+def test_one_dies_and_none_waits(texts: Path, tmp_path: Path) -> None:
+    """Killed from outside, in the middle of a step; the test above kills the first process instead."""
+    process = start(2, str(TORCHRUN.with_name("floragrad")), *job(tmp_path / "run", texts, steps=400))
+    wait_for_step(process, tmp_path / "run")
+    workers = psutil.Process(process.pid).children()
+    next(each for each in workers if each.environ()["RANK"] == "1").kill()
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert "floragrad: process 0 of 2 stops, for another one died" in errors
+    assert not any(each.is_running() for each in workers)
+
+
+@pytest.mark.slow
 def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
     """The command of the README, and a signal to torchrun."""
     process = start(2, "-m", "floragrad", *job(tmp_path / "run", texts, "--fsdp", steps=400))
@@ -338,15 +353,3 @@ def test_ctrl_c_reaches_all(texts: Path, tmp_path: Path) -> None:
     assert 0 < step < 400
     assert folder.metrics()[-1]["step"] == step
     assert not folder.staging.exists()
-
-
-def test_one_dies_and_none_waits(texts: Path, tmp_path: Path) -> None:
-    """Killed from outside, in the middle of a step."""
-    process = start(2, str(TORCHRUN.with_name("floragrad")), *job(tmp_path / "run", texts, steps=400))
-    wait_for_step(process, tmp_path / "run")
-    workers = psutil.Process(process.pid).children()
-    next(each for each in workers if each.environ()["RANK"] == "1").kill()
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
-    assert "floragrad: process 0 of 2 stops, for another one died" in errors
-    assert not any(each.is_running() for each in workers)
