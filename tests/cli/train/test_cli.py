@@ -82,6 +82,11 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["compare", "--lrs", "1e-3,0"], "--lr is 0.0: give a number above 0"),
         (["compare", "--rank", "192"], "--rank 192 compresses nothing: "),
         (["compare", "--methods", "adamw", "--rank", "4"], "--rank belongs to flora, which is not compared"),
+        (
+            ["compare", "--methods", "adamw", "--set", "ratio=2,4"],
+            "--set ratio belongs to flora, which is not compared: leave it out",
+        ),
+        (["compare", "--set", "ratio=2,0"], "--set ratio=0: must be an integer >= 1"),
         (["compare", "--accumulators", "sum"], "--accumulators 'sum' is unknown: choose one of flora, exact, none"),
         (
             ["compare", "--accumulate", "2", "--accumulators", "exact,none", "--accumulator-dtype", "int8"],

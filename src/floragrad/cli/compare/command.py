@@ -36,7 +36,8 @@ COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
 @command(app, COMPARE_OPTIONS, help=HELP, epilog=EXAMPLES)
 def compare(given: dict[str, Any]) -> None:
     """Compare, or continue a comparison that stopped."""
-    place, fields = take(Place, given), run_fields(given)
+    place, grid = take(Place, given), {name: given[name] for name in options_of(Grid) if name in given}
+    fields = {name: value for name, value in run_fields(given).items() if name not in grid}
     if place.resume is not None:
         refuse_beside_resume(given, "resume")
     config = RunConfig.resolve(**{**fields, "optimizer": "flora"}) if place.resume is None else None
@@ -48,7 +49,7 @@ def compare(given: dict[str, Any]) -> None:
         return
     assert config is not None
     plan = comparison.Plan(
-        **{name: given[name] for name in options_of(Grid) if name in given},
+        **grid,
         options={**DEFAULTS, "threads": machine.default_threads(), **fields},
         command=shlex.join(["floragrad", *sys.argv[1:]]),
     )
