@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from floragrad import Flora
 from floragrad.cli.combined import CombinedOptimizer
@@ -158,6 +158,27 @@ def test_lora_trains_adapters_and_the_shared_vocabulary() -> None:
     frozen = [name for name, param in shared.named_parameters() if not param.requires_grad]
     assert len(frozen) == 7
     assert all(name.endswith(".base_layer.weight") for name in frozen)
+
+
+@pytest.mark.parametrize("vocabulary", ["own", "shared"])
+@pytest.mark.parametrize("method", ["muon", "sinkgd", "lora"])
+def test_a_kernel_is_trained_beside_the_matrices(method: str, vocabulary: str) -> None:
+    """A vision transformer cuts its images with a convolution, which is no matrix of two dimensions."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+    model = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=5))
+    config = RunConfig.resolve(optimizer=method, vocabulary=vocabulary, task="vision")
+    if METHODS[method].adapters:
+        add_adapters(model, 4, others=vocabulary == "shared")
+    kind, arguments = optimizer_class(config, model)
+    optimizer = kind(arguments.pop("params"), **arguments)
+    kernel = model.vit.embeddings.patch_embeddings.projection.weight
+    before = kernel.detach().clone()
+    model(pixel_values=torch.ones(2, 3, 8, 8), labels=torch.tensor([1, 2])).loss.backward()
+    optimizer.step()
+    trains_adapters_only = (method, vocabulary) == ("lora", "own")
+    assert torch.equal(before, kernel) == trains_adapters_only
+    chosen = {param for group in optimizer.param_groups for param in group["params"]}
+    assert chosen == {param for param in model.parameters() if param.requires_grad}
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "adamw", "vocabulary": "shared"}, {"optimizer": "lora"}])

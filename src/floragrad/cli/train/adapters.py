@@ -25,16 +25,16 @@ def add_adapters(model: nn.Module, rank: int, *, others: bool) -> None:
         # It tells that a layer of GPT-2 stores its matrix transposed, and takes care of it itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=ALL_LAYERS), model)
-    frozen = {param for name, param in model.named_parameters() if name.endswith(_BASE)}
+    frozen = adapted_parameters(model)
     for param in trained:
         param.requires_grad_(others and param not in frozen)
 
 
-def adapted_elements(model: nn.Module) -> int:
-    """Return the number of elements of the matrices that have adapters."""
-    return sum(param.numel() for name, param in model.named_parameters() if name.endswith(_BASE))
+def adapted_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the matrices that have adapters."""
+    return {param for name, param in model.named_parameters() if name.endswith(_BASE)}
 
 
-def adapter_bytes(model: nn.Module) -> int:
-    """Return the bytes of the adapters themselves."""
-    return sum(param.nbytes for name, param in model.named_parameters() if _ADAPTER in name)
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the matrices of the adapters."""
+    return {param for name, param in model.named_parameters() if _ADAPTER in name}

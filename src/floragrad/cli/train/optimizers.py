@@ -20,7 +20,7 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
     groups = param_groups(model, lr=config.lr, embedding_lr=config.embedding_lr, weight_decay=config.weight_decay)
     shared = config.vocabulary == "shared"
     if shared:
-        vector_lr = defaults.lr({"model": config.model})
+        vector_lr = defaults.lr({"model": config.model, "task": config.task})
         groups = [{**group, "lr": vector_lr} if group["kind"] == "vector" else group for group in groups]
     # Nothing of these is projected; the ratio says so, and any other would be warned of.
     rest: dict[str, Any] = {"ratio": 1, "seed": config.seed}

@@ -146,13 +146,12 @@ class TrainerEngine:
     def hidden(self) -> dict[str, int]:
         """Elements of the hidden matrices, and bytes of their state; adapters count as state."""
         params = [p for group in self._optimizer.param_groups if group["kind"] in HIDDEN for p in group["params"]]
-        kept = state_bytes(self._optimizer, HIDDEN)
-        if METHODS[self._config.optimizer].adapters:
-            elements = adapters.adapted_elements(self._model)
-            kept += adapters.adapter_bytes(self._model)
-        else:
-            elements = sum(param.numel() for param in params)
-        return {"hidden_parameters": elements, "hidden_state_bytes": kept}
+        added = adapters.adapter_parameters(self._model)
+        whole = [*adapters.adapted_parameters(self._model), *(param for param in params if param not in added)]
+        return {
+            "hidden_parameters": sum(param.numel() for param in whole),
+            "hidden_state_bytes": state_bytes(self._optimizer, HIDDEN) + sum(param.nbytes for param in added),
+        }
 
     @property
     def adamw_state_bytes(self) -> int:
