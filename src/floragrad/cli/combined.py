@@ -17,7 +17,7 @@ class CombinedOptimizer(Optimizer):
     ``param_groups`` are the parts' own groups, so that schedulers act on them.
 
     Args:
-        params: The groups of each part.
+        params: The groups of each part, with their ``kind``.
         makes: The constructor of each part.
 
     Attributes:
@@ -27,8 +27,11 @@ class CombinedOptimizer(Optimizer):
     def __init__(self, params: Sequence[Groups], makes: Sequence[Make]) -> None:
         self.parts: list[Optimizer] = []
         super().__init__([{**group} for groups in params for group in groups], {})  # it changes the groups
+        kinds = {param: group["kind"] for group in self.param_groups for param in group["params"]}
         self.parts = [make(groups) for make, groups in zip(makes, params, strict=True)]
         self._join()
+        for group in self.param_groups:
+            group.setdefault("kind", kinds[group["params"][0]])  # Gefen makes groups of its own
 
     def _join(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -36,6 +36,7 @@ class Peer:
         matrix_options: Options of the groups of two-dimensional hidden matrices, which it compresses.
         ranked: Whether those include ``rank``.
         hidden_only: Whether it takes two-dimensional hidden matrices only; AdamW trains the rest.
+        regroups: Whether it makes groups of its own, without their ``kind``.
         extra: The extra of floragrad that installs its package.
         projector: Class of the objects in its state, in its module; ``torch.load`` must know it.
     """
@@ -46,6 +47,7 @@ class Peer:
     matrix_options: Mapping[str, Any] = field(default_factory=dict)
     ranked: bool = False
     hidden_only: bool = False
+    regroups: bool = False
     extra: str = "plan"
     projector: str = ""
 
@@ -131,7 +133,7 @@ PEERS: Final = {
         extra="rivals",
         projector="random_projector.GradientProjector",
     ),
-    "gefen": Peer("gefen", "Gefen", {"fused": False}, extra="rivals"),
+    "gefen": Peer("gefen", "Gefen", {"fused": False}, regroups=True, extra="rivals"),
     "racs": Peer("pytorch_optimizer", "RACS", hidden_only=True, extra="rivals"),
     "sinkgd": Peer("floragrad.cli.rivals", "SinkGD", hidden_only=True),
     "scale": Peer("floragrad.cli.rivals", "SCALE", hidden_only=True),

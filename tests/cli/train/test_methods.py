@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from floragrad import Flora
-from floragrad.cli.combined import CombinedOptimizer
+from floragrad.cli.combined import CombinedOptimizer, Groups
 from floragrad.cli.errors import UserError
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.peers import HIDDEN, PEERS
@@ -84,9 +84,9 @@ def test_a_shared_vocabulary_is_trained_alike(method: str) -> None:
     needs(method)
     model, optimizer = make(method, vocabulary="shared", lr=3e-4)
     groups = by_kind(optimizer)
-    assert {group["lr"] for group in groups["vocabulary"]} == {EMBEDDING_LR}
-    assert {group["lr"] for group in groups["vector"]} == {METHODS["flora"].lr}
-    assert {group["lr"] for group in groups["matrix"]} == {3e-4}
+    expected = {"vocabulary": EMBEDDING_LR, "vector": METHODS["flora"].lr, "matrix": 3e-4}
+    for kind, lr in expected.items():
+        assert [float(group["lr"]) for group in groups[kind]] == pytest.approx([lr] * len(groups[kind]))
     other = LlamaForCausalLM(model.config)
     alone = Flora([{"params": other.model.embed_tokens.weight, "kind": "vocabulary"}], lr=EMBEDDING_LR)
     embedding = model.get_input_embeddings().weight
@@ -113,6 +113,19 @@ def test_a_scheduler_acts_on_every_part() -> None:
     assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [lr / 8 for lr in started]
     every = {id(param) for param in model.parameters()}
     assert {id(param) for group in optimizer.param_groups for param in group["params"]} == every
+
+
+def test_groups_that_a_part_makes_anew_keep_their_kind() -> None:
+    """As Gefen does, whose package is not always there."""
+
+    def each_alone(groups: Groups) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [param]} for group in groups for param in group["params"]])
+
+    params = {kind: torch.nn.Parameter(torch.ones(2)) for kind in ("matrix", "vector")}
+    optimizer = CombinedOptimizer([[{"params": [params[kind]], "kind": kind} for kind in params]], [each_alone])
+    for _ in range(2):
+        assert [group["kind"] for group in optimizer.param_groups] == list(params)
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_a_state_of_other_parts_is_refused() -> None:

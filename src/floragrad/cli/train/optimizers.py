@@ -33,7 +33,8 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
         return Flora, {"params": chosen, "lr": config.lr, **rest}
     peer = PEERS[method.peer]
     rank = {} if config.rank is None else {"rank": config.rank}
-    if not shared and not peer.hidden_only:
+    together = not shared and not peer.hidden_only
+    if together and not peer.regroups:
         return peer.arguments(groups, config.lr, **rank)
 
     def train_hidden(part: Groups) -> torch.optim.Optimizer:
@@ -42,7 +43,8 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
     def train_rest(part: Groups) -> torch.optim.Optimizer:
         return Flora(part, lr=config.lr, **rest) if shared else PEERS["adamw"].optimizer(part, config.lr)
 
-    parts = zip(split_hidden(groups, flat=peer.hidden_only), (train_hidden, train_rest), strict=True)
+    divided = (groups, []) if together else split_hidden(groups, flat=peer.hidden_only)
+    parts = zip(divided, (train_hidden, train_rest), strict=True)
     params, makes = zip(*((part, make) for part, make in parts if part), strict=True)
     return CombinedOptimizer, {"params": params, "makes": makes}
 
