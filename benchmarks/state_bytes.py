@@ -34,7 +34,7 @@ def main() -> None:
     for name, (preset, dtype) in MODELS.items():
         planned = find_model(preset)
         with torch.device("meta"):
-            model = planned.build(dtype, planned.blocks)
+            model = planned.build(dtype)
         int8, int4 = (
             Flora(param_groups(model, lr=1e-3), lr=1e-3, rank=RANK, state_dtype=state_dtype).report()
             for state_dtype in ("int8", "int4")

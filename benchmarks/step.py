@@ -149,7 +149,7 @@ def specs(shapes: str) -> list[tuple[str, tuple[int, ...]]]:
             built = GPT2LMHeadModel(AutoConfig.for_model("gpt2", n_embd=hidden, n_head=hidden // 64)).transformer.h
         else:
             found = find_model(model)
-            built = found.build(torch.float32, found.blocks)
+            built = found.build(torch.float32)
     groups = param_groups(built, lr=LR)
     return [(group["kind"], tuple(param.shape)) for group in groups for _, param in group["params"]]
 

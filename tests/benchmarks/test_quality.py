@@ -6,8 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from benchmarks import quality
-from floragrad.cli.plan.closed_form import closed_form
-from floragrad.cli.plan.result import PlanSettings
+from floragrad import plan
 from tests.cli.train.support import FAST, newest, save_nothing, write_texts
 
 ROWS = {"Flora": {}, "AdamW": {"optimizer": "adamw"}, "peer": {"optimizer": "adamw-8bit"}}
@@ -45,5 +44,6 @@ def test_bitsandbytes_does_adamws_job_in_eight_bits(tmp_path: Path, study: quali
     assert curves[0] != curves[1]
     assert curves[0] == pytest.approx(curves[1], abs=0.05)
     model = AutoModelForCausalLM.from_pretrained(newest(quality.RunFolder.open(tmp_path / "peer")))
-    assert summary["optimizer_state_bytes"] == closed_form(model, "adamw-8bit", PlanSettings()).optimizer_state
+    planned = plan(model, sequence=FAST["sequence_length"], optimizers=("adamw-8bit",)).optimizers["adamw-8bit"]
+    assert summary["optimizer_state_bytes"] == planned.optimizer_state
     assert "bitsandbytes" in summary["versions"]

@@ -151,7 +151,7 @@ def initial_state(
         key: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
         for key, buffer in (plan.buffers if buffers is None else buffers).items()
     }
-    # A fake tensor knows its value only if it was made from a number, and every step reads these.
+    # The tensor id is no zero, and on the meta device these still have values.
     for key, value in zip(SCALAR_STATE, (0, tensor_id), strict=True):
         state[key] = torch.tensor(value, dtype=torch.int64, device="cpu")
     if "projection_weight" in state and device.type != "meta":

@@ -5,19 +5,16 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import Buffer
 
-PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
+PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """Tensor classes without overridden behaviour."""
 
 _STATE_REMEDY: Final = (
     "leave the optimizer's state as it is; load_state_dict() restores a saved one, and "
     "optimizer.state[parameter].clear() begins a new one"
 )
-
-_REAL: Final = PLAIN - {FakeTensor}
 
 
 class Layout(NamedTuple):
@@ -44,7 +41,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def has_memory(tensor: Tensor) -> bool:
     """Return whether the tensor's storage holds all its elements; its owner may have freed or resized it."""
-    if type(tensor) not in _REAL:
+    if not is_plain(tensor):
         return True
     first = tensor.storage_offset() * tensor.itemsize
     size = tensor.nbytes if tensor.is_contiguous() else _extent(tensor)

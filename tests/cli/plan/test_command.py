@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from floragrad._text import format_bytes
 from floragrad.cli.plan.engine import plan as plan_of
-from floragrad.cli.plan.result import CATEGORIES
+from floragrad.cli.plan.result import CATEGORIES, MemoryPlan
 from tests.cli.train.support import command
 
 SMALL = {
@@ -76,7 +76,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("gpt2", "--optimizers", "adamw,sgd"), "--optimizers 'sgd' is unknown: choose one of adamw, "),
         (("gpt2", "--optimizers", ","), "--optimizers ',' cannot be read: give a list with commas, like adamw,flora"),
         (("gpt2", "--ddp", 2, "--fsdp", 2), "--ddp=2 and fsdp=2: give one of them"),
-        (("gpt2", "--largest"), "--largest looks for what fits a device, and none is given: add one, like --fits 24GB"),
         (("gpt2", "--picture", "no/plan.png"), "--picture no/plan.png lies in no folder that is there: make no"),
         (("gpt2", "--picture", "plan.docx"), "--picture plan.docx names no kind of picture that can be drawn: give a"),
         (("gpt2", "--picture", "plan"), "--picture plan names no kind of picture that can be drawn: give a file that"),
@@ -94,9 +93,14 @@ def test_a_wrong_request_gets_one_line_and_makes_nothing(
     assert sorted(there.rglob("*")) == before
 
 
-def test_the_table_is_the_plan(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def planned() -> MemoryPlan:
+    """The plan of the small Llama and :data:`FAST` with the defaults of the command line."""
+    return plan_of(LlamaConfig(**SMALL), optimizers=("adamw", "flora"), sequence=64, rank=16)
+
+
+def test_the_table_is_the_plan(there: Path, capsys: pytest.CaptureFixture[str], planned: MemoryPlan) -> None:
     shown = said(capsys, "llama", *FAST, "--fits", "1GB")
-    planned = plan_of("llama", optimizers=("adamw", "flora"), sequence=64, rank=16)
     lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 5}
     assert shown.startswith("llama: batch 1 x 64 tokens, float32")
     for name, row in planned.optimizers.items():
@@ -134,10 +138,9 @@ def test_json_is_one_object_of_integers(there: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("picture", ["plan.png", "plan.JPG", "plan.svg"])
 def test_the_exit_code_says_whether_anything_fits(
-    there: Path, capsys: pytest.CaptureFixture[str], picture: str
+    there: Path, capsys: pytest.CaptureFixture[str], planned: MemoryPlan, picture: str
 ) -> None:
     """A picture is drawn either way, in the format of its name."""
-    planned = plan_of("llama", optimizers=("adamw", "flora"), sequence=64, rank=16)
     adamw, flora = (planned.optimizers[name].peak for name in ("adamw", "flora"))
     assert flora < adamw
     between = f"{(adamw + flora) // 2 / 1000}k"
@@ -150,50 +153,10 @@ def test_the_exit_code_says_whether_anything_fits(
 
 
 def test_a_size_in_powers_of_1024_is_said_in_the_units_of_all_others(
-    there: Path, capsys: pytest.CaptureFixture[str]
+    there: Path, capsys: pytest.CaptureFixture[str], planned: MemoryPlan
 ) -> None:
-    planned = plan_of("llama", optimizers=("flora",), sequence=64, rank=16)
     spare = format_bytes(2**30 - planned.optimizers["flora"].peak)
     assert f"fits 1.1 GB (1 GiB) with {spare} to spare" in said(capsys, "llama", "--optimizers", "flora", "--fits=1gi")
-
-
-def test_the_largest_that_fits_do_and_one_more_does_not(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    planned = plan_of("llama", optimizers=("flora",), batch=2, sequence=32, rank=8)
-    room = planned.optimizers["flora"].peak + 100_000
-    options = ("--batch", 2, "--sequence-length", 32, "--rank", 8, "--optimizers", "flora", "--json", "--largest")
-    largest = json.loads(said(capsys, "llama", *options, "--fits", f"{room / 1000}kB"))["largest"]["flora"]
-    settings = {"batch": 2, "sequence": 32, "rank": 8, "optimizers": ("flora",)}
-    for name, most in (("batch", None), ("sequence", 64), ("rank", 32)):
-        found = largest[name]
-        assert found >= settings[name]
-        assert plan_of("llama", **{**settings, name: found}).optimizers["flora"].peak <= room
-        if found != most:
-            assert plan_of("llama", **{**settings, name: found + 1}).optimizers["flora"].peak > room
-
-
-def test_the_picture_is_drawn(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "llama", "--optimizers", "flora", "--picture", "plan.png")
-    assert (there / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in there.iterdir()) == ["llama", "plan.png"]
-
-
-def test_predicted_stands_beside_measured(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("llama", *FAST, "--sequence-length", 32, "--measure")
-    found = json.loads(said(capsys, *options, "--json"))["measured"]
-    assert found["blocks"] == SMALL["num_hidden_layers"]
-    shown = said(capsys, *options)
-    table = shown[shown.index("predicted and measured: llama: batch 1 x 32 tokens, float32, 3 blocks") :]
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
-    for number, name in enumerate(("adamw", "flora")):
-        predicted, measured = cells[2 * number : 2 * number + 2]
-        assert (predicted[:2], measured[:2]) == ([name, "predicted"], ["", "measured"])
-        assert predicted[-2] == format_bytes(found["predicted"]["optimizers"][name]["peak"])
-        assert measured[-2] == format_bytes(found["optimizers"][name]["peak"])
-        error = found["predicted"]["optimizers"][name]["peak"] / found["optimizers"][name]["peak"] - 1
-        assert abs(error) <= 0.02
-        assert (predicted[-1], measured[-1]) == (f"{error:+.2%}", "")
-        for category in ("parameters", "gradients", "accumulation", "optimizer_state"):
-            assert found["predicted"]["optimizers"][name][category] == found["optimizers"][name][category]
 
 
 def test_a_row_whose_package_is_missing_says_so(

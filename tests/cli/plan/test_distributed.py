@@ -7,9 +7,9 @@ import pytest
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from floragrad.cli.plan.distributed import bucket_bytes
 from floragrad.cli.plan.engine import plan_subject
 from floragrad.cli.plan.result import OptimizerPlan, PlanSettings
-from floragrad.cli.plan.trace import bucket_bytes
 from floragrad.cli.plan.tracker import MemoryTracker
 from tests.cli.plan.engine_cases import SMALL, subject
 

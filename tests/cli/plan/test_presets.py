@@ -45,7 +45,7 @@ MILLIONS = {
 def parameters(name: str) -> int:
     model = find_model(name)
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model.build(torch.bfloat16, model.blocks).parameters())
+        return sum(parameter.numel() for parameter in model.build(torch.bfloat16).parameters())
 
 
 def test_every_preset_is_checked() -> None:

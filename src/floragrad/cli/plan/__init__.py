@@ -1,5 +1,5 @@
 """Memory of a training step without allocating it: ``floragrad plan`` and :func:`floragrad.plan`.
 
-``result`` and ``subject`` are the data that everything else speaks in: ``engine`` turns a subject and settings into
-a plan, by ``trace`` (a training step on fake tensors, with the optimizers of ``optimizers``).
+``engine`` turns a model and settings into a plan: by ``trace``, passes of the model and updates of other optimizers on
+fake tensors, and by ``flora``, Flora's own memory in closed form. All else speaks in the data of ``result``.
 """

@@ -1,10 +1,9 @@
 """``floragrad plan``: options and entry point."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -15,13 +14,9 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.options import check_values, command, option, options_of, take
 from floragrad.cli.plan import display
 from floragrad.cli.plan.presets import MODELS
-from floragrad.cli.plan.result import DEVICE, MemoryPlan, OptimizerName, PlanSettings
+from floragrad.cli.plan.result import DEVICE, MemoryPlan, PlanSettings
 from floragrad.cli.plan.sizes import Size, parse_size
 from floragrad.cli.plan.verdict import verdict_json
-
-if TYPE_CHECKING:
-    from floragrad.cli.plan.limits import Limits
-    from floragrad.cli.plan.measure import Measurement
 
 __all__ = ["app", "plan"]
 
@@ -30,16 +25,16 @@ NOTHING_FITS = 1
 """The exit code where no optimizer fits the device of ``--fits``."""
 HELP = (
     "Say what a training step holds in memory with each optimizer, without holding it.\n\n"
-    "One whole step (micro-batches, clipping, update) is run on tensors without memory, with the real model, "
-    "optimizers and accumulator, and every byte is counted where it is made: no GPU, no weights, no download for "
-    "a preset. With **--fits** it says what fits a device, and with **--largest** how far batch, sequence and rank go."
+    "The real model and the other optimizers are run on tensors without memory, and every byte is counted where it is "
+    "made; Flora's own bytes are computed: no GPU, no weights, no download for a preset. With **--fits** it says what "
+    "fits a device."
 )
 EXAMPLES = (
     "**floragrad plan gpt2** compares all optimizers on GPT-2 small, in float32.\n\n"
     "**floragrad plan llama-3-8b --dtype bfloat16 --sequence-length 2048 --accumulate 16 --fits 24GB** asks whether a "
     "device of 24 GB is enough.\n\n"
     "**floragrad plan t5-3b --optimizers adamw,flora --checkpointing --picture t5.png** draws the step.\n\n"
-    "**floragrad plan my-model/config.json --json** prints one JSON object, and **--measure** does the step for real."
+    "**floragrad plan my-model/config.json --json** prints one JSON object."
 )
 
 
@@ -62,11 +57,6 @@ class Request:
         metavar="SIZE",
         parse=parse_size,
     )
-    largest: bool = option(
-        "Of what fits: the largest batch, sequence and rank that still do. Takes some plans more.",
-        DEVICE,
-        default=False,
-    )
     as_json: bool = option(
         "Print one JSON object, bytes as integers, and no table.", OUTPUT, default=False, flag="--json"
     )
@@ -75,11 +65,6 @@ class Request:
         OUTPUT,
         default=None,
         metavar="FILE",
-    )
-    measure: bool = option(
-        "Also do the step for real on this machine, at a size that fits, and show predicted beside measured.",
-        OUTPUT,
-        default=False,
     )
 
 
@@ -91,14 +76,10 @@ def plan(given: dict[str, Any]) -> None:
     """Plan a training step."""
     request, settings = take(Request, given), _settings(given)
     model, fits, picture = request.model, request.fits, request.picture
-    if request.largest and fits is None:
-        raise UserError("--largest looks for what fits a device, and none is given: add one, like --fits 24GB")
     if picture is not None:
         _check_picture(picture)
     machine.prepare("torch", hub=model not in MODELS and not Path(model).exists())
     from floragrad.cli.plan.engine import plan_subject
-    from floragrad.cli.plan.limits import limits_of
-    from floragrad.cli.plan.measure import measure as measured_steps
     from floragrad.cli.plan.models import find_model
 
     subject = find_model(model)
@@ -106,23 +87,16 @@ def plan(given: dict[str, Any]) -> None:
     settings = replace(
         settings, sequence=subject.sequence(given.get("sequence")), rank=subject.rank(given.get("rank"), sketched)
     )
-    profiles: dict[Any, Any] = {}
     with display.progress(Console(stderr=True)) as report:
-        planned = plan_subject(subject, settings, report, profiles)
-        limits = (
-            limits_of(planned, subject, fits.nbytes, profiles, report) if request.largest and fits is not None else {}
-        )
-        measurement = measured_steps(subject, settings, report) if request.measure else None
+        planned = plan_subject(subject, settings, report)
     heading = display.title(planned, subject.reads_text)
     if request.as_json:
-        print(json.dumps(_as_json(planned, fits, limits, measurement), indent=2))
+        print(json.dumps(_as_json(planned, fits), indent=2))
     else:
         screen = display.screen()
         screen.print(display.plan_table(planned, heading))
         if fits is not None:
-            screen.print(display.fits_table(planned, fits, limits, subject.reads_text))
-        if measurement is not None:
-            screen.print(display.measured_table(measurement, subject.reads_text))
+            screen.print(display.fits_table(planned, fits, subject.reads_text))
     if picture is not None:
         _draw(planned, heading, fits, picture)
     if fits is not None and not any(row.peak <= fits.nbytes for row in planned.optimizers.values()):
@@ -144,26 +118,13 @@ def _check_picture(path: Path) -> None:
         )
 
 
-def _as_json(
-    planned: MemoryPlan,
-    device: Size | None,
-    limits: "Mapping[OptimizerName, Limits]",
-    measurement: "Measurement | None",
-) -> dict[str, Any]:
-    """Return the plan in plain types, with the verdicts on devices and the measurement."""
+def _as_json(planned: MemoryPlan, device: Size | None) -> dict[str, Any]:
+    """Return the plan in plain types, with the verdicts on devices."""
     plain = planned.to_json()
     if device is not None:
         plain["fits"] = {
             "memory": device.nbytes,
             "optimizers": {name: verdict_json(row, device) for name, row in planned.optimizers.items()},
-        }
-    if limits:
-        plain["largest"] = {name: found.to_json() for name, found in limits.items()}
-    if measurement is not None:
-        plain["measured"] = {
-            "blocks": measurement.blocks,
-            "predicted": measurement.predicted.to_json(),
-            "optimizers": {name: row.to_json() for name, row in measurement.measured.items()},
         }
     return plain
 

@@ -1,8 +1,7 @@
 """Tables of ``floragrad plan``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -10,13 +9,9 @@ from rich.table import Table
 
 from floragrad._text import format_bytes
 from floragrad.cli.plan import result
-from floragrad.cli.plan.result import MemoryPlan, OptimizerName, PlanSettings
+from floragrad.cli.plan.result import MemoryPlan, PlanSettings
 from floragrad.cli.plan.sizes import Size
 from floragrad.cli.plan.verdict import WORDS, verdict
-
-if TYPE_CHECKING:
-    from floragrad.cli.plan.limits import Limits
-    from floragrad.cli.plan.measure import Measurement
 
 WIDTH_WITHOUT_TERMINAL = 200
 """Columns of a table that no terminal shows: in a file nothing should be wrapped."""
@@ -75,41 +70,11 @@ def plan_table(plan: MemoryPlan, heading: str) -> Table:
     return table
 
 
-def fits_table(plan: MemoryPlan, device: Size, limits: Mapping[OptimizerName, "Limits"], reads_text: bool) -> Table:
-    """Return the table of which optimizers fit a device, with their limits where they were looked for."""
+def fits_table(plan: MemoryPlan, device: Size, reads_text: bool) -> Table:
+    """Return the table of which optimizers fit a device."""
     table = Table(title=f"on a device of {device.words}", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
     table.add_column("verdict")
-    for head in ("largest batch", "sequence", "rank") if limits else ():
-        table.add_column(head, justify="right")
     for name, row in plan.optimizers.items():
-        cells = [verdict(name, row, plan.settings, device, reads_text)]
-        if limits:
-            found = limits[name]
-            cells += [_limit(number) for number in (found.batch, found.sequence, found.rank)]
-        table.add_row(name, *cells)
+        table.add_row(name, verdict(name, row, plan.settings, device, reads_text))
     return table
-
-
-def measured_table(measurement: "Measurement", reads_text: bool) -> Table:
-    """Predicted above measured, for each optimizer, at the size that was run."""
-    blocks = "1 block" if measurement.blocks == 1 else f"{measurement.blocks} blocks"
-    heading = f"predicted and measured: {title(measurement.predicted, reads_text)}, {blocks}"
-    table = Table(title=heading, title_justify="left")
-    for head in ("optimizer", "bytes"):
-        table.add_column(head, no_wrap=True)
-    for category in EVERYWHERE:
-        table.add_column(WORDS[category], justify="right")
-    table.add_column("peak", justify="right", style="bold")
-    table.add_column("peak's error", justify="right")
-    for name, measured in measurement.measured.items():
-        predicted = measurement.predicted.optimizers[name]
-        for label, kind, row in ((name, "predicted", predicted), ("", "measured", measured)):
-            error = f"{row.peak / measured.peak - 1:+.2%}" if kind == "predicted" else ""
-            sizes = (format_bytes(getattr(row, category)) for category in (*EVERYWHERE, "peak"))
-            table.add_row(label, kind, *sizes, error, end_section=kind == "measured")
-    return table
-
-
-def _limit(number: int | None) -> str:
-    return "" if number is None else f"{number:,}" if number else "none"

@@ -49,12 +49,16 @@ def sharded(trace: Trace, model: nn.Module, devices: int) -> Trace:
 
     kept = tuple(ceil(value * part / whole) for value in trace.kept)
     assert len(kept) == len(LASTING)
-    return Trace(
-        tuple(map(on_one, trace.first)),
-        tuple(tuple(map(on_one, moments)) for moments in trace.micro_batches),
-        tuple(map(on_one, trace.update)),
-        kept,
-    )
+    return Trace(tuple(map(on_one, trace.first)), tuple(map(on_one, trace.steady)), kept)
+
+
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes of the buckets that DistributedDataParallel keeps: a copy of every gradient, in its dtype.
+
+    They are flat buffers that gradients are copied into before they are averaged (``gradient_as_bucket_view=False``,
+    the default of torch and of Hugging Face's Accelerate), and they stay from step to step.
+    """
+    return nbytes(param for param in model.parameters() if param.requires_grad)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

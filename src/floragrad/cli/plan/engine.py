@@ -1,17 +1,18 @@
 """From a model and settings to a plan: :func:`floragrad.plan`."""
 
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from floragrad.cli.plan.closed_form import closed_form
-from floragrad.cli.plan.depth import SHALLOW, DepthError, deepened
-from floragrad.cli.plan.distributed import sharded
-from floragrad.cli.plan.models import find_model, planned_model
-from floragrad.cli.plan.optimizers import why_not
+from floragrad.cli.plan.distributed import bucket_bytes, sharded
+from floragrad.cli.plan.flora import flora_trace
+from floragrad.cli.plan.models import PlannedModel, find_model, planned_model, recompute_activations
+from floragrad.cli.plan.optimizers import ROWS, Row, why_not
 from floragrad.cli.plan.result import (
     CATEGORIES,
     LASTING,
@@ -22,9 +23,7 @@ from floragrad.cli.plan.result import (
     Progress,
     Sample,
 )
-from floragrad.cli.plan.subject import Subject
-from floragrad.cli.plan.trace import Trace, meta_model, predict
-from floragrad.cli.plan.tracker import Moment, Profiles
+from floragrad.cli.plan.trace import Trace, Tracer
 
 FIRST_STEP = " (first step)"
 """Suffix of the moments of the first step, in which the state is allocated."""
@@ -33,8 +32,9 @@ FIRST_STEP = " (first step)"
 def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> MemoryPlan:
     """Plan the memory of a model's training step with each optimizer, without allocating it.
 
-    The whole step (forward and backward passes of all micro-batches, clipping, update) is run on fake tensors, with
-    the real model, optimizer and accumulator code, under a dispatch mode that counts allocations and frees.
+    Forward and backward passes, clipping and the updates of other optimizers are run on fake tensors, with their real
+    code, under a dispatch mode that counts allocations and frees. Flora's state, sketches and temporaries are known in
+    closed form.
 
     Args:
         model: A preset or another name or path that ``floragrad plan`` takes, a configuration or a model of
@@ -63,26 +63,23 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
     return plan_subject(_subject(model), PlanSettings(**settings), progress)
 
 
-def plan_subject(
-    subject: Subject, settings: PlanSettings, progress: Progress | None = None, profiles: Profiles | None = None
-) -> MemoryPlan:
+def plan_subject(subject: PlannedModel, settings: PlanSettings, progress: Progress | None = None) -> MemoryPlan:
     """:func:`plan` of a model that has been found already.
 
     Args:
         subject: The model.
         settings: The step.
         progress: As in :func:`plan`.
-        profiles: Bytes of the work on single tensors, from earlier plans of the same model.
     """
     rows: dict[OptimizerName, OptimizerPlan] = {}
     unavailable: dict[OptimizerName, str] = {}
-    profiles = {} if profiles is None else profiles
+    planner = _Planner(subject, settings)
     for index, name in enumerate(settings.optimizers):
         if progress is not None:
             progress(name, index / len(settings.optimizers))
         reason = why_not(name, settings)
         if reason is None:
-            rows[name] = row_of(_predicted(subject, name, settings, profiles), settings)
+            rows[name] = planner.row(name)
         else:
             unavailable[name] = reason
     if progress is not None:
@@ -90,7 +87,7 @@ def plan_subject(
     return MemoryPlan(subject.name, settings, rows, unavailable)
 
 
-def _subject(model: Any) -> Subject:
+def _subject(model: Any) -> PlannedModel:
     if isinstance(model, str | PathLike):
         return find_model(fspath(model))
     config = model.config if isinstance(model, PreTrainedModel) else model
@@ -109,33 +106,49 @@ def _subject(model: Any) -> Subject:
     return subject
 
 
-def _predicted(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
-    """Return the trace of the whole model on one device."""
-    trace = _traced(subject, name, settings, profiles)
-    if settings.fsdp == 1:
-        return trace
-    return sharded(trace, meta_model(subject, name, settings, subject.blocks), settings.fsdp)
+class _Planner:
+    """Plans the rows of one model, which share its passes."""
+
+    def __init__(self, subject: PlannedModel, settings: PlanSettings) -> None:
+        self._subject, self._settings = subject, settings
+        self._tracers: dict[bool, tuple[nn.Module, Tracer]] = {}
+
+    def row(self, name: OptimizerName) -> OptimizerPlan:
+        """Plan one row."""
+        row, settings = ROWS[name], self._settings
+        model, tracer = self._traced(row)
+        if row.peer is None:
+            trace = flora_trace(tracer, row.flora(model, settings), settings.accumulate, row.clip)
+        else:
+            trace = tracer.peer_trace(partial(row.optimizer, settings=settings), settings.accumulate)
+        if settings.fsdp > 1:
+            trace = sharded(trace, model, settings.fsdp)
+        if settings.ddp > 1:
+            buckets = bucket_bytes(model)
+            first, steady = (
+                tuple(moment.plus(buckets=buckets) for moment in each) for each in (trace.first, trace.steady)
+            )
+            trace = replace(trace, first=first, steady=steady)
+        return row_of(trace)
+
+    def _traced(self, row: Row) -> tuple[nn.Module, Tracer]:
+        """Return the model that a row trains, on the meta device, and its tracer."""
+        if row.lora not in self._tracers:
+            settings = self._settings
+            dtype: torch.dtype = getattr(torch, settings.dtype)
+            with torch.device("meta"):
+                model = row.adapted(self._subject.build(dtype), settings)
+            if settings.checkpointing:
+                recompute_activations(model)
+            inputs = partial(self._subject.inputs, settings.batch, settings.sequence, dtype)
+            self._tracers[row.lora] = model, Tracer(model, inputs)
+        return self._tracers[row.lora]
 
 
-def _traced(subject: Subject, name: OptimizerName, settings: PlanSettings, profiles: Profiles) -> Trace:
-    """Return the trace of the whole model; of a deep one, from those of shallow ones."""
-    if subject.blocks > SHALLOW + 1:
-        traces = [predict(subject, name, settings, count, profiles) for count in (SHALLOW, SHALLOW + 1)]
-        whole = meta_model(subject, name, settings, subject.blocks)
-        try:
-            deep = deepened(traces[0], traces[1], subject.blocks)
-        except DepthError:
-            deep = None
-        # Blocks that are not alike after all are traced one by one.
-        if deep is not None and deep.kept == closed_form(whole, name, settings).kept:
-            return deep
-    return predict(subject, name, settings, subject.blocks, profiles)
-
-
-def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
+def row_of(trace: Trace) -> OptimizerPlan:
     """Return a trace as a row: the highest sample of all, and the most of each category."""
     first = [replace(moment, name=moment.name + FIRST_STEP) for moment in trace.first]
-    later = list(_in_order(trace, settings.accumulate))
+    later = trace.steady
     # Of equal peaks the one of a later step is named, which comes again.
     peak = max((*later, *first), key=lambda moment: sum(moment.peak))
     # Not of the first step too: there the state is still among the temporaries of the update that allocates it.
@@ -154,12 +167,3 @@ def row_of(trace: Trace, settings: PlanSettings) -> OptimizerPlan:
         at_peak=dict(zip(CATEGORIES, peak.peak, strict=True)),
         timeline=tuple(Sample(moment.name, moment.peak) for moment in later),
     )
-
-
-def _in_order(trace: Trace, accumulate: int) -> Iterator[Moment]:
-    """Yield a step in the steady state, the micro-batches that were traced once for many as often as they are there."""
-    last = len(trace.micro_batches) - 1
-    for index, moments in enumerate(trace.micro_batches):
-        for _ in range(accumulate - last if 0 < index < last else 1):
-            yield from moments
-    yield from trace.update

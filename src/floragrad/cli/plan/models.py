@@ -1,12 +1,13 @@
 """The model whose step is planned: from a preset, a name, a folder or a file to modules and a batch of inputs."""
 
-from collections import Counter
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -42,25 +43,21 @@ _OTHER_INPUTS: Final = ("imagegpt", "shieldgemma2", "siglip2")
 """Image classifiers that read colour clusters, a text beside the image, or patches."""
 DEFAULT_SEQUENCE: Final = 1024
 """Tokens of an example where nobody says, and where the model reads so many."""
-_DEPTHS: Final = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
-"""Attributes of configurations with the number of blocks; the last two are those of encoder-decoders."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model to plan for: a :class:`floragrad.cli.plan.subject.Subject`.
+    """A model to plan for.
 
     Attributes:
         name: The user's name for it.
         config: Its configuration, transformers' own.
         task: Its training task.
-        blocks: How often its repeated block is there; 1 where its blocks differ, so that it is only built whole.
     """
 
     name: str
     config: Any
     task: Task
-    blocks: int
 
     @property
     def reads_text(self) -> bool:
@@ -99,10 +96,6 @@ class PlannedModel:
             )
         return asked or min(longest or DEFAULT_SEQUENCE, DEFAULT_SEQUENCE)
 
-    def largest_rank(self, sketched: bool) -> int:
-        """Return the largest useful rank: the largest smaller side of a hidden matrix, for a sketch half of it."""
-        return self._widest_side // 2 if sketched else self._widest_side
-
     def rank(self, asked: int | None, sketched: bool) -> int:
         """Return the rank: as asked for, else 128, or a quarter of the widest matrix's smaller side where that is less.
 
@@ -113,7 +106,7 @@ class PlannedModel:
         Raises:
             UserError: It is above every dimension, or a sketch of that rank would be none.
         """
-        largest = self.largest_rank(sketched)
+        largest = self._widest_side // 2 if sketched else self._widest_side
         if asked is not None and asked > largest:
             half = ", and a sketch needs half of it or less" if sketched else ""
             raise UserError(
@@ -126,20 +119,18 @@ class PlannedModel:
     def _widest_side(self) -> int:
         """The largest smaller side that a hidden matrix has."""
         with torch.device("meta"):
-            return widest_matrix(self.build(torch.bfloat16, 1))
+            return widest_matrix(self.build(torch.bfloat16))
 
-    def build(self, dtype: torch.dtype, blocks: int) -> Any:
+    def build(self, dtype: torch.dtype) -> Any:
         """Return the model in training mode, on torch's default device.
 
         Args:
             dtype: Of the weights.
-            blocks: How many of the blocks to build.
 
         Raises:
             UserError: It is built on the meta device, and torch cannot run it without memory.
         """
-        config = self.config if blocks == self.blocks else _shallower(self.config, blocks)
-        model = _built(config, self.task, self.name, dtype=dtype)
+        model = _built(self.config, self.task, self.name, dtype=dtype)
         experts = "grouped_mm" in model.get_experts_implementation().values()
         if experts and dtype != torch.bfloat16 and torch.get_default_device().type == "meta":
             raise UserError(
@@ -182,8 +173,8 @@ def find_model(model: str) -> PlannedModel:
         UserError: There is no such model, or it is none that can be planned for.
 
     Example:
-        >>> find_model("gpt2-xl").blocks
-        48
+        >>> find_model("gpt2-xl").positions
+        1024
     """
     preset = MODELS.get(model)
     if preset is not None:
@@ -215,7 +206,15 @@ def planned_model(config: Any, name: str) -> PlannedModel:
     config.architectures = config.architectures or []
     # What generation keeps of every layer, no training step needs.
     config.use_cache = False
-    return PlannedModel(name, config, task, _repeated_blocks(config, task, name))
+    return PlannedModel(name, config, task)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Let a model of transformers recompute the activations of its blocks in the backward pass."""
+    with warnings.catch_warnings():
+        # Newer versions of transformers have another name for it, older ones only this.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
 
 def _task(config: Any) -> Task | None:
@@ -224,29 +223,6 @@ def _task(config: Any) -> Task | None:
     else:
         tasks = ("causal language model", "image classifier")
     return next((task for task in tasks if type(config) in _MAPPINGS[task]), None)
-
-
-def _repeated_blocks(config: Any, task: Task, name: str) -> int:
-    """Return the number of blocks if all but the first are alike; else 1."""
-    depths = {getattr(config, name) for name in _DEPTHS if isinstance(getattr(config, name, None), int)}
-    kinds = set((getattr(config, "layer_types", None) or [])[1:])
-    if len(depths) != 1 or len(kinds) > 1 or depths <= {1, 2}:
-        return 1
-    (blocks,) = depths
-    try:
-        whole, one, two = (_shapes(_shallower(config, count), task, name) for count in (blocks, 1, 2))
-    except NotImplementedError:
-        return 1  # a configuration that has no setter for its depth
-    step = two - one  # empty where the depth is said elsewhere too
-    alike = step and whole == one + Counter({shape: (blocks - 1) * count for shape, count in step.items()})
-    return blocks if alike else 1
-
-
-def _shapes(config: Any, task: Task, name: str) -> Counter[tuple[int, ...]]:
-    """Count a model's parameters of each shape."""
-    with torch.device("meta"):
-        model = _built(config, task, name)
-    return Counter(tuple(parameter.shape) for parameter in model.parameters())
 
 
 def _built(config: Any, task: Task, name: str, **options: Any) -> Any:
@@ -259,14 +235,3 @@ def _built(config: Any, task: Task, name: str, **options: Any) -> Any:
         return _BUILDERS[task].from_config(config, **options)
     except ImportError as error:
         raise UserError(f"MODEL {name} cannot be built: {' '.join(str(error).split())}") from error
-
-
-def _shallower(config: Any, blocks: int) -> Any:
-    """Return the configuration with fewer blocks."""
-    config = deepcopy(config)
-    for name in _DEPTHS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, blocks)
-    if vars(config).get("layer_types"):
-        config.layer_types = config.layer_types[:blocks]
-    return config

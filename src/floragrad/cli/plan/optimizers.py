@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from floragrad._extras import require
 from floragrad.cli.peers import PEERS, with_adapters
 from floragrad.cli.plan.result import OptimizerName, PlanSettings
-from floragrad.torch import Flora, GradientAccumulator, param_groups
+from floragrad.torch import Flora, param_groups
 
 LR: Final = 1e-3
 """Learning rate; no byte depends on it."""
@@ -48,11 +48,9 @@ class Row:
         return with_adapters(model, settings.rank) if self.lora else model
 
     def optimizer(self, model: nn.Module, settings: PlanSettings) -> Optimizer:
-        """Construct the optimizer of an adapted model."""
+        """Construct the peer of an adapted model."""
+        assert self.peer is not None
         groups: Any = param_groups(model, lr=LR)
-        if self.peer is None:
-            width: dict[str, Any] = {"rank": settings.rank} if settings.ratio is None else {"ratio": settings.ratio}
-            return Flora(groups, lr=LR, state_dtype=settings.state_dtype, **width)
         peer = PEERS[self.peer]
         if self.peer != "adamw-8bit":
             return peer.optimizer(groups, LR, settings.rank)
@@ -64,9 +62,17 @@ class Row:
             optimizer.name2qmap = {name: fake.from_tensor(table) for name, table in optimizer.name2qmap.items()}
         return optimizer  # type: ignore[no-any-return]
 
-    def accumulator(self, optimizer: Optimizer, steps: int) -> GradientAccumulator | None:
-        """Construct the accumulator of a window's gradients; None where ``.grad`` gathers them."""
-        return None if self.clip is None else GradientAccumulator(optimizer, steps, clip=self.clip)
+    def flora(self, model: nn.Module, settings: PlanSettings, **options: Any) -> Flora:
+        """Construct Flora.
+
+        Args:
+            model: The model, also on the meta device.
+            settings: The settings.
+            **options: Others of Flora's.
+        """
+        width: dict[str, Any] = {"rank": settings.rank} if settings.ratio is None else {"ratio": settings.ratio}
+        groups: Any = param_groups(model, lr=LR)
+        return Flora(groups, lr=LR, state_dtype=settings.state_dtype, **width, **options)
 
 
 ROWS: Final[dict[OptimizerName, Row]] = {

@@ -5,9 +5,9 @@ one rule. It does not see memory that a kernel takes and frees inside itself, no
 """
 
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,9 +44,15 @@ class Moment:
     peak: tuple[int, ...]
     highest: tuple[int, ...]
 
+    def plus(self, **nbytes: int) -> "Moment":
+        """Return the moment with more bytes of some categories, alive from its beginning to its end."""
+        added = _vector(nbytes)
+        return replace(self, peak=_sum(self.peak, added), highest=_sum(self.highest, added))
 
-Profiles = dict[Hashable, Moment]
-"""Bytes that pieces of work add to the live ones while they run."""
+
+def moment_of(name: str, **nbytes: int) -> Moment:
+    """Return a moment at which these bytes of some categories live."""
+    return Moment(name, _vector(nbytes), _vector(nbytes))
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,7 +77,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
         self._by = [0] * len(CATEGORIES)
         self._known: dict[int, _Held] = {}
-        self._is_paused = False
         self._category = _POSITIONS["temporaries"]
         self._follows = False
         self._word = self._name = ""
@@ -90,14 +95,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def cut(self) -> tuple[Moment, ...]:
         """Return the moments since the last cut, in order; neighbours of one name are one."""
         self._finish()
-        merged: list[Moment] = []
-        for moment in self._moments:
-            if merged and merged[-1].name == moment.name:
-                moment = joined([merged.pop(), moment], moment.name)
-            merged.append(moment)
-        self._moments = []
+        moments, self._moments = self._moments, []
         self._begin()
-        return tuple(merged)
+        return merged(moments)
 
     def enter(self, name: str) -> None:
         """Begin a moment."""
@@ -129,7 +129,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.enter(name)
 
     def hold(self, tensor: Tensor, category: str, name: str = "") -> None:
-        """Count a tensor's storages as a category from now on.
+        """Count a tensor's storages as a category from the next moment or tensor on.
 
         Args:
             tensor: Any tensor; subclasses that wrap others count as the wrapped ones.
@@ -143,14 +143,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._by[held.category] -= held.size
             self._by[position] += held.size
             held.category, held.name = position, name or held.name
-        self._observe(self._by, self._by)
 
-    def add(self, category: str, size: int) -> None:
-        """Count bytes that no storage stands for."""
-        self._by[_POSITIONS[category]] += size
-        self._observe(self._by, self._by)
-
-    def touch(self, *tensors: Any) -> None:
+    def _touch(self, *tensors: Any) -> None:
         """Move on to the moment of the named storage that is worked on, where the phase follows names."""
         if not self._follows:
             return
@@ -162,26 +156,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.enter(name)
                 return
 
-    def repeat(self, profile: Moment) -> None:
-        """Count work that made and freed as much as it did elsewhere."""
-        self._observe(_sum(self._by, profile.peak), _sum(self._by, profile.highest))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Pause the counting of tensors that are made inside, and freed inside."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_paused:
-            return func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # asked of fake tensors more often than all else
+            return args[0].fake_device
         # What a wrapper does inside is seen when it has unwrapped itself.
         if any(hasattr(each, "__tensor_flatten__") for each in types):
             return NotImplemented
-        self.touch(*args)
+        self._touch(*args)
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.lift_fresh.default:
             # What torch.tensor made is new, though this is how it enters.
@@ -215,34 +196,36 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = _Held(weakref.ref(storage, freed), storage.nbytes(), self._category, "")
         self._known[key] = held
         self._by[held.category] += held.size
-        self._observe(self._by, self._by)
+        self._observe()
 
     def _begin(self) -> None:
         """Open the stretch of the current moment."""
         self._total, self._peak, self._highest = -1, [0], list(self._by)
-        self._observe(self._by, self._by)
+        self._observe()
 
     def _finish(self) -> None:
         """Keep the stretch that is open."""
         self._moments.append(Moment(self._name, tuple(self._peak), tuple(self._highest)))
 
-    def _observe(self, together: Sequence[int], highest: Sequence[int]) -> None:
+    def _observe(self) -> None:
         """Take note of live bytes, and of the most of each category by itself."""
-        self._highest = [max(pair) for pair in zip(self._highest, highest, strict=True)]
-        total = sum(together)
+        self._highest = [max(pair) for pair in zip(self._highest, self._by, strict=True)]
+        total = sum(self._by)
         if total > self._total:
-            self._total, self._peak = total, list(together)
+            self._total, self._peak = total, list(self._by)
             self.peak = max(self.peak, total)
 
 
-def joined(moments: Sequence[Moment], name: str) -> Moment:
-    """Several stretches as one."""
-    highest = tuple(max(values) for values in zip(*(moment.highest for moment in moments), strict=True))
-    return Moment(name, max((moment.peak for moment in moments), key=sum), highest)
-
-
-def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    return [a + b for a, b in zip(left, right, strict=True)]
+def merged(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Return the moments with neighbours of one name as one."""
+    found: list[Moment] = []
+    for moment in moments:
+        if found and found[-1].name == moment.name:
+            before = found.pop()
+            highest = tuple(map(max, before.highest, moment.highest))
+            moment = Moment(moment.name, max(before.peak, moment.peak, key=sum), highest)
+        found.append(moment)
+    return tuple(found)
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -253,3 +236,12 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
             yield from _storages(getattr(tensor, name))
     else:
         yield tensor.untyped_storage()
+
+
+def _vector(nbytes: dict[str, int]) -> tuple[int, ...]:
+    assert nbytes.keys() <= set(CATEGORIES)
+    return tuple(nbytes.get(category, 0) for category in CATEGORIES)
+
+
+def _sum(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(left, right, strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from floragrad._streams import Stream
-from floragrad.policy import AccumulatorPlan
+from floragrad.policy import AccumulatorPlan, MatrixView
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch.backends.cpu.fold import can_fold, fold_native
 from floragrad.torch.backends.triton import step as triton
@@ -368,6 +368,10 @@ class GradientSketch:
         return draw_projection(self._kind, self.plan.view, self.plan.width, source, device)
 
     def _blocks(self, device: torch.device) -> Iterator[Block]:
-        total = self.plan.view.numel
-        elements = max(block_elements(total, device), min(total, FOLD_ELEMENTS))
-        return row_blocks(self.plan.view, elements, gaussian=self._is_gaussian)
+        return fold_blocks(self.plan.view, device, gaussian=self._is_gaussian)
+
+
+def fold_blocks(view: MatrixView, device: torch.device, *, gaussian: bool = False) -> Iterator[Block]:
+    """Yield batches and rows of a gradient, the largest block first, as in :func:`row_blocks`."""
+    elements = max(block_elements(view.numel, device), min(view.numel, FOLD_ELEMENTS))
+    return row_blocks(view, elements, gaussian=gaussian)

@@ -16,7 +16,7 @@ from torch import Tensor
 from floragrad.policy import MatrixView, TensorPlan
 from floragrad.torch import update as pure
 from floragrad.torch.adaptive import learn_weights, power_iteration_step
-from floragrad.torch.context import ParamUpdate, random_requests
+from floragrad.torch.context import ParamUpdate, StepContext, random_requests
 from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.random import Request, draw_words, signs
@@ -246,7 +246,7 @@ class _EagerStep:
         """Replace encode(U) by X / R; return ‖D‖² − a²‖U‖² where it is known; update M with ``moves``."""
         stored, rows = self._stored, self._scales.rows
         total: Tensor | None = None
-        for block in self._sketch_blocks():
+        for block in sketch_blocks(self._ctx):
             local = estimator._replace(
                 projection=_of_batch(estimator.projection, block), previous=_of_batch(estimator.previous, block)
             )
@@ -308,34 +308,38 @@ class _EagerStep:
         return ctx.stored(state, rounding)
 
     def _blocks(self, *, rounds: bool = False) -> Iterator[Block]:
-        """Yield batches and rows of the view; the whole of a small one.
-
-        Args:
-            rounds: True if elements of a block are rounded, which takes three more buffers and smaller blocks.
-        """
-        view, device = self._ctx.view, self._ctx.device
-        total = view.numel
-        elements = block_elements(total, device)
-        if self._ctx.plan.view is None and elements < total:
-            elements //= 2  # the random words of all elements take as much memory as half of the blocks
-        if rounds and elements < total:
-            elements //= 4
-        return row_blocks(view, elements, gaussian=self._ctx.is_gaussian)
-
-    def _sketch_blocks(self) -> Iterator[Block]:
-        """Yield batches and rows of the sketch, whose shorter rows make higher blocks."""
-        ctx = self._ctx
-        if ctx.is_gaussian:
-            return self._blocks()  # a transfer decodes the sketch to all columns
-        # The update of a sketch has up to three temporaries of its size.
-        elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
-        return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))
+        return step_blocks(self._ctx, rounds=rounds)
 
     def _workspace(self, *, rounds: bool = False) -> Tensor:
         """Return memory for a block in float32."""
         matrices, rows = next(self._blocks(rounds=rounds), (slice(0, 0), slice(0, 0)))  # no later block is larger
         elements = matrices.stop * rows.stop * self._ctx.view.columns
         return torch.empty(elements, dtype=torch.float32, device=self._ctx.device)
+
+
+def step_blocks(ctx: StepContext, *, rounds: bool = False) -> Iterator[Block]:
+    """Yield batches and rows of the view, the largest first; the whole of a small one.
+
+    Args:
+        ctx: The step.
+        rounds: True if elements of a block are rounded, which takes three more buffers and smaller blocks.
+    """
+    total = ctx.view.numel
+    elements = block_elements(total, ctx.device)
+    if ctx.plan.view is None and elements < total:
+        elements //= 2  # the random words of all elements take as much memory as half of the blocks
+    if rounds and elements < total:
+        elements //= 4
+    return row_blocks(ctx.view, elements, gaussian=ctx.is_gaussian)
+
+
+def sketch_blocks(ctx: StepContext) -> Iterator[Block]:
+    """Yield batches and rows of the sketch, whose shorter rows make higher blocks."""
+    if ctx.is_gaussian:
+        return step_blocks(ctx)  # a transfer decodes the sketch to all columns
+    # The update of a sketch has up to three temporaries of its size.
+    elements = min(block_elements(ctx.view.numel, ctx.device), max_block_elements(ctx.device) * 3 // 8)
+    return row_blocks(ctx.view._replace(columns=ctx.plan.width), min(elements, ctx.view.numel))
 
 
 def _part_of(workspace: Tensor, grad: Tensor) -> Tensor:

@@ -1,11 +1,20 @@
 """Fold of a gradient into a sketch by the native kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import AccumulatorPlan, MatrixView
-from floragrad.torch.backends.cpu.library import DTYPES, STATE_DTYPES, Fold, is_addressable, library, unsupported_tensor
+from floragrad.torch.backends.cpu.library import (
+    DTYPES,
+    STATE_DTYPES,
+    Fold,
+    Library,
+    is_addressable,
+    library,
+    unsupported_tensor,
+)
 from floragrad.torch.part import Part
 
 
@@ -49,19 +58,14 @@ def fold_native(
     """
     kernels = library()
     assert kernels is not None
-    # A tensor without a matrix view is summed exactly, as one row.
-    batch, rows, columns_here = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
     assert part.row_words is not None
     first_row_word, matrix_row_words = part.row_words
     measures = measure_noise and "noise" in buffers
     noise = torch.zeros((), dtype=torch.float64, device="cpu") if measures else None
-    fold = Fold(
-        batch=batch,
-        rows=rows,
-        columns=columns_here,
-        width=plan.width if plan.view.columns > 1 else columns_here,
+    fold = _described(
+        plan,
+        kernels,
         value_dtype=DTYPES[grad.dtype],
-        state_dtype=STATE_DTYPES[plan.state_dtype],
         is_first=is_first,
         measures=noise is not None,
         all_row_words=part.row_count,
@@ -72,13 +76,8 @@ def fold_native(
         window=window,
         counter=counter,
         weight=weight,
-        parallel=kernels.parallel,
-        thread_number=kernels.thread_number,
-        threads=torch.get_num_threads(),
     )
     scratch = torch.empty(kernels.fold_bytes(fold), dtype=torch.uint8, device="cpu")
-    if isinstance(grad, FakeTensor):
-        return  # its memory has been counted
     fold.grad, fold.data, fold.scratch = grad.data_ptr(), buffers["data"].data_ptr(), scratch.data_ptr()
     if "scale" in buffers:
         fold.scale = buffers["scale"].data_ptr()
@@ -89,3 +88,27 @@ def fold_native(
     kernels.fold(fold)
     if noise is not None:
         buffers["noise"] += noise
+
+
+def temporary_bytes(plan: AccumulatorPlan) -> int:
+    """Return the bytes that :func:`fold_native` holds for a whole tensor."""
+    kernels = library()
+    assert kernels is not None
+    return kernels.fold_bytes(_described(plan, kernels)) + 8  # and the sum of squared errors
+
+
+def _described(plan: AccumulatorPlan, kernels: Library, **others: Any) -> Fold:
+    """Return the kernels' arguments, with the fields that follow from a plan."""
+    # A tensor without a matrix view is summed exactly, as one row.
+    batch, rows, columns = plan.view if plan.view.columns > 1 else MatrixView(1, 1, plan.view.numel)
+    return Fold(
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        width=plan.width if plan.view.columns > 1 else columns,
+        state_dtype=STATE_DTYPES[plan.state_dtype],
+        parallel=kernels.parallel,
+        thread_number=kernels.thread_number,
+        threads=torch.get_num_threads(),
+        **others,
+    )

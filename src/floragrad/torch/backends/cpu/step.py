@@ -6,7 +6,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import Momentum, TensorPlan
 from floragrad.torch import update as pure
@@ -73,7 +72,7 @@ def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
     kernels = library()
     if kernels is None or not updates:
         return
-    steps = [_described(update, kernels) for update in updates]
+    steps = [_described(update.param.dtype, update.ctx, kernels, **_addresses(update)) for update in updates]
     scratch = torch.empty(max(map(kernels.scratch_bytes, steps)), dtype=torch.uint8, device="cpu")
     pairs = list(zip(updates, steps, strict=True))
     learning = [pair for pair in pairs if pair[0].ctx.learns_weights]
@@ -86,12 +85,23 @@ def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
         yield _interleaved(shards, scratch, kernels)
 
 
+def temporary_bytes(steps: Sequence[tuple[torch.dtype, StepContext]]) -> int:
+    """Return the bytes that :func:`passes` holds beside gradients and state for whole tensors with drawn signs.
+
+    Args:
+        steps: Dtype and context of each parameter.
+    """
+    kernels = library()
+    if kernels is None or not steps:
+        return 0
+    given = [_described(dtype, ctx, kernels) for dtype, ctx in steps]
+    return max(map(kernels.scratch_bytes, given)) + max(map(kernels.kept_bytes, given))
+
+
 def _consecutive(pairs: Sequence[tuple[ParamUpdate, Step]], scratch: Tensor, kernels: Library) -> Passes:
     """Run all passes of a whole tensor, then those of the next: a tensor stays in the cache, and Python out of it."""
     updates, steps = zip(*pairs, strict=True)
     kept = torch.empty(max(map(kernels.kept_bytes, steps)), dtype=torch.uint8, device="cpu")
-    if _is_fake(updates):
-        return
     for step, update in zip(steps, updates, strict=True):
         step.kept, step.scratch = kept.data_ptr(), scratch.data_ptr()
         _set_sizes(step, update, _square_norm(update))
@@ -105,8 +115,6 @@ def _interleaved(pairs: Sequence[tuple[ParamUpdate, Step]], scratch: Tensor, ker
     updates, steps = zip(*pairs, strict=True)
     sizes = list(map(kernels.kept_bytes, steps))
     kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
-    if _is_fake(updates):
-        return
     given = (Step * len(steps))(*steps)
     first, shares = 0, []
     for each, update, size in zip(given, updates, sizes, strict=True):
@@ -138,11 +146,6 @@ def _interleaved(pairs: Sequence[tuple[ParamUpdate, Step]], scratch: Tensor, ker
     increment_versions(update.param for update in updates)
 
 
-def _is_fake(updates: Sequence[ParamUpdate]) -> bool:
-    """Return whether only memory is counted, which has been allocated by then."""
-    return any(isinstance(update.param, FakeTensor) for update in updates)
-
-
 def _square_norm(update: ParamUpdate) -> Tensor | None:
     """Return ‖W‖² of the local part, where the step is in its units."""
     return pure.square_norm(update.param) if update.ctx.group["scale_parameter"] else None
@@ -166,12 +169,11 @@ def _shares(ctx: StepContext, kept: Tensor) -> tuple[list[ShardSum], ShardSum]:
     return statistics, ctx.shard_sum(square)
 
 
-def _described(update: ParamUpdate, kernels: Library) -> Step:
-    """Return the kernels' arguments but for scratch, step size, and addresses of fake tensors."""
-    param, _, _, ctx = update
+def _described(dtype: torch.dtype, ctx: StepContext, kernels: Library, **addresses: int) -> Step:
+    """Return the kernels' arguments but for scratch and step size."""
     plan, group, part = ctx.plan, ctx.group, ctx.part
     # A tensor without a matrix view is one row.
-    batch, rows, columns = ctx.view if plan.view else (1, 1, param.numel())
+    batch, rows, columns = ctx.view if plan.view else (1, 1, ctx.view.numel)
     assert part.row_words is not None
     first, stride = part.row_words
     return Step(
@@ -179,7 +181,7 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
         rows=rows,
         columns=columns,
         width=plan.width if plan.view else columns,
-        value_dtype=DTYPES[param.dtype],
+        value_dtype=DTYPES[dtype],
         state_dtype=STATE_DTYPES[ctx.state_dtype],
         momentum=_MOMENTA[plan.momentum],
         is_vector=plan.view is None,
@@ -204,7 +206,7 @@ def _described(update: ParamUpdate, kernels: Library) -> Step:
         parallel=kernels.parallel,
         thread_number=kernels.thread_number,
         threads=torch.get_num_threads(),
-        **({} if isinstance(param, FakeTensor) else _addresses(update)),
+        **addresses,
     )
 
 

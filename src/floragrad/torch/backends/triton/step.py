@@ -8,7 +8,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends.switch import SWITCH, kernels_allowed
@@ -46,7 +45,7 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
     width = plan.width if plan.momentum == "sketch" else part.view.columns
-    return _unsupported_part(part, width) or _unsupported_tensor(tensor)
+    return _unsupported_part(part, width) or unsupported_memory(tensor, DTYPES)
 
 
 def _unsupported_part(part: Part, width: int) -> str:
@@ -55,19 +54,12 @@ def _unsupported_part(part: Part, width: int) -> str:
     return part.irregularity or ratio_reason
 
 
-def _unsupported_tensor(tensor: Tensor) -> str:
-    """Return why the kernels cannot read a tensor at its address; empty where they can."""
-    if isinstance(tensor, FakeTensor):
-        return "FakeTensor"
-    return unsupported_memory(tensor, DTYPES)
-
-
 def supports(update: ParamUpdate) -> bool:
     """Return whether the kernels support the memory layout of this step's tensors."""
     param, grad, state, ctx = update
     return (
         not unsupported_reason(param, ctx.plan, ctx.part)
-        and not _unsupported_tensor(grad)
+        and not unsupported_memory(grad, DTYPES)
         and param.numel() > 0
         and all(is_plain(value) for value in state.values())
     )
@@ -86,7 +78,7 @@ def can_fold(grad: Tensor, buffers: Mapping[str, Tensor], part: Part, width: int
         grad.device.type in DEVICES
         and not absence()
         and not _unsupported_part(part, width)
-        and not _unsupported_tensor(grad)
+        and not unsupported_memory(grad, DTYPES)
         and grad.numel() > 0
         and all(is_plain(buffer) and buffer.is_contiguous() for buffer in buffers.values())
     )
