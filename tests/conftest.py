@@ -35,6 +35,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let the interpreter free at its exit what JAX's bindings would report as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def unoptimized() -> Iterator[None]:
     """JAX's programs without LLVM's optimizations, for tests of behaviour: these take longer than the tests.

@@ -60,8 +60,11 @@ def _small() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What is compiled once is compiled once: a run that goes on, or is made again, finds it. The environment of it."""
+def compiled(tmp_path_factory: pytest.TempPathFactory, unoptimized: None) -> Iterator[dict[str, str]]:
+    """What is compiled once is compiled once: a run that goes on, or is made again, finds it. The environment of it.
+
+    Without LLVM's optimizations, which take longer than the runs.
+    """
     cache = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -73,7 +76,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
             jax.config.update(name, value)
         reset_cache()
         if names is cache:
-            yield {name.upper(): str(value) for name, value in cache.items()}
+            environment = {name.upper(): str(value) for name, value in cache.items()}
+            yield environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 REDRAWN = {"steps": 12, "eval_every": 5, "save_every": 5, "kappa": 3}
@@ -103,7 +107,8 @@ def test_the_folder_is_that_of_the_other_backend(finished: RunFolder, texts: Pat
         assert line.keys() == wanted.keys()
         assert (line["step"], line["tokens"]) == (wanted["step"], wanted["tokens"])
     ours, theirs = (read_json(folder.path / "summary.json") for folder in (finished, other))
-    assert ours.keys() == theirs.keys()
+    # Hidden matrices are measured by themselves with PyTorch only.
+    assert ours.keys() == theirs.keys() - {"hidden_parameters", "hidden_state_bytes"}
     for name in ("parameters", "tokens", "steps", "gradient_bytes", "accumulation_bytes"):
         assert ours[name] == theirs[name], name
     assert (ours["backend"], theirs["backend"]) == ("jax", "torch")
