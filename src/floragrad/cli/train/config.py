@@ -114,7 +114,7 @@ class RunConfig:
         "Tokens of a block; of --task seq2seq, of a text at most.",
         MODEL,
         derive=defaults.of_preset("sequence_length", 256),
-        shown="128 for tiny, else 256; seq2seq: 24",
+        shown="128 for tiny, else 256; seq2seq: 16",
         minimum=2,
         requires={"task": ("lm", "seq2seq")},
     )
@@ -122,7 +122,7 @@ class RunConfig:
         "Blocks at once, or pairs, or images, in all processes together.",
         TRAINING,
         derive=defaults.of_preset("batch_size", 8),
-        shown="8 for tiny, 16 for small, 32 above, else 8; seq2seq: 64, vision: 32",
+        shown="8 for tiny, 16 for small, 32 above, else 8; seq2seq and vision: 32",
         minimum=1,
     )
     accumulate: int = option(
