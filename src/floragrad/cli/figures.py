@@ -20,7 +20,7 @@ OTHER_COLOURS = [matplotlib.colormaps["tab20"](index) for index in range(20)]
 LINES = {"flora": "-", "exact": "--", "none": ":"}
 """By accumulator, where gradients are gathered."""
 MOST_UPRIGHT = 4
-"""Beyond so many bars their names are written from bottom to top."""
+"""Beyond so many bars their names and sizes are written from bottom to top, and the legend is small."""
 SMOOTHING = 0.95
 DOTS_PER_INCH = 150
 
@@ -65,6 +65,7 @@ def comparison_figure(contestants: Sequence[Drawn], title: str) -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
     gathers = any(each.accumulation_bytes for each in contestants)
+    many = len(contestants) > MOST_UPRIGHT
     colours = _colours(contestants)
     for each, colour in zip(contestants, colours, strict=True):
         line = LINES[each.accumulator] if gathers else "-"
@@ -74,6 +75,8 @@ def comparison_figure(contestants: Sequence[Drawn], title: str) -> Figure:
         losses.plot(*points, f"o{line}", color=colour, markersize=4, linewidth=1.4, label=each.label)
     losses.set_title("validation loss (dots), training loss (pale)", loc="left", fontsize=10)
     _finish(losses)
+    if many:
+        losses.legend(frameon=False, fontsize=7, ncols=3, loc="upper right")
     names = [each.label.replace(", ", ",\n") for each in contestants]
     states = [each.state_bytes for each in contestants]
     totals = [each.state_bytes + each.accumulation_bytes for each in contestants]
@@ -81,10 +84,12 @@ def comparison_figure(contestants: Sequence[Drawn], title: str) -> Figure:
     if gathers:
         gathered = [each.accumulation_bytes / 1e6 for each in contestants]
         drawn = bars.bar(names, gathered, bottom=[size / 1e6 for size in states], color=colours, alpha=0.4)
-    bars.bar_label(drawn, [format_bytes(size) for size in totals], fontsize=9, padding=2)
+    labels: dict[str, Any] = {"fontsize": 7, "rotation": 90} if many else {"fontsize": 9}
+    bars.bar_label(drawn, [format_bytes(size) for size in totals], **labels, padding=2)
     what = "optimizer state, and gathered gradients (pale)" if gathers else "optimizer state, measured"
     bars.set_title(what, loc="left", fontsize=10)
-    bars.tick_params(axis="x", labelsize=8, labelrotation=90 if len(contestants) > MOST_UPRIGHT else 0)
+    bars.tick_params(axis="x", labelsize=8, labelrotation=90 if many else 0)
+    bars.margins(y=0.25 if many else 0.05)
     bars.set_ylabel("MB")
     bars.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left")

@@ -102,6 +102,7 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float], list[fl
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
     """Write the rivals' names beside them, those of neighbours one above the other."""
+    axes.autoscale_view()  # the shares are of the final limits
     to_share = axes.transData + axes.transAxes.inverted()
     placed: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: point.loss):
