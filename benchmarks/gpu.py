@@ -255,22 +255,27 @@ def _prepared(
         {"params": [param for param in params if (param.dim() == 2) == (kind == "matrix")], "kind": kind}
         for kind in ("matrix", "vector")
     ]
-    (optimizer,) = make(groups)
+    optimizers = make(groups)
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
     for _ in range(1 if report.tiny else 4):
-        optimizer.step()
+        step()
     report.synchronize()
-    state = {id(value): value for each in optimizer.state.values() for value in _tensors(each)}
+    state = {id(value): value for made in optimizers for each in made.state.values() for value in _tensors(each)}
     size = sum(value.nbytes for value in state.values())
     if report.device.type != "cuda":
-        return optimizer.step, "", "", size
+        return step, "", "", size
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    optimizer.step()
+    step()
     peak = torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        optimizer.step()
+        step()
         torch.cuda.synchronize()
-    return optimizer.step, sum(event.count for event in profile.key_averages()), peak, size
+    return step, sum(event.count for event in profile.key_averages()), peak, size
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

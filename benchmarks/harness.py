@@ -126,7 +126,7 @@ def cores() -> int:
 def environment(packages: Iterable[str]) -> list[str]:
     """List the command, the commit, the machine and the versions of installed packages, as lines of Markdown."""
     script = Path(sys.argv[0])
-    command = shlex.join(["python", "-m", f"{script.parent.name}.{script.stem}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"{script.parent.name or 'benchmarks'}.{script.stem}", *sys.argv[1:]])
     installed = {found.metadata["Name"] for found in distributions()}
     found = [f"{name} {version(name)}" for name in packages if name in installed]
     memory = psutil.virtual_memory().total / 1e9

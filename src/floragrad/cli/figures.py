@@ -139,7 +139,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

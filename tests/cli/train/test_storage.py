@@ -101,7 +101,7 @@ class Filler(Meddler):
         super().__init__(0, None)
         self._path = path
 
-    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
+    def evaluation(self, *_: Any) -> None:
         self._path.unlink(missing_ok=True)
         self._path.symlink_to("/dev/full")
 
