@@ -1,10 +1,9 @@
 """A training run from its beginning to its end."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 from floragrad.cli import machine
 from floragrad.cli.disk import write_text
@@ -23,9 +22,6 @@ from floragrad.cli.train.processes import ALONE, Processes
 from floragrad.cli.train.recorder import Recorder, Schedule, perplexity
 from floragrad.cli.train.tasks import TASKS
 from floragrad.cli.train.tasks.task import Data
-
-Start: TypeAlias = Callable[[RunConfig, RunFolder, Data, int, Processes], Engine]
-"""Constructor of the engine of a run, like :func:`start`."""
 
 
 def start(config: RunConfig, folder: RunFolder, data: Data, step: int, processes: Processes) -> Engine:
@@ -89,7 +85,7 @@ def write_corpus(config: RunConfig, folder: Path) -> Data:
     return TASKS[config.task].prepare(config, folder)
 
 
-def train(folder: RunFolder, display: Display, processes: Processes = ALONE, start: Start = start) -> dict[str, Any]:
+def train(folder: RunFolder, display: Display, processes: Processes = ALONE) -> dict[str, Any]:
     """Train the run in ``folder`` from where it stands to its end. Returns its summary.
 
     SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread. Of several processes all call it; the
@@ -99,7 +95,6 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE, sta
         folder: Of the run.
         display: Where to show it.
         processes: Who trains.
-        start: Constructs the engine; the default follows ``--backend``.
 
     Raises:
         StoppedError: A signal has stopped it; everything is saved.

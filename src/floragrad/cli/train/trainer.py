@@ -99,10 +99,6 @@ class TrainerEngine:
         """Number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
-    def optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """Return the optimizer's class and its arguments."""
-        return optimizer_class(self._config, self._model)
-
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
         """Let the Trainer train. Returns the steps made."""
         sketched = self._config.accumulator == "flora"
@@ -116,7 +112,7 @@ class TrainerEngine:
             train_dataset=self._data.train_blocks(self._config),
             eval_dataset=self._data.validation_blocks(self._config),
             data_collator=self._task.collate,
-            optimizer_cls_and_kwargs=self.optimizer(),
+            optimizer_cls_and_kwargs=optimizer_class(self._config, self._model),
             callbacks=[ScheduleCallback(schedule), RecorderCallback(recorder, self._opened)],
             **({"accumulation": _accumulation(self._config)} if sketched else {}),
         )
