@@ -249,8 +249,9 @@ def _prepared(
 ) -> tuple[Callable[[], Any], object, object, object]:
     """Make an optimizer and step it, until nothing is compiled or allocated any more."""
     params: list[Tensor] = [torch.nn.Parameter(torch.randn(shape, device=report.device).to(dtype)) for shape in shapes]
-    for param in params:
-        param.grad = torch.randn(param.shape, device=report.device).to(dtype)
+    gradients = [torch.randn(param.shape, device=report.device).to(dtype) for param in params]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
     groups = [
         {"params": [param for param in params if (param.dim() == 2) == (kind == "matrix")], "kind": kind}
         for kind in ("matrix", "vector")
@@ -264,8 +265,7 @@ def _prepared(
     for _ in range(1 if report.tiny else 4):
         step()
     report.synchronize()
-    state = {id(value): value for made in optimizers for each in made.state.values() for value in _tensors(each)}
-    size = sum(value.nbytes for value in state.values())
+    size = peers.state_bytes(optimizers, [*params, *gradients])
     if report.device.type != "cuda":
         return step, "", "", size
     torch.cuda.reset_peak_memory_stats()
@@ -276,13 +276,6 @@ def _prepared(
         step()
         torch.cuda.synchronize()
     return step, sum(event.count for event in profile.key_averages()), peak, size
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _tensors(each)
 
 
 def _time(rows: dict[str, _Timed], rounds: int, report: Report) -> None:

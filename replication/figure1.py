@@ -218,9 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     examples, test = fashion_mnist("train"), fashion_mnist("t10k")
     curves = {name: [train(name, examples, test, seed, given.steps) for seed in given.seeds] for name in METHODS}
-    given.out.mkdir(parents=True, exist_ok=True)
+    harness.publish(given, "figure1", page(curves, given.steps))
     draw(curves, given.steps, str(given.out / "figure1.png"))
-    (given.out / "figure1.md").write_text("\n".join(page(curves, given.steps)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

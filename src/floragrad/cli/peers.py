@@ -140,15 +140,21 @@ PEERS: Final = {
 }
 
 
-def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """Return a model with LoRA's adapters of a rank on all linear layers, the only parameters that are trained."""
+def with_adapters(model: nn.Module, rank: int, *, in_place: bool = False) -> nn.Module:
+    """Return a model with LoRA's adapters on all linear layers but the head, the only parameters that are trained.
+
+    Args:
+        model: One of transformers'.
+        rank: Of the adapters.
+        in_place: Add them to the model itself, not to peft's wrapper of it.
+    """
     peft = require("peft", "plan")
     with warnings.catch_warnings():
         # It tells that a layer of GPT-2 stores its matrix transposed, and takes care of it itself.
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-        adapted: nn.Module = peft.get_peft_model(
-            model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-        )
+        adapt = peft.inject_adapter_in_model if in_place else peft.get_peft_model
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+        adapted: nn.Module = adapt(model=model, peft_config=config)
     return adapted
 
 
@@ -172,13 +178,8 @@ def split_hidden(groups: Iterable[Mapping[str, Any]], *, flat: bool) -> tuple[li
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Every tensor that an optimizer keeps between steps, GaLore's projections too."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                yield value
-            elif hasattr(value, "ortho_matrix"):
-                yield value.ortho_matrix
+    """Yield every tensor that an optimizer keeps between steps, GaLore's projections too."""
+    yield from _tensors(list(optimizer.state.values()), set())
 
 
 def stored_bytes(value: Any, apart: Iterable[Tensor] = ()) -> int:

@@ -42,3 +42,8 @@ The sequence of a ViT is its patches, and it has no vocabulary.
 
 FINE_TUNING_LEARNING_RATE = 5e-5
 """The default for a model given by name or folder, whose weights are trained already (transformers' own)."""
+
+
+def job_name(task: str, model: str) -> str:
+    """Return the name of the model, and of the task where it is no language model."""
+    return model if task == "lm" else f"{task}-{model}"

@@ -1,14 +1,10 @@
 """Adapters of ``--optimizer lora``: two thin matrices beside each hidden matrix, which stays as it is."""
 
-import warnings
-from typing import Final
-
 from torch import nn
 
-from floragrad._extras import require
+from floragrad.cli.peers import with_adapters
 
 _BASE, _ADAPTER = ".base_layer.weight", ".lora_"
-ALL_LAYERS: Final = "all-linear"
 
 
 def add_adapters(model: nn.Module, rank: int, *, others: bool) -> None:
@@ -19,12 +15,8 @@ def add_adapters(model: nn.Module, rank: int, *, others: bool) -> None:
         rank: Of the adapters.
         others: Whether everything but those matrices is trained too.
     """
-    peft = require("peft", "plan")
     trained = [param for param in model.parameters() if param.requires_grad]
-    with warnings.catch_warnings():
-        # It tells that a layer of GPT-2 stores its matrix transposed, and takes care of it itself.
-        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=ALL_LAYERS), model)
+    with_adapters(model, rank, in_place=True)
     frozen = adapted_parameters(model)
     for param in trained:
         param.requires_grad_(others and param not in frozen)

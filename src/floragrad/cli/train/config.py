@@ -10,7 +10,7 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.options import check_values, kinds, needing, option, option_name, options_of
-from floragrad.cli.presets import PRESETS, TASKS
+from floragrad.cli.presets import PRESETS, TASKS, job_name
 from floragrad.cli.train import defaults
 from floragrad.cli.train.conflicts import check_conflicts, check_sharding
 from floragrad.cli.train.settings import check_together, read_settings, setting_value
@@ -375,7 +375,7 @@ class RunConfig:
     @property
     def job(self) -> str:
         """Name of the model, and of the task where it is no language model."""
-        return self.model if self.task == "lm" else f"{self.task}-{self.model}"
+        return job_name(self.task, self.model)
 
     @property
     def unit(self) -> str:

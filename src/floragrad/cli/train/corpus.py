@@ -1,7 +1,6 @@
 """Text to numbers: the tokenizer, the held-out part, and blocks of one length."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from floragrad.cli.disk import write_text
 from floragrad.cli.errors import UserError
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import manifest
@@ -63,8 +61,7 @@ class Corpus:
     @classmethod
     def load(cls, folder: Path) -> "Corpus":
         """Open the output of :func:`prepare_corpus`."""
-        values = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        return cls(folder, CorpusFacts(**values))
+        return cls(folder, CorpusFacts(**manifest.read_facts(folder)))
 
     @property
     def processor(self) -> Any:
@@ -173,8 +170,7 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
         dtype=dtype,
         sha256=digest.hexdigest(),
     )
-    write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
-    manifest.write(folder, folder.rglob("*"))
+    manifest.write_facts(folder, asdict(facts))
     return Corpus(folder, facts)
 
 

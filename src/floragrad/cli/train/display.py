@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from floragrad._text import format_bytes
+from floragrad.cli.presets import job_name
 from floragrad.cli.train.measures import format_measure, measure_name, measures_of
 from floragrad.cli.train.tasks import TASKS
 
@@ -84,16 +85,12 @@ class Display:
         """Show the summary of a run that is finished."""
         if self._brief:
             return
-        table = Table(show_header=False, title=f"{_job(summary)} with {summary['optimizer']}", title_justify="left")
+        title = f"{job_name(summary.get('task', 'lm'), summary['model'])} with {summary['optimizer']}"
+        table = Table(show_header=False, title=title, title_justify="left")
         for row in _summary_rows(summary):
             table.add_row(*row)
         self._console.print(table)
         self.say(f"everything is in {folder}")
-
-
-def _job(summary: dict[str, Any]) -> str:
-    """Return the model, and the task where it is no language model."""
-    return str(summary["model"]) if summary.get("task", "lm") == "lm" else f"{summary['task']}-{summary['model']}"
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,6 @@
 """The task ``seq2seq``: a small encoder-decoder that translates German to English."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from floragrad._extras import require
-from floragrad.cli.disk import write_text
 from floragrad.cli.errors import UserError
 from floragrad.cli.presets import TASKS
 from floragrad.cli.train import manifest
@@ -149,14 +147,13 @@ class Translation(Task):
             vocab_size=len(tokenizer),
             sha256=digest.hexdigest(),
         )
-        write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
-        manifest.write(folder, folder.rglob("*"))
+        manifest.write_facts(folder, asdict(facts))
         return PairData(folder, facts)
 
     def load(self, folder: Path) -> PairData:
         """Open prepared pairs."""
         _require_sacrebleu()
-        return PairData(folder, PairFacts(**json.loads((folder / "corpus.json").read_text(encoding="utf-8"))))
+        return PairData(folder, PairFacts(**manifest.read_facts(folder)))
 
     def build(self, config: RunConfig, data: PairData) -> Any:
         """Return a new T5. The embedding of both languages and the output head are one, and there is no dropout."""

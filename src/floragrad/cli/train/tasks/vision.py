@@ -138,13 +138,12 @@ class Vision(Task):
             classes=int(max(images.train.labels.max(), images.held_out.labels.max())) + 1,
             sha256=digest.hexdigest(),
         )
-        write_text(folder / "corpus.json", json.dumps(asdict(facts), indent=2) + "\n")
-        manifest.write(folder, folder.rglob("*"))
+        manifest.write_facts(folder, asdict(facts))
         return ImageData(folder, facts)
 
     def load(self, folder: Path) -> ImageData:
         """Open prepared images."""
-        return ImageData(folder, ImageFacts(**json.loads((folder / "corpus.json").read_text(encoding="utf-8"))))
+        return ImageData(folder, ImageFacts(**manifest.read_facts(folder)))
 
     def build(self, config: RunConfig, data: ImageData) -> Any:
         """Return a new ViT."""
