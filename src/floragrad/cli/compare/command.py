@@ -19,7 +19,7 @@ HELP = (
     "Everything but the method is the same: weights, batches, schedule, parameter groups, and what trains the "
     "vocabulary. With several learning rates each method tries them all on the first seed, and its best goes on to the "
     "others. "
-    "Writes one table (table.md, table.json) and one picture (comparison.png), with the runs beside them. "
+    "Writes one table (table.md, table.json) and two pictures (state.png, comparison.png), with the runs beside them. "
     "Ctrl-C saves, and **--resume** continues; runs that are finished are not done again."
 )
 EXAMPLES = (
