@@ -21,7 +21,7 @@ from floragrad.cli.train.tasks.task import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATCH: Final = 4
+PATCH: Final = 7
 """Rows and columns of a patch."""
 _PARTS: Final = ("train", "validation")
 _PROCESSOR: Final = {
