@@ -32,7 +32,7 @@ PRESETS = {
 
 TASKS = {
     "lm": PRESETS,
-    "seq2seq": {"tiny": Preset(192, 512, 6, 3, vocab_size=4096, sequence_length=16, batch_size=32, steps=400)},
+    "seq2seq": {"tiny": Preset(192, 512, 6, 2, vocab_size=1024, sequence_length=24, batch_size=64, steps=500)},
     "vision": {"tiny": Preset(192, 384, 6, 4, vocab_size=0, sequence_length=16, batch_size=64, steps=400)},
 }
 """Each task's models by name: Llamas for language modeling, T5s for translation, ViTs for images.

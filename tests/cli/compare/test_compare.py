@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from floragrad.cli.compare import compare as comparison
-from floragrad.cli.compare.compare import Plan, begin, compare
+from floragrad.cli.compare.compare import Plan, begin, compare, extend
 from floragrad.cli.compare.picture import picture, state_figure
 from floragrad.cli.compare.table import Best, difference
 from floragrad.cli.errors import StoppedError, UserError
@@ -101,7 +101,7 @@ def test_the_state_of_hidden_matrices_has_a_column(texts: Path, tmp_path: Path, 
 def test_settings_are_compared_with_each_other(texts: Path, tmp_path: Path, here: Here) -> None:
     settings = ("ratio=2,4", "state_dtype=int8,float32")
     made = plan(texts, "flora", "flora-full", "adamw", set=settings, options={"vocabulary": "shared"})
-    assert [contestant.get("set", ()) for contestant in made.contestants] == [
+    assert [row.contestant.get("set", ()) for row in made.rows] == [
         *((f"ratio={ratio}", f"state_dtype={dtype}") for ratio in (2, 4) for dtype in ("int8", "float32")),
         *[()] * 2,
     ]
@@ -116,7 +116,7 @@ def test_settings_are_compared_with_each_other(texts: Path, tmp_path: Path, here
 
 def test_a_factor_multiplies_each_methods_own_rate(texts: Path) -> None:
     made = plan(texts, "flora", "racs", lr_factors=(0.5, 2.0))
-    assert [[config.lr for config in made.grid(each)] for each in made.contestants] == [[5e-4, 2e-3], [1e-2, 4e-2]]
+    assert [[config.lr for config in made.settings(row)] for row in made.rows] == [[5e-4, 2e-3], [1e-2, 4e-2]]
 
 
 def test_a_method_that_is_not_installed_has_a_row_that_says_how(
@@ -320,6 +320,63 @@ def test_a_plan_is_read_as_it_was_written(texts: Path, tmp_path: Path) -> None:
     made = plan(texts, "flora", lrs=(1e-3,), options={"rank": 8})
     begin(made, tmp_path / "out")
     assert Plan.load(tmp_path / "out") == made
+
+
+def test_rows_are_added_and_finished_runs_are_kept(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    before = done(plan(texts, "flora", "adamw", lr_factors=(1.0, 2.0)), out)
+    extend(out, {"methods": ("flora",), "set": ("ratio=2",)}, "second")
+    extend(out, {"methods": ("adamw",), "lrs": (1e-3, 3e-3)}, "third")
+    assert [grid.lr_factors for grid in Plan.load(out).grids] == [(1.0, 2.0), (1.0, 2.0), None]
+    here.titles.clear()
+    compare(out, Console(quiet=True))
+    table = read_json(out / "table.json")
+    assert [title.split()[1] for title in here.titles] == [
+        "adamw-lr0.003-embedding0.03-seed0",
+        "flora-ratio=2-lr0.001-embedding0.01-seed0",
+        "flora-ratio=2-lr0.002-embedding0.02-seed0",
+    ]
+    assert here.titles[0].startswith("4/6 ")
+    assert [row["label"] for row in table["rows"]] == ["flora", "adamw", "flora ratio=2"]
+    assert table["rows"][0]["validation_losses"] == before["rows"][0]["validation_losses"]
+    assert [tried["lr"] for tried in table["grid"]] == [1e-3, 2e-3, 1e-3, 3e-3, 1e-3, 2e-3]
+    assert table["commands"] == ["floragrad compare", "second", "third"]
+
+
+def test_a_row_with_other_seeds_says_so(texts: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    done(plan(texts, "flora", "flora-none"), out)
+    extend(out, {"methods": ("adamw",), "seeds": (0, 1)}, "more")
+    compare(out, Console(quiet=True))
+    assert "seed(s) 0; adamw: 0, 1;" in (out / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("adamw",), "set": ("ratio=2",)}, "--set ratio belongs to flora"),
+        ({"methods": ("flora",), "set": ("ratio=0",)}, "ratio"),
+        ({"seeds": (1, 1)}, "--seeds 1,1 names one twice"),
+    ],
+)
+def test_impossible_rows_change_nothing(texts: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "flora"), out)
+    before = tree(out)
+    with pytest.raises(UserError, match=message):
+        extend(out, changes, "more")
+    assert tree(out) == before
+
+
+def test_a_damaged_addition_is_refused(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(plan(texts, "flora"), out)
+    extend(out, {"methods": ("adamw",)}, "more")
+    added = out / "added-1.json"
+    for content in ("{", "[]", '{"methods": ["adamw"], "rows": 1, "command": ""}'):
+        added.write_text(content)
+        with pytest.raises(UserError, match=r"added-1\.json is damaged .* delete it with its rows"):
+            compare(out, Console(quiet=True))
 
 
 def test_another_comparison_is_never_written_over(texts: Path, tmp_path: Path) -> None:

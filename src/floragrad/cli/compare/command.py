@@ -28,7 +28,8 @@ EXAMPLES = (
     "**floragrad compare --methods flora,muon,lora --lr-factors 0.5,1,2** tries multiples of each one's rate.\n\n"
     "**floragrad compare --methods flora,adamw --model small --text books/** is another job.\n\n"
     "**floragrad compare --task vision** is another task.\n\n"
-    "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison."
+    "**floragrad compare --resume runs/compare-tiny-20260131T120000Z** continues a comparison; beside it, --methods, "
+    "--set, --seeds and rates add rows."
 )
 COMPARE_OPTIONS = comparison_options({**OPTIONS, **options_of(Place)})
 
@@ -39,19 +40,22 @@ def compare(given: dict[str, Any]) -> None:
     place, grid = take(Place, given), {name: given[name] for name in options_of(Grid) if name in given}
     fields = {name: value for name, value in run_fields(given).items() if name not in grid}
     if place.resume is not None:
-        refuse_beside_resume(given, "resume")
+        refuse_beside_resume({name: value for name, value in given.items() if name not in grid}, "resume")
     config = RunConfig.resolve(**{**fields, "optimizer": "flora"}) if place.resume is None else None
     machine.prepare("torch", hub=config is not None and config.uses_hub)
     from floragrad.cli.compare import compare as comparison
 
+    written = shlex.join(["floragrad", *sys.argv[1:]])
     if place.resume is not None:
+        if grid:
+            comparison.extend(place.resume, grid, written)
         comparison.compare(place.resume, Console())
         return
     assert config is not None
     plan = comparison.Plan(
         **grid,
         options={**DEFAULTS, "threads": machine.default_threads(), **fields},
-        command=shlex.join(["floragrad", *sys.argv[1:]]),
+        command=written,
     )
     out = place.out or new_name(f"compare-{Path(config.job).name}")
     comparison.begin(plan, out)

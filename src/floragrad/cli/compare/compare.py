@@ -4,18 +4,18 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count, product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from rich.console import Console
 
 from floragrad.cli.compare.grid import Grid
 from floragrad.cli.compare.picture import picture, state_figure
 from floragrad.cli.compare.table import Best, as_json, as_markdown, show
-from floragrad.cli.disk import write_text
+from floragrad.cli.disk import read_object, write_text
 from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.figures import Drawn, comparison_figure, save
 from floragrad.cli.methods import METHODS, Method
@@ -30,7 +30,28 @@ from floragrad.cli.train.run import check_model, how_to_install, write_corpus
 from floragrad.cli.train.settings import read_settings
 
 Contestant: TypeAlias = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What one row of the table is about: the settings to try, and the fields of a run that are the row's own."""
+
+    grid: Grid
+    contestant: Contestant
+
+
 TABLE, RESULTS, FIGURE, STATE_FIGURE = "table.md", "table.json", "comparison.png", "state.png"
+ADDITION = "added-{}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition(Grid):
+    """Rows that are added to a comparison.
+
+    Attributes:
+        command: The command that added them.
+    """
+
+    command: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,55 +61,52 @@ class Plan(Grid):
     Attributes:
         options: Fields of :class:`RunConfig` that all runs share.
         command: The command that made this comparison.
+        added: What was added to it.
     """
 
     options: dict[str, Any]
     command: str
+    added: tuple[Addition, ...] = ()
 
     @property
-    def contestants(self) -> list[Contestant]:
-        """Each method with each combination of settings and each way to gather gradients, as fields of a run."""
-        ways = [{"accumulator": name} for name in self.accumulators] if self.accumulators else [{}]
-        return [
-            {"optimizer": name, **({"set": chosen} if chosen else {}), **way}
-            for name in self.methods
-            for chosen in product(*self._settings(METHODS[name]))
-            for way in ways
-        ]
+    def grids(self) -> tuple[Grid, ...]:
+        """The settings that the comparison began with, and those added."""
+        return (self, *self.added)
 
-    def _settings(self, method: Method) -> list[list[str]]:
-        """Return the values of each setting that has an effect on a method, as ``NAME=VALUE``."""
-        settings = read_settings(self.set).items() if method.is_flora else ()
-        return [[f"{name}={value}" for value in values] for name, values in settings if method.takes(name)]
+    @property
+    def rows(self) -> list[Row]:
+        """Every contestant once, with the newest grid that has it."""
+        newest = {tuple(each.items()): Row(grid, each) for grid in self.grids for each in _contestants(grid)}
+        return list(newest.values())
 
-    def grid(self, contestant: Contestant) -> list[RunConfig]:
+    def settings(self, row: Row) -> list[RunConfig]:
         """Every setting of one contestant, with the first seed.
 
         Raises:
             UserError: One of them is not allowed.
         """
+        grid, contestant = row
         method = METHODS[contestant["optimizer"]]
         foreign = [each for each in needing(OPTIONS, "optimizer") if not method.takes(each.name)]
         if default_accumulator({**self.options, **contestant}) != "flora":
             foreign = foreign + needing(OPTIONS, "accumulator")
         options = {name: value for name, value in self.options.items() if name not in {each.name for each in foreign}}
         standard = default_lr({**options, **contestant})
-        lrs = self.lrs or ([factor * standard for factor in self.lr_factors] if self.lr_factors else (None,))
+        lrs = grid.lrs or ([factor * standard for factor in grid.lr_factors] if grid.lr_factors else (None,))
         return [
             replace(
-                RunConfig.resolve(**options, **contestant, seed=self.seeds[0], lr=lr, embedding_lr=embedding_lr),
+                RunConfig.resolve(**options, **contestant, seed=grid.seeds[0], lr=lr, embedding_lr=embedding_lr),
                 prepared=f"../../{CORPUS}",
             )
             for lr in lrs
-            for embedding_lr in self.embedding_lrs or (None,)
+            for embedding_lr in grid.embedding_lrs or (None,)
         ]
 
     @property
     def runs(self) -> int:
         """Number of runs of the methods that are installed."""
-        settings = len(self.lrs or self.lr_factors or (None,)) * len(self.embedding_lrs or (None,))
-        present = [contestant for contestant in self.contestants if not how_to_install(contestant["optimizer"])]
-        return len(present) * (settings + len(self.seeds) - 1)
+        present = [row for row in self.rows if not how_to_install(row.contestant["optimizer"])]
+        return sum(len(self.settings(row)) + len(row.grid.seeds) - 1 for row in present)
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
@@ -100,11 +118,50 @@ class Plan(Grid):
         if not (folder / PLAN).is_file():
             raise UserError(f"--resume {folder} holds no comparison: give a folder that floragrad compare has made")
         manifest.check(folder, RESTORE)
-        values = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        for where in (values, values["options"]):
-            where.update({name: tuple(value) for name, value in where.items() if isinstance(value, list)})
+        values = _tuples(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        values["options"] = _tuples(values["options"])
         methods = values.pop("optimizers", None)  # of an earlier version
-        return cls(**({} if methods is None else {"methods": methods}), **values)
+        return cls(**({} if methods is None else {"methods": methods}), **values, added=tuple(_additions(folder)))
+
+    def save(self, folder: Path) -> None:
+        """Write the plan, without what was added, to a folder."""
+        values = asdict(self)
+        del values["added"]
+        write_text(folder / PLAN, json.dumps(values, indent=2) + "\n")
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values that JSON has read, with tuples for its lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _additions(folder: Path) -> Iterator[Addition]:
+    """Yield what was added to the comparison in ``folder``, oldest first."""
+    for number in count(1):
+        path = folder / ADDITION.format(number)
+        if not path.exists():
+            return
+        try:
+            yield Addition(**_tuples(read_object(path)))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): {RESTORE}, or delete it with its rows") from error
+
+
+def _contestants(grid: Grid) -> list[Contestant]:
+    """Return each method with each combination of settings and each way to gather gradients, as fields of a run."""
+    ways = [{"accumulator": name} for name in grid.accumulators] if grid.accumulators else [{}]
+    return [
+        {"optimizer": name, **({"set": chosen} if chosen else {}), **way}
+        for name in grid.methods
+        for chosen in product(*_settings(grid, METHODS[name]))
+        for way in ways
+    ]
+
+
+def _settings(grid: Grid, method: Method) -> list[list[str]]:
+    """Return the values of each setting that has an effect on a method, as ``NAME=VALUE``."""
+    settings = read_settings(grid.set).items() if method.is_flora else ()
+    return [[f"{name}={value}" for value in values] for name, values in settings if method.takes(name)]
 
 
 def begin(plan: Plan, out: Path) -> None:
@@ -113,44 +170,73 @@ def begin(plan: Plan, out: Path) -> None:
     Raises:
         UserError: The comparison cannot be done; then there is no folder.
     """
-    check_plan(plan)
+    configs = check_plan(plan)
     check_free(out)
-    configs = [config for contestant in plan.contestants for config in plan.grid(contestant)]
-    for config in {config.label: config for config in configs}.values():
-        if not how_to_install(config.optimizer):  # else its row says how
-            check_model(config)
     with new_folder(out) as folder:
         write_corpus(configs[0], folder / CORPUS)
         (folder / RUNS).mkdir()
-        write_text(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+        plan.save(folder)
 
 
-def check_plan(plan: Plan) -> None:
+def extend(folder: Path, changes: Mapping[str, Any], command: str) -> None:
+    """Add rows to the comparison in ``folder``, with the seeds and the learning rates that it began with.
+
+    Args:
+        folder: Of the comparison.
+        changes: Fields of the added grid that differ from the first one's; ``set`` is empty without.
+        command: The command that adds them.
+
+    Raises:
+        UserError: There is no comparison, or the rows are impossible; then nothing has changed.
+    """
+    plan = Plan.load(folder)
+    first = {each.name: getattr(plan, each.name) for each in fields(Grid)}
+    rates = {"lrs": None, "lr_factors": None} if {"lrs", "lr_factors"} & changes.keys() else {}
+    added = Addition(**{**first, "set": (), **rates, **changes}, command=command)
+    check_plan(replace(plan, added=(*plan.added, added)))
+    write_text(folder / ADDITION.format(len(plan.added) + 1), json.dumps(asdict(added), indent=2) + "\n")
+
+
+def check_plan(plan: Plan) -> list[RunConfig]:
     """Refuse a comparison that is impossible.
+
+    Returns:
+        Every setting of every row, with its first seed.
 
     Raises:
         UserError: A method is unknown or named twice, or an option belongs to none of them.
     """
-    check_values(options_of(Grid), vars(plan))
-    several = (("methods", plan.methods), ("accumulators", plan.accumulators or ()), ("seeds", plan.seeds))
-    for name, values in several:
-        if len(set(values)) < len(values):
-            raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
-    if plan.lrs and plan.lr_factors:
-        raise UserError("--lrs and --lr-factors are both given: leave one out")
-    methods = [METHODS[name] for name in plan.methods]
+    for grid in plan.grids:
+        _check_grid(grid)
+    methods = [METHODS[name] for grid in plan.grids for name in grid.methods]
     for name in [each.name for each in needing(OPTIONS, "optimizer") if each.name in plan.options]:
         if not any(method.takes(name) for method in methods):
             raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
-    for name in read_settings(plan.set):
-        if not any(method.is_flora and method.takes(name) for method in methods):
-            raise UserError(f"--set {name} belongs to flora, which is not compared: leave it out")
-    ways = {default_accumulator({**plan.options, **contestant}) for contestant in plan.contestants}
+    ways = {default_accumulator({**plan.options, **row.contestant}) for row in plan.rows}
     for each in needing(OPTIONS, "accumulator"):
         if each.name in plan.options and "flora" not in ways:
             raise UserError(
                 f"{option_name(each.name)} belongs to sketched gradients, which are not compared: leave it out"
             )
+    configs = [config for row in plan.rows for config in plan.settings(row)]
+    for config in {config.label: config for config in configs}.values():
+        if not how_to_install(config.optimizer):  # else its row says how
+            check_model(config)
+    return configs
+
+
+def _check_grid(grid: Grid) -> None:
+    check_values(options_of(Grid), vars(grid))
+    several = (("methods", grid.methods), ("accumulators", grid.accumulators or ()), ("seeds", grid.seeds))
+    for name, values in several:
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
+    if grid.lrs and grid.lr_factors:
+        raise UserError("--lrs and --lr-factors are both given: leave one out")
+    methods = [METHODS[name] for name in grid.methods]
+    for name in read_settings(grid.set):
+        if not any(method.is_flora and method.takes(name) for method in methods):
+            raise UserError(f"--set {name} belongs to flora, which is not compared: leave it out")
 
 
 def compare(folder: Path, console: Console) -> None:
@@ -164,7 +250,7 @@ def compare(folder: Path, console: Console) -> None:
     runner = _Runner(folder, plan.runs, console, stop)
     try:
         with stop.listening():
-            bests = [_best(plan, contestant, runner) for contestant in plan.contestants]
+            bests = [_best(plan, row, runner) for row in plan.rows]
             _write_results(folder, plan, bests, console)
     except KeyboardInterrupt:
         # A second Ctrl-C ends a run at once. Its newest checkpoint and the finished runs are kept.
@@ -174,7 +260,7 @@ def compare(folder: Path, console: Console) -> None:
 def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console) -> None:
     """Write the table and the pictures, and show the table."""
     finished = [best for best in bests if best.loss is not None]
-    numbers = as_json(bests, plan.command)
+    numbers = as_json(bests, [plan.command, *(added.command for added in plan.added)])
     write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
     if finished:
         save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
@@ -195,19 +281,19 @@ def _drawn(best: Best) -> Drawn:
     )
 
 
-def _best(plan: Plan, contestant: Contestant, runner: "_Runner") -> Best:
+def _best(plan: Plan, row: Row, runner: "_Runner") -> Best:
     """Run a contestant's grid, and its best setting on the other seeds."""
-    grid = plan.grid(contestant)
-    remedy = how_to_install(contestant["optimizer"])
+    grid, seeds = plan.settings(row), row.grid.seeds
+    remedy = how_to_install(row.contestant["optimizer"])
     if remedy:
-        return Best(grid[0], runner.path(grid[0]), plan.seeds, [], [], remedy)
+        return Best(grid[0], runner.path(grid[0]), seeds, [], [], remedy)
     results = [runner.run(config) for config in grid]
     order = sorted(zip(results, grid, strict=True), key=lambda pair: _loss(pair[0]))
     result, config = order[0]
-    seeds = [result]
+    summaries = [result]
     if result["validation_loss"] is not None:
-        seeds += [runner.run(replace(config, seed=seed)) for seed in plan.seeds[1:]]
-    return Best(config, runner.path(config), plan.seeds, seeds, list(zip(grid, results, strict=True)))
+        summaries += [runner.run(replace(config, seed=seed)) for seed in seeds[1:]]
+    return Best(config, runner.path(config), seeds, summaries, list(zip(grid, results, strict=True)))
 
 
 def _loss(summary: dict[str, Any]) -> float:

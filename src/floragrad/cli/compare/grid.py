@@ -19,6 +19,10 @@ _SEVERAL: Final = {
 """Options of ``floragrad train`` in whose place there are options with several values."""
 _LEFT_OUT: Final = ("backend", "fsdp", "timeout")
 """Options of ``floragrad train`` that a comparison has not."""
+RESUME: Final = (
+    "Continue what stopped in this folder, with its own options. --methods, --set, --accumulators, --seeds and "
+    "learning rates beside it add rows; what they leave out is as at first."
+)
 DEFAULTS: Final = {"vocabulary": "shared", "keep_checkpoint": False}
 """Defaults of a comparison where they are not those of ``floragrad train``."""
 
@@ -97,6 +101,8 @@ def comparison_options(training: Mapping[str, Option]) -> dict[str, Option]:
     for name, each in training.items():
         if name in _SEVERAL:
             options[_SEVERAL[name]] = grid.pop(_SEVERAL[name])
+        elif name == "resume":
+            options[name] = replace(each, help=RESUME)
         elif name not in _LEFT_OUT:
             options[name] = replace(each, default=DEFAULTS.get(name, each.default))
         if name == "lr":

@@ -124,11 +124,11 @@ class Best:
         return [summary for summary in self.summaries if summary["validation_loss"] is not None]
 
 
-def as_json(bests: Sequence[Best], command: str) -> dict[str, Any]:
-    """Return the table as numbers."""
+def as_json(bests: Sequence[Best], commands: Sequence[str]) -> dict[str, Any]:
+    """Return the table as numbers, with the commands that made it."""
     baseline = _baseline(bests)
     return {
-        "command": command,
+        "commands": list(commands),
         "rows": [_row(best, baseline) for best in bests],
         "grid": [
             {
@@ -200,6 +200,14 @@ def _difference(best: Best, baseline: Best) -> dict[str, Any]:
     return {"difference": best.loss - baseline.loss, "difference_standard_error": error}
 
 
+def _seeds(bests: Sequence[Best]) -> str:
+    """Name the seeds of most rows, and the rows that have others."""
+    written = [", ".join(map(str, best.seeds)) for best in bests]
+    most = max(written, key=written.count)
+    others = [f"{best.config.label}: {each}" for best, each in zip(bests, written, strict=True) if each != most]
+    return "; ".join([f"seed(s) {most}", *others])
+
+
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with its settings below it.
 
@@ -216,12 +224,11 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     config = bests[0].config
     lines = [*_table(heads, [_cells(row, measured) for row in numbers["rows"]]), ""]
     lines += [
-        f"- {bests[0].title}; {len(bests[0].seeds)} seed(s): {', '.join(map(str, bests[0].seeds))}; "
-        f"{config.dtype}; the loss is the mean ± standard deviation over the seeds, the state is measured from its "
-        "tensors; adapters count as state",
+        f"- {bests[0].title}; {_seeds(bests)}; {config.dtype}; the loss is the mean ± standard deviation over the "
+        "seeds, the state is measured from its tensors; adapters count as state",
         f"- {VOCABULARIES[config.vocabulary]}",
         *[f"- {line}" for line in validation_notes(numbers["rows"], of)],
-        f"- `{numbers['command']}`",
+        *[f"- `{command}`" for command in numbers["commands"]],
     ]
     if numbers["machine"] is not None:
         versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
