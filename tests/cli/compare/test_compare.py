@@ -240,6 +240,23 @@ def test_a_difference_in_words() -> None:
     assert difference({"difference": 0.5, "difference_standard_error": None}) == "+0.5000"
 
 
+def test_sketches_are_compared_in_several_dtypes(texts: Path) -> None:
+    ways = {"accumulators": ("exact", "flora"), "accumulator_dtypes": ("int8", "int4")}
+    made = plan(texts, "flora", "adamw", **ways, options={"batch_size": 1, "accumulate": 2})
+    labels = [made.settings(row)[0].label for row in made.rows]
+    assert labels == [
+        f"{name}, {way}"
+        for name in ("flora", "adamw")
+        for way in ("exact gradients", "sketched gradients (int8)", "sketched gradients (int4)")
+    ]
+    usual = plan(texts, "flora", "adamw", accumulator_dtypes=("int8", "int4"), options={"accumulate": 2})
+    assert [(row.contestant["optimizer"], row.contestant.get("accumulator_dtype")) for row in usual.rows] == [
+        ("flora", "int8"),
+        ("flora", "int4"),
+        ("adamw", None),
+    ]
+
+
 def test_ways_to_gather_gradients_are_compared(texts: Path, tmp_path: Path, here: Here) -> None:
     gathering = {"batch_size": 1, "accumulate": 3, "accumulator_dtype": "float32"}
     made = plan(texts, "flora", "adamw", accumulators=("exact", "flora", "none"), options=gathering)

@@ -89,8 +89,8 @@ def in_python(code: str) -> "subprocess.CompletedProcess[str]":
         (["compare", "--set", "ratio=2,0"], "--set ratio=0: must be an integer >= 1"),
         (["compare", "--accumulators", "sum"], "--accumulators 'sum' is unknown: choose one of flora, exact, none"),
         (
-            ["compare", "--accumulate", "2", "--accumulators", "exact,none", "--accumulator-dtype", "int8"],
-            "--accumulator-dtype belongs to sketched gradients, which are not compared: leave it out",
+            ["compare", "--accumulate", "2", "--accumulators", "exact,none", "--accumulator-dtypes", "int8"],
+            "--accumulator-dtypes belongs to sketched gradients, which are not compared: leave it out",
         ),
         (
             ["compare", "--resume", "texts"],

@@ -149,13 +149,22 @@ def _additions(folder: Path) -> Iterator[Addition]:
 
 def _contestants(grid: Grid) -> list[Contestant]:
     """Return each method with each combination of settings and each way to gather gradients, as fields of a run."""
-    ways = [{"accumulator": name} for name in grid.accumulators] if grid.accumulators else [{}]
     return [
         {"optimizer": name, **({"set": chosen} if chosen else {}), **way}
         for name in grid.methods
         for chosen in product(*_settings(grid, METHODS[name]))
-        for way in ways
+        for way in _ways(grid, name)
     ]
+
+
+def _ways(grid: Grid, method: str) -> list[Contestant]:
+    """Return each way in which a method's gradients are gathered; sketches in each of their dtypes."""
+    found: list[Contestant] = []
+    for way in [{"accumulator": name} for name in grid.accumulators or ()] or [{}]:
+        sketched = default_accumulator({"optimizer": method, "accumulate": 2, **way}) == "flora"
+        stored = (grid.accumulator_dtypes or ()) if sketched else ()
+        found += [{**way, "accumulator_dtype": dtype} for dtype in stored] or [way]
+    return found
 
 
 def _settings(grid: Grid, method: Method) -> list[list[str]]:
@@ -213,6 +222,8 @@ def check_plan(plan: Plan) -> list[RunConfig]:
         if not any(method.takes(name) for method in methods):
             raise UserError(f"{option_name(name)} belongs to flora, which is not compared: leave it out")
     ways = {default_accumulator({**plan.options, **row.contestant}) for row in plan.rows}
+    if "flora" not in ways and any(grid.accumulator_dtypes for grid in plan.grids):
+        raise UserError("--accumulator-dtypes belongs to sketched gradients, which are not compared: leave it out")
     for each in needing(OPTIONS, "accumulator"):
         if each.name in plan.options and "flora" not in ways:
             raise UserError(
@@ -227,10 +238,10 @@ def check_plan(plan: Plan) -> list[RunConfig]:
 
 def _check_grid(grid: Grid) -> None:
     check_values(options_of(Grid), vars(grid))
-    several = (("methods", grid.methods), ("accumulators", grid.accumulators or ()), ("seeds", grid.seeds))
-    for name, values in several:
+    for name in ("methods", "accumulators", "accumulator_dtypes", "seeds"):
+        values = getattr(grid, name) or ()
         if len(set(values)) < len(values):
-            raise UserError(f"--{name} {','.join(map(str, values))} names one twice: give each once")
+            raise UserError(f"{option_name(name)} {','.join(map(str, values))} names one twice: give each once")
     if grid.lrs and grid.lr_factors:
         raise UserError("--lrs and --lr-factors are both given: leave one out")
     methods = [METHODS[name] for name in grid.methods]
@@ -362,6 +373,6 @@ class _Runner:
 
 
 def _name(config: RunConfig) -> str:
-    gathered = () if config.accumulate == 1 else (config.accumulator,)
+    gathered = () if config.accumulate == 1 else (config.accumulator, *filter(None, (config.accumulator_dtype,)))
     name = "-".join((config.optimizer, *config.set, *gathered))
     return f"{name}-lr{config.lr:g}-embedding{config.embedding_lr:g}-seed{config.seed}"

@@ -13,6 +13,7 @@ _SEVERAL: Final = {
     "lr": "lrs",
     "embedding_lr": "embedding_lrs",
     "accumulator": "accumulators",
+    "accumulator_dtype": "accumulator_dtypes",
     "set": "set",
     "seed": "seeds",
 }
@@ -76,6 +77,15 @@ class Grid:
         metavar="NAME,NAME,…",
         choices=OPTIONS["accumulator"].choices,
         example="exact,flora",
+    )
+    accumulator_dtypes: tuple[str, ...] | None = option(
+        "Ways to store sketched gradients (see floragrad train --accumulator-dtype), a row for each.",
+        ACCUMULATION,
+        default=None,
+        shown="int4",
+        metavar="DTYPE,DTYPE,…",
+        choices=OPTIONS["accumulator_dtype"].choices,
+        example="int8,int4",
     )
     set: tuple[str, ...] = option(
         "Options of Flora, by their names in Python, each value with each of the others: a row for every combination. "

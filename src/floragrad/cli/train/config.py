@@ -396,7 +396,10 @@ class RunConfig:
     def label(self) -> str:
         """The method with its settings, and how gradients are gathered where that was asked for."""
         name = " ".join((self.optimizer, *self.set))
-        return name if self.accumulate == 1 else f"{name}, {_GATHERED[self.accumulator]}"
+        if self.accumulate == 1:
+            return name
+        stored = f" ({self.accumulator_dtype})" if self.accumulator_dtype else ""
+        return f"{name}, {_GATHERED[self.accumulator]}{stored}"
 
     @property
     def uses_hub(self) -> bool:
