@@ -11,7 +11,7 @@ SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch
 
 SANITIZED = build/sanitized
 
-.PHONY: demo compare bench test test-slow sanitize lint types clean
+.PHONY: demo compare bench replicate replicate-smoke test test-slow sanitize lint types clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -21,6 +21,14 @@ compare: $(READY)  ## the same job with Flora, AdamW and Adafactor, one table an
 
 bench: $(BENCH_READY)  ## a step's time, state and temporaries beside every peer's; leave the machine alone meanwhile
 	$(BENCH_VENV)/bin/python -m benchmarks.step
+
+PROGRAMS = $(patsubst replication/%.py,%,$(wildcard replication/[a-z]*.py))
+
+replicate: $(READY)  ## the paper's experiments, at their default sizes
+	set -e; for each in $(PROGRAMS); do $(BIN)/python -m replication.$$each; done
+
+replicate-smoke: $(READY)  ## the same programs at toy sizes; they are among the tests
+	$(BIN)/python -m pytest tests/replication
 
 # The bytecode of torch, transformers and JAX is kept, or every process that a test starts compiles them again.
 unexport PYTHONDONTWRITEBYTECODE

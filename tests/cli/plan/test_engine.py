@@ -1,6 +1,7 @@
 """What is predicted on fake tensors is what the same step holds on real ones."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers import (
 
 import floragrad
 from floragrad.cli.plan.engine import plan_subject
-from floragrad.cli.plan.result import CATEGORIES, OPTIMIZERS, MemoryPlan, PlanSettings
+from floragrad.cli.plan.optimizers import ROWS
+from floragrad.cli.plan.result import CATEGORIES, OPTIMIZERS, MemoryPlan, OptimizerPlan, PlanSettings
 from floragrad.cli.plan.tracker import MemoryTracker
 from floragrad.torch.backends.cpu import library
+from replication.figure2 import measure
 from tests.cli.plan.engine_cases import COMBINATIONS, SMALL, Combination, llama, subject
-from tests.cli.plan.measured import measure
 from tests.torch.conftest import use
 
 TOLERANCE = 4096
@@ -31,10 +33,17 @@ FOLDED = [case for case in COMBINATIONS if case.checkpointing and "+" in case.op
 """Few activations, so that the peak is at the fold of a gradient."""
 
 
+def measured(case: Combination) -> OptimizerPlan:
+    """Train for two steps on real tensors."""
+    model, settings = subject(case.kind), case.settings
+    batches = iter(partial(model.inputs, settings.batch, settings.sequence, getattr(torch, case.dtype)), None)
+    return measure(model, ROWS[case.optimizer], settings, batches).row
+
+
 @pytest.mark.parametrize("case", COMBINATIONS, ids=str)
 def test_predicted_is_measured(case: Combination) -> None:
     here = plan_subject(subject(case.kind), case.settings).optimizers[case.optimizer]
-    there = measure(subject(case.kind), case.optimizer, case.settings)
+    there = measured(case)
     for category in ("parameters", "optimizer_state", "accumulation", "gradients"):
         assert getattr(here, category) == getattr(there, category), category
     assert abs(here.peak - there.peak) <= TOLERANCE < 0.02 * there.peak
@@ -47,7 +56,7 @@ def test_without_kernels_the_peak_is_a_bound(case: Combination, monkeypatch: pyt
     with monkeypatch.context() as without:
         use("eager", without)
         here = plan_subject(subject(case.kind), case.settings).optimizers[case.optimizer]
-        there = measure(subject(case.kind), case.optimizer, case.settings)
+        there = measured(case)
     library._found.cache_clear()
     assert there.peak <= here.peak <= 1.02 * there.peak
     assert here.peak > plan_subject(subject(case.kind), case.settings).optimizers[case.optimizer].peak

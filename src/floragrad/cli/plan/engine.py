@@ -73,13 +73,13 @@ def plan_subject(subject: PlannedModel, settings: PlanSettings, progress: Progre
     """
     rows: dict[OptimizerName, OptimizerPlan] = {}
     unavailable: dict[OptimizerName, str] = {}
-    planner = _Planner(subject, settings)
+    planner = Planner(subject, settings)
     for index, name in enumerate(settings.optimizers):
         if progress is not None:
             progress(name, index / len(settings.optimizers))
         reason = why_not(name, settings)
         if reason is None:
-            rows[name] = planner.row(name)
+            rows[name] = planner.row(ROWS[name])
         else:
             unavailable[name] = reason
     if progress is not None:
@@ -106,16 +106,21 @@ def _subject(model: Any) -> PlannedModel:
     return subject
 
 
-class _Planner:
-    """Plans the rows of one model, which share its passes."""
+class Planner:
+    """Plans the rows of one model, which share its passes.
+
+    Args:
+        subject: The model.
+        settings: The step; its ``optimizers`` are not read.
+    """
 
     def __init__(self, subject: PlannedModel, settings: PlanSettings) -> None:
         self._subject, self._settings = subject, settings
         self._tracers: dict[bool, tuple[nn.Module, Tracer]] = {}
 
-    def row(self, name: OptimizerName) -> OptimizerPlan:
-        """Plan one row."""
-        row, settings = ROWS[name], self._settings
+    def row(self, row: Row) -> OptimizerPlan:
+        """Plan one row, whose packages are there."""
+        settings = self._settings
         model, tracer = self._traced(row)
         if row.peer is None:
             trace = flora_trace(tracer, row.flora(model, settings), settings.accumulate, row.clip)
