@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from floragrad.cli.train.jax.model import Llama, next_token_loss
+from floragrad.cli.train.jax.model import Llama, next_token_losses
 from floragrad.cli.train.jax.weights import from_transformers, parameter_names, to_transformers
 
 PADDING = 0
@@ -52,12 +52,21 @@ def torch_answers(model: LlamaForCausalLM) -> Answers:
     return {"logits": out.logits.detach().numpy(), "loss": out.loss.detach().numpy(), **gradients}
 
 
+def differentiated(graph: Any, checkpointing: bool = False) -> Any:
+    """The loss and its gradient as a function of the weights."""
+    tokens = jnp.asarray(blocks())
+
+    def loss_of(params: Any) -> jax.Array:
+        return jnp.mean(next_token_losses(nnx.merge(graph, params), tokens, checkpointing))
+
+    return jax.value_and_grad(loss_of)
+
+
 def jax_answers(weights: Mapping[str, np.ndarray]) -> Answers:
     graph, like = drawn()
     params = from_transformers(weights, like)
     tokens = jnp.asarray(blocks())
-    loss_of = jax.jit(jax.value_and_grad(lambda params: next_token_loss(nnx.merge(graph, params), tokens)))
-    loss, gradients = loss_of(params)
+    loss, gradients = jax.jit(differentiated(graph))(params)
     logits = jax.jit(lambda params: nnx.merge(graph, params)(tokens))(params)
     return {"logits": np.asarray(logits), "loss": np.asarray(loss), **to_transformers(gradients)}
 
@@ -80,6 +89,17 @@ def test_logits_loss_and_gradients_are_those_of_transformers(answers: tuple[Answ
         error, allowed = np.linalg.norm(ours[name] - exact) / size, np.linalg.norm(single[name] - exact) / size
         # A float32 number by itself, such as the loss, is a unit in its last place off or not at all.
         assert error <= max(1.5 * allowed, np.finfo(np.float32).eps), name
+
+
+def test_checkpointing_computes_the_layers_again_and_changes_nothing() -> None:
+    graph, params = drawn()
+    plain, checkpointed = differentiated(graph), differentiated(graph, checkpointing=True)
+    forward = lambda params: nnx.merge(graph, params)(jnp.asarray(blocks()))  # noqa: E731
+    kept, again, once = (jax.jit(f).lower(params).cost_analysis()["flops"] for f in (plain, checkpointed, forward))
+    assert once / 2 < again - kept < once, "all that the layers do, but not the head"
+    for leaf, wanted in zip(*(jax.tree.leaves(jax.jit(f)(params)) for f in (checkpointed, plain)), strict=True):
+        # The order of the sums within a product is the compiler's.
+        assert np.linalg.norm(leaf - wanted) <= 32 * np.finfo(np.float32).eps * np.linalg.norm(wanted)
 
 
 def test_the_padding_token_is_not_trained(answers: tuple[Answers, Answers, Answers]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_scheduler
 
 from floragrad import param_groups
 from floragrad.cli.train.config import RunConfig
@@ -53,10 +53,13 @@ def test_parameters_are_sorted_as_param_groups_sorts_them() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, WARMUP])
-def test_the_schedule_is_the_trainers(warmup: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
+)
+def test_the_schedule_is_the_trainers(warmup: int, name: str, theirs: str) -> None:
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1e-2)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, STEPS)
-    rate = learning_rates(config(warmup_steps=warmup))["matrix"]
+    schedule = get_scheduler(theirs, optimizer, warmup, STEPS)
+    rate = learning_rates(config(warmup_steps=warmup, schedule=name))["matrix"]
     for step in range(STEPS):
         # In float32 here: the angle, its cosine, 1 + cos, the half and the product round once each.
         assert float(rate(step)) == pytest.approx(schedule.get_last_lr()[0], abs=5 * EPS * 1e-2)

@@ -144,8 +144,11 @@ def test_transformers_reads_the_checkpoint(finished: RunFolder) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": "adamw", "weight_decay": 0.1},
-        {"optimizer": "adafactor", "accumulate": 3, "batch_size": 1, "max_grad_norm": 0.1},
+        {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "linear"},
+        {
+            **{"optimizer": "adafactor", "accumulate": 3, "batch_size": 1, "max_grad_norm": 0.1},
+            **{"schedule": "constant", "gradient_checkpointing": True},
+        },
     ],
     ids=lambda options: options["optimizer"],
 )
@@ -179,7 +182,10 @@ CASES = {
         **{"dtype": "bfloat16", "projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
         **{"accumulate": 2, "batch_size": 1, "accumulator_ratio": 2},
     },
-    "adamw exact": {"optimizer": "adamw", "accumulate": 2, "batch_size": 1},
+    "adamw exact": {
+        **{"optimizer": "adamw", "accumulate": 2, "batch_size": 1},
+        **{"schedule": "linear", "gradient_checkpointing": True},
+    },
 }
 
 
@@ -225,7 +231,7 @@ def test_state_bytes_are_those_of_the_saved_state(finished: RunFolder) -> None:
 def test_no_step_compiles_anything_again(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
     original = loop.next_token_losses
-    monkeypatch.setattr(loop, "next_token_losses", lambda model, tokens: traced.append(1) or original(model, tokens))
+    monkeypatch.setattr(loop, "next_token_losses", lambda *given: traced.append(1) or original(*given))
     run(jax_config(texts, optimizer="adamw", accumulate=2, eval_blocks=4), tmp_path / "run")
     assert len(traced) == 2, "once for the step, once for the validation"
 

@@ -28,15 +28,16 @@ def assert_same(folder: RunFolder, other: RunFolder) -> None:
         assert torch.equal(tensor, wanted)
 
 
+MORE = {"schedule": "constant", "gradient_checkpointing": True}
 CASES = {
     "flora redrawn": {"kappa": 3, "rank": 8, "lr": 1e-3},
     "flora adaptive": {"projection": "adaptive", "kappa": 3, "state_dtype": "int4"},
     "flora gaussian": {"projection": "gaussian", "kappa": 3, "state_dtype": "float32"},
     "flora bfloat16": {"dtype": "bfloat16", "state_dtype": "bfloat16", "weight_decay": 0.1},
     "flora sketched": {"accumulate": 3, "batch_size": 1, "accumulator_ratio": 2},
-    "flora sketched in bfloat16": {"accumulate": 3, "batch_size": 1, "dtype": "bfloat16", "release": False},
+    "flora sketched in bfloat16": {"accumulate": 3, "batch_size": 1, "dtype": "bfloat16", "release": False, **MORE},
     "flora accumulated": {"accumulate": 3, "batch_size": 1, "accumulator": "exact"},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "linear"},
     "adafactor": {"optimizer": "adafactor"},
 }
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CTRLConfig
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from floragrad import Flora, param_groups
 from floragrad.cli.errors import DivergenceError, UserError
@@ -18,7 +20,18 @@ from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.optimizers import optimizer_class
 from floragrad.cli.train.run import begin, check_model, train
 from floragrad.policy import plan_accumulator
-from tests.cli.train.support import fast_config, newest, quiet, read_json, run, saved_state, timeless, tree, write_gpt2
+from tests.cli.train.support import (
+    assert_same_run,
+    fast_config,
+    newest,
+    quiet,
+    read_json,
+    run,
+    saved_state,
+    timeless,
+    tree,
+    write_gpt2,
+)
 
 
 @dataclass
@@ -75,6 +88,46 @@ def test_learning_rates_rise_then_fall_as_a_cosine(finished: Finished) -> None:
         factor = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * progress))
         assert line["lr"] == pytest.approx(config.lr * factor)
         assert line["embedding_lr"] == pytest.approx(config.embedding_lr * factor)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_schedule_is_chosen(texts: Path, tmp_path: Path, schedule: str) -> None:
+    config = fast_config(texts, schedule=schedule, steps=6, warmup_steps=2, keep_checkpoint=False)
+    rates = [line["lr"] for line in run(config, tmp_path / "run").metrics() if "loss" in line]
+    left = {"linear": [1, 3 / 4, 2 / 4, 1 / 4], "constant": [1, 1, 1, 1]}[schedule]
+    assert rates == pytest.approx([config.lr * factor for factor in (0, 1 / 2, *left)])
+
+
+@pytest.mark.parametrize("gpt2", [False, True], ids=["sketched", "dropout"])
+def test_checkpointing_computes_the_layers_again_and_changes_nothing(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: bool
+) -> None:
+    layer, options = LlamaMLP, {"accumulate": 2, "batch_size": 1}
+    if gpt2:
+        layer, options = GPT2MLP, {"model": str(write_gpt2(tmp_path / "gpt2", texts, dropout=0.3)), "rank": 8}
+    calls, forward = [], layer.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    runs, trained = [], []
+    for checkpointing in (False, True):
+        config = fast_config(texts, **options, steps=3, lr=1e-3, gradient_checkpointing=checkpointing)
+        calls.clear()
+        runs.append(run(config, tmp_path / str(checkpointing)))
+        trained.append(sum(calls))
+    assert trained[1] == 2 * trained[0]
+    assert_same_run(runs[1], runs[0])
+
+
+def test_a_model_that_keeps_its_activations_is_refused(texts: Path, tmp_path: Path) -> None:
+    CTRLConfig(vocab_size=300, n_embd=32, n_head=2, n_layer=1, dff=32).save_pretrained(tmp_path / "ctrl")
+    config = fast_config(texts, model=str(tmp_path / "ctrl"), rank=8, gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"--gradient-checkpointing is not supported by .*CTRLLMHeadModel: leave it"):
+        begin(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_model_learns(finished: Finished) -> None:

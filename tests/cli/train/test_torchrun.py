@@ -162,7 +162,7 @@ def two(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
         {
             **{name: {"arguments": new(name, **way)} for name, way in WAYS.items()},
             "fsdp": {"arguments": new("fsdp", "--fsdp", **WAYS["flora"])},
-            "fsdp-exact": {"arguments": new("fsdp-exact", "--fsdp", **WAYS["exact"])},
+            "fsdp-exact": {"arguments": new("fsdp-exact", "--fsdp", "--gradient-checkpointing", **WAYS["exact"])},
             "fsdp-sketched": {"arguments": new("fsdp-sketched", "--fsdp", **WAYS["sketched"])},
             "fsdp-adamw": {"arguments": new("fsdp-adamw", "--fsdp", **WAYS["adamw"]), **halfway},
             "fsdp-adamw resumed": {"arguments": resume("fsdp-adamw")},

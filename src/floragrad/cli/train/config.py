@@ -196,11 +196,17 @@ class RunConfig:
         maximum=1e38,
     )
     warmup_steps: int = option(
-        "Steps until the learning rate has risen to its peak; a cosine takes it to 0 from there.",
+        "Steps until the learning rate has risen to its peak, from where --schedule takes it on.",
         TRAINING,
         derive=defaults.part_of_steps(10, least=0),
         shown="a tenth of --steps",
         minimum=0,
+    )
+    schedule: str = option(
+        "Learning rate after the warm-up: along a cosine to 0, along a line to 0, or constant.",
+        TRAINING,
+        default="cosine",
+        choices=("cosine", "linear", "constant"),
     )
     weight_decay: float = option(
         "Decoupled, on everything but vectors.", OPTIMIZER, default=0.0, minimum=0, maximum=1e38
@@ -271,6 +277,12 @@ class RunConfig:
     )
     dtype: str = option(
         "Of the weights and the computation.", MODEL, default="float32", choices=("float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = option(
+        "Compute the activations of each layer again in the backward pass, instead of keeping them: less memory, more "
+        "time.",
+        TRAINING,
+        default=False,
     )
     seed: int = option(
         "Of the weights, the order of the text, and Flora.", TRAINING, default=0, minimum=0, maximum=2**32 - 1

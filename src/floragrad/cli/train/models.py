@@ -87,11 +87,23 @@ def widest_matrix(config: RunConfig) -> int:
     """Return the largest smaller side of the hidden matrices of a model of Hugging Face.
 
     Raises:
-        UserError: There is no such model, or it is no causal language model.
+        UserError: There is no such model, it is no causal language model, or it keeps its activations in any case.
     """
     with torch.device("meta"):
         model = _from_config(model_config(config, 0), config)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient-checkpointing is not supported by --model {config.model}, a {type(model).__name__}: leave it "
+            "out"
+        )
     return groups.widest_matrix(model)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let a model of transformers compute its layers' activations again in the backward pass."""
+    # The older name of it is deprecated, and versions before the newer one are supported.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _from_config(found: Any, config: RunConfig) -> Any:

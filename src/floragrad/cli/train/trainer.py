@@ -22,7 +22,7 @@ from floragrad.cli.train import adapters
 from floragrad.cli.train.callbacks import BLOCK_LOSSES, MEASURES, RecorderCallback, ScheduleCallback
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.folder import RunFolder
-from floragrad.cli.train.models import rebuild_model, trained_model
+from floragrad.cli.train.models import enable_checkpointing, rebuild_model, trained_model
 from floragrad.cli.train.opening import opening
 from floragrad.cli.train.optimizers import accumulation_bytes, adamw_bytes, gradient_bytes, optimizer_class, state_bytes
 from floragrad.cli.train.processes import Processes
@@ -56,6 +56,8 @@ class TrainerEngine:
         self._step, self._processes = step, processes
         self._checkpoint = folder.checkpoints()[-1][1] if step else None
         self._model = self._sharded_model() if processes.sharded else self._whole_model()
+        if config.gradient_checkpointing:
+            enable_checkpointing(self._model)
         self._optimizer: Any = None
         self.accumulation_bytes = 0
 
@@ -293,7 +295,7 @@ def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begin
         per_device_eval_batch_size=share,
         gradient_accumulation_steps=config.micro_batches,
         learning_rate=config.lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,

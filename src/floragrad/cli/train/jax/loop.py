@@ -139,7 +139,7 @@ class JaxEngine:
         return jnp.mean(self._losses_of(params, tokens))
 
     def _losses_of(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return next_token_losses(nnx.merge(self._graph, params), tokens)
+        return next_token_losses(nnx.merge(self._graph, params), tokens, self._config.gradient_checkpointing)
 
     def _validate(self) -> list[float]:
         """Return the loss of each validation block."""

@@ -48,14 +48,20 @@ class Llama(nnx.Module):
         self.norm = _norm(config, dtype, rngs)
         self.lm_head = _linear(config.hidden_size, config.vocab_size, config, dtype, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
+    def __call__(self, tokens: jax.Array, checkpointing: bool = False) -> jax.Array:
+        """Return logits (batch, length, vocabulary) of tokens (batch, length).
+
+        Args:
+            tokens: Of the blocks.
+            checkpointing: Whether the backward pass computes each layer again, instead of keeping its activations.
+        """
+        run = nnx.remat(_Layer.__call__) if checkpointing else _Layer.__call__
         hidden = self.embed_tokens(tokens)
         if self.padding is not None:
             untrained = (tokens == self.padding)[..., None]
             hidden = jnp.where(untrained, jax.lax.stop_gradient(hidden), hidden)
         for layer in self.layers:
-            hidden = layer(hidden)
+            hidden = run(layer, hidden)
         return self.lm_head(self.norm(hidden))
 
 
@@ -70,9 +76,9 @@ def next_token_loss(model: Llama, tokens: jax.Array) -> jax.Array:
     return jnp.mean(next_token_losses(model, tokens))
 
 
-def next_token_losses(model: Llama, tokens: jax.Array) -> jax.Array:
+def next_token_losses(model: Llama, tokens: jax.Array, checkpointing: bool = False) -> jax.Array:
     """Return the mean cross-entropy of each block (batch), as :func:`next_token_loss` averages it."""
-    logits = model(tokens)[:, :-1].astype(jnp.float32)
+    logits = model(tokens, checkpointing)[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen, axis=-1)
 

@@ -24,12 +24,19 @@ def kinds(params: Params) -> Params:
 
 
 def learning_rates(config: RunConfig) -> dict[Kind, optax.Schedule]:
-    """Each kind's learning rate over the steps: a linear warm-up, then a cosine to zero."""
+    """Each kind's learning rate over the steps: a linear warm-up, then ``--schedule``."""
     peaks: dict[Kind, float] = {"matrix": config.lr, "vocabulary": config.embedding_lr, "vector": config.lr}
-    return {
-        kind: optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, config.steps)
-        for kind, peak in peaks.items()
-    }
+    return {kind: _warmed_up(config, peak) for kind, peak in peaks.items()}
+
+
+def _warmed_up(config: RunConfig, peak: float) -> optax.Schedule:
+    left = config.steps - config.warmup_steps
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, left),
+        "linear": optax.linear_schedule(peak, 0.0, left),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), decay], [config.warmup_steps])
 
 
 def transformation(config: RunConfig) -> optax.GradientTransformation:
