@@ -211,9 +211,14 @@ def check_requirements(options: Mapping[str, Option], given: Mapping[str, Any]) 
             chosen = given.get(other, options[other].default)
             if each.name in given and chosen not in values:
                 raise UserError(
-                    f"{option_name(each.name)} belongs to {option_name(other)} {' and '.join(values)}, and this is "
+                    f"{option_name(each.name)} belongs to {option_name(other)} {_listed(values)}, and this is "
                     f"{chosen}: leave it out"
                 )
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    """Return values in words: ``"lm"``, ``"lm and vision"``, ``"lm, seq2seq and vision"``."""
+    return " and ".join(filter(None, (", ".join(values[:-1]), values[-1])))
 
 
 def take(source: Callable[..., T], given: Mapping[str, Any]) -> T:

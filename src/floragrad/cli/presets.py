@@ -33,12 +33,16 @@ PRESETS = {
 TASKS = {
     "lm": PRESETS,
     "seq2seq": {"tiny": Preset(192, 512, 6, 2, vocab_size=1024, sequence_length=24, batch_size=64, steps=500)},
+    "summarization": {"tiny": Preset(192, 512, 6, 2, vocab_size=2048, sequence_length=96, batch_size=16, steps=500)},
     "vision": {"tiny": Preset(192, 384, 6, 4, vocab_size=0, sequence_length=16, batch_size=64, steps=400)},
 }
-"""Each task's models by name: Llamas for language modeling, T5s for translation, ViTs for images.
+"""Each task's models by name: Llamas for language modeling, T5s for pairs of texts, ViTs for images.
 
 The sequence of a ViT is its patches, and it has no vocabulary.
 """
+
+PAIR_TASKS = ("seq2seq", "summarization")
+"""Tasks on pairs of a source and a target, both texts."""
 
 FINE_TUNING_LEARNING_RATE = 5e-5
 """The default for a model given by name or folder, whose weights are trained already (transformers' own)."""

@@ -68,12 +68,28 @@ def entries(count: int = 120) -> list[str]:
     return [f"{' '.join(words)} /a/ <n>\n{' '.join(WORDS[word] for word in words)} <n>, other\n" for words in chosen]
 
 
+def write_descriptions(folder: Path, count: int = 120) -> Path:
+    """Write a list of apt's: each synopsis is the first three of the twelve words of its description."""
+    folder.mkdir(parents=True)
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(list(WORDS.values()), k=12)) for _ in range(count)]
+    fields = "Package: made-up-{}\nDescription-md5: {}\nDescription-en: {}\n {}\n .\n {}\n"
+    paragraphs = [
+        fields.format(number, "0" * 32, " ".join(words[:3]), " ".join(words[:6]), " ".join(words[6:]))
+        for number, words in enumerate(text.split() for text in texts)
+    ]
+    name = "deb.debian.org_debian_dists_bookworm_main_i18n_Translation-en"
+    (folder / name).write_text("\n".join(paragraphs), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def made_up(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up data in the place of the packages', and small models."""
     folder = tmp_path_factory.mktemp("data")
     monkeypatch.setattr(images, "FASHION_MNIST", write_mnist(folder / "mnist"))
     monkeypatch.setattr(pairs, "DICTIONARY", write_dictionary(folder / "dictd", entries()))
+    monkeypatch.setattr(pairs, "LISTS", write_descriptions(folder / "lists"))
     for name in FAST:
         small = replace(TASKS[name]["tiny"], hidden_size=48, intermediate_size=64, heads=2, layers=1)
         monkeypatch.setitem(TASKS[name], "tiny", small)

@@ -140,6 +140,7 @@ def test_a_comparison_has_a_column_for_each_measure(task: str, tmp_path: Path, h
     [
         ("vision", (images, "FASHION_MNIST"), "apt-get install dataset-fashion-mnist"),
         ("seq2seq", (pairs, "DICTIONARY"), "apt-get install dict-freedict-deu-eng"),
+        ("summarization", (pairs, "LISTS"), "apt-get -o Acquire::Languages=en update"),
     ],
 )
 def test_data_that_are_not_installed_are_named_with_their_package(
@@ -153,7 +154,7 @@ def test_data_that_are_not_installed_are_named_with_their_package(
     monkeypatch.setattr(*place, tmp_path / "nowhere" / "stem")
     for name in ("train", "compare"):
         message = refused(capsys, name, "--task", task, "--out", tmp_path / "run")
-        assert f"which is not in {tmp_path}" in message
+        assert f"not in {tmp_path}" in message
         assert f"{package} on Debian or Ubuntu, or give a --dataset" in message
         assert tree(tmp_path) == []
 
@@ -161,16 +162,16 @@ def test_data_that_are_not_installed_are_named_with_their_package(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "audio"}, "--task 'audio' is unknown: choose one of lm, seq2seq, vision"),
+        ({"task": "audio"}, "--task 'audio' is unknown: choose one of lm, seq2seq, summarization, vision"),
         ({"task": "vision", "text": ("a",)}, "--text belongs to --task lm, and this is vision: leave it out"),
         (
             {"task": "vision", "sequence_length": 16},
-            "--sequence-length belongs to --task lm and seq2seq, and this is vision: leave it out",
+            "--sequence-length belongs to --task lm, seq2seq and summarization, and this is vision: leave it out",
         ),
         ({"task": "seq2seq", "text": ("a",)}, "--text belongs to --task lm, and this is seq2seq: leave it out"),
         (
             {"source_column": "de", "dataset": "a"},
-            "--source-column belongs to --task seq2seq and vision, and this is lm: leave it out",
+            "--source-column belongs to --task seq2seq, summarization and vision, and this is lm: leave it out",
         ),
         (
             {"task": "vision", "target_column": "label"},
@@ -179,6 +180,18 @@ def test_data_that_are_not_installed_are_named_with_their_package(
         (
             {"task": "vision", "model": "60m"},
             "--model 60m is none of --task vision, which trains new models of its own: choose tiny, or leave it out",
+        ),
+        (
+            {"task": "summarization", "model": "small"},
+            "--model small is none of --task summarization, or a model of Hugging Face: choose tiny, or leave it out",
+        ),
+        (
+            {"source_prefix": "summarize: "},
+            "--source-prefix belongs to --task seq2seq and summarization, and this is lm",
+        ),
+        (
+            {"task": "vision", "generate_blocks": 8},
+            "--generate-blocks belongs to --task seq2seq and summarization, and",
         ),
         ({"task": "seq2seq", "backend": "jax"}, "--backend jax trains language models, and --task is seq2seq: "),
     ],

@@ -32,7 +32,8 @@ EXAMPLES = (
     "**floragrad train --text books/ --model small --steps 5000** reads everything below a folder.\n\n"
     "**floragrad train --model 60m --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1** "
     "streams a dataset.\n\n"
-    "**floragrad train --task vision** classifies images, **--task seq2seq** translates.\n\n"
+    "**floragrad train --task vision** classifies images, **--task seq2seq** translates, **--task summarization** "
+    "summarizes.\n\n"
     "**floragrad train --resume runs/tiny-flora-20260131T120000Z** continues a run.\n\n"
     "**torchrun --nproc-per-node 2 -m floragrad train** divides every batch over two processes."
 )

@@ -10,7 +10,7 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.options import check_values, kinds, needing, option, option_name, options_of
-from floragrad.cli.presets import PRESETS, TASKS, job_name
+from floragrad.cli.presets import PAIR_TASKS, PRESETS, TASKS, job_name
 from floragrad.cli.train import defaults
 from floragrad.cli.train.conflicts import check_conflicts, check_sharding
 from floragrad.cli.train.settings import check_together, read_settings, setting_value
@@ -35,14 +35,16 @@ class RunConfig:
     """
 
     task: str = option(
-        "What is trained: a language model on text, a small T5 that translates, or a small ViT that classifies images.",
+        "What is trained: a language model on text, a model that translates (seq2seq) or summarizes, or a small ViT "
+        "that classifies images.",
         MODEL,
         default="lm",
         choices=tuple(TASKS),
     )
     model: str = option(
         "A Llama by size, or any causal language model of Hugging Face by name or folder, with its weights where it "
-        "has some. 60m to 1b are the sizes of the GaLore paper.",
+        "has some. 60m to 1b are the sizes of the GaLore paper. seq2seq and summarization: a small new T5 (tiny), or "
+        "an encoder-decoder or causal language model of Hugging Face.",
         MODEL,
         default="tiny",
         metavar="|".join(PRESETS) + "|NAME|FOLDER",
@@ -80,25 +82,35 @@ class RunConfig:
         "Column of the dataset that the model reads: texts (or a part of it: translation.de), or images.",
         MODEL,
         default=None,
-        derive=defaults.column(seq2seq="translation.de", vision="image"),
-        shown="translation.de; vision: image",
+        derive=defaults.column(seq2seq="translation.de", summarization="document", vision="image"),
+        shown="translation.de; summarization: document; vision: image",
         needs=("dataset",),
-        requires={"task": ("seq2seq", "vision")},
+        requires={"task": (*PAIR_TASKS, "vision")},
     )
     target_column: str | None = option(
         "Column of the dataset that the model predicts: texts, or classes, which are whole numbers from 0 on.",
         MODEL,
         default=None,
-        derive=defaults.column(seq2seq="translation.en", vision="label"),
-        shown="translation.en; vision: label",
+        derive=defaults.column(seq2seq="translation.en", summarization="summary", vision="label"),
+        shown="translation.en; summarization: summary; vision: label",
         needs=("dataset",),
-        requires={"task": ("seq2seq", "vision")},
+        requires={"task": (*PAIR_TASKS, "vision")},
+    )
+    source_prefix: str = option(
+        "Text before each source, like 'summarize: '.", MODEL, default="", requires={"task": PAIR_TASKS}
+    )
+    source_suffix: str = option(
+        "Text after each source, where the target of a causal language model begins, like ' English: '.",
+        MODEL,
+        default="",
+        shown="a new line for causal language models",
+        requires={"task": PAIR_TASKS},
     )
     max_megabytes: float | None = option(
         "Read at most so much text, or so many pixels.",
         MODEL,
         derive=defaults.max_megabytes,
-        shown="4 for tiny on the standard library and for seq2seq on the dictionary, 200 of a dataset, else everything",
+        shown="4 for tiny on the data of Debian's packages or Python, 200 of a dataset, else everything",
         above=0,
         maximum=1e12,
     )
@@ -106,23 +118,32 @@ class RunConfig:
         "Entries of the tokenizer that is trained on the text. A model of Hugging Face brings its own.",
         MODEL,
         derive=defaults.of_preset("vocab_size", None),
-        shown="2048 for tiny, 8192 for small, 32000 above; seq2seq: 4096",
+        shown="2048 for tiny, 8192 for small, 32000 above; seq2seq: 1024, summarization: 2048",
         minimum=257,  # the 256 bytes and the end of a text
-        requires={"task": ("lm", "seq2seq")},
+        requires={"task": ("lm", *PAIR_TASKS)},
     )
     sequence_length: int = option(
-        "Tokens of a block; of --task seq2seq, of a text at most.",
+        "Tokens of a block, or of a source at most: --task summarization cuts longer ones, seq2seq leaves them out.",
         MODEL,
         derive=defaults.of_preset("sequence_length", 256),
-        shown="128 for tiny, else 256; seq2seq: 16",
+        shown="128 for tiny, else 256; tiny of seq2seq: 24, summarization: 96",
         minimum=2,
-        requires={"task": ("lm", "seq2seq")},
+        requires={"task": ("lm", *PAIR_TASKS)},
+    )
+    target_length: int | None = option(
+        "Tokens of a target, at most.",
+        MODEL,
+        default=None,
+        derive=defaults.target_length,
+        shown="--sequence-length; summarization: a quarter of it",
+        minimum=2,
+        requires={"task": PAIR_TASKS},
     )
     batch_size: int = option(
         "Blocks at once, or pairs, or images, in all processes together.",
         TRAINING,
         derive=defaults.of_preset("batch_size", 8),
-        shown="8 for tiny, 16 for small, 32 above, else 8; seq2seq and vision: 32",
+        shown="8 for tiny, 16 for small, 32 above, else 8; tiny of seq2seq and vision: 64, summarization: 16",
         minimum=1,
     )
     accumulate: int = option(
@@ -299,8 +320,15 @@ class RunConfig:
         TRAINING,
         default=128,
         derive=defaults.of_task(128, 512),
-        shown="128; seq2seq and vision: 512",
+        shown="128; the other tasks: 512",
         minimum=1,
+    )
+    generate_blocks: int = option(
+        "Held-out pairs of those to generate a target for, at most, which BLEU or ROUGE is measured on.",
+        TRAINING,
+        default=128,
+        minimum=1,
+        requires={"task": PAIR_TASKS},
     )
     save_every: int = option(
         "Steps between two checkpoints; only the newest is kept.",

@@ -6,7 +6,7 @@ from typing import Any
 from floragrad.cli.errors import UserError
 from floragrad.cli.methods import DEFAULT_METHODS
 from floragrad.cli.options import Option, check_requirements, needing, option_name
-from floragrad.cli.presets import PRESETS, TASKS
+from floragrad.cli.presets import PAIR_TASKS, PRESETS, TASKS
 from floragrad.cli.train import defaults
 
 
@@ -39,10 +39,11 @@ def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> 
         UserError: Two of them do, with the remedy.
     """
     task = given.get("task", "lm")
-    if task != "lm" and given.get("model", "tiny") not in TASKS[task]:
+    model = given.get("model", "tiny")
+    if model not in TASKS[task] and (task not in ("lm", *PAIR_TASKS) or model in PRESETS):
+        other = ", or a model of Hugging Face" if task in PAIR_TASKS else ", which trains new models of its own"
         raise UserError(
-            f"--model {given['model']} is none of --task {task}, which trains new models of its own: choose "
-            f"{', '.join(TASKS[task])}, or leave it out"
+            f"--model {model} is none of --task {task}{other}: choose {', '.join(TASKS[task])}, or leave it out"
         )
     check_requirements(options, given)
     if given.get("backend") == "jax":

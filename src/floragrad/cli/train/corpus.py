@@ -149,7 +149,7 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
         counts[name] = 0
         with open(folder / f"{name}.bin", "wb") as file:
             for ids in _encoded(tokenizer, texts):
-                _check_known(config, tokenizer, ids, rows)
+                check_known(config, tokenizer, ids, rows)
                 data = np.asarray(ids, dtype=dtype).tobytes()
                 digest.update(data)
                 counts[name] += len(ids)
@@ -174,7 +174,12 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
     return Corpus(folder, facts)
 
 
-def _check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:
+def check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:
+    """Refuse tokens that the model's embedding has no rows for.
+
+    Raises:
+        UserError: There is one.
+    """
     if rows is not None and max(ids, default=0) >= rows:
         raise UserError(
             f"--model {config.model} has an embedding of {rows} rows, and its tokenizer makes token {max(ids)} of "

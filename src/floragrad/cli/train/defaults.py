@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from floragrad.cli.methods import EMBEDDING_LR, METHODS, Method
-from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, TASKS, Preset
+from floragrad.cli.presets import FINE_TUNING_LEARNING_RATE, PAIR_TASKS, TASKS, Preset
 
 STANDARD_LIBRARY_MEGABYTES: Final = 4.0
 DATASET_MEGABYTES: Final = 200.0
@@ -95,6 +95,15 @@ def max_megabytes(given: Given) -> float | None:
     if given.get("task") == "vision":
         return None
     return STANDARD_LIBRARY_MEGABYTES if given.get("model", "tiny") == "tiny" and "text" not in given else None
+
+
+def target_length(given: Given) -> int | None:
+    """Return how long a target may be: a translation like its source, a summary a quarter; None without targets."""
+    task = given.get("task", "lm")
+    if task not in PAIR_TASKS:
+        return None
+    length = int(given.get("sequence_length", of_preset("sequence_length", 256)(given)))
+    return max(2, length // 4) if task == "summarization" else length
 
 
 def rank(given: Given) -> int:

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-_FORMATS: Final = {"accuracy": ".2%", "token_accuracy": ".2%", "bleu": ".2f"}
+_FORMATS: Final = {
+    "accuracy": ".2%",
+    "token_accuracy": ".2%",
+    "bleu": ".2f",
+    "rouge1": ".2f",
+    "rouge2": ".2f",
+    "rougeL": ".2f",
+}
+_NAMES: Final = {"bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
 def measures_of(values: Mapping[str, Any]) -> dict[str, float]:
@@ -13,7 +21,7 @@ def measures_of(values: Mapping[str, Any]) -> dict[str, float]:
 
 def measure_name(name: str) -> str:
     """Return a measure's name in words: ``"token accuracy"``, ``"BLEU"``."""
-    return "BLEU" if name == "bleu" else name.replace("_", " ")
+    return _NAMES.get(name, name.replace("_", " "))
 
 
 def format_measure(name: str, value: float) -> str:

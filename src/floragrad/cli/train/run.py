@@ -64,7 +64,7 @@ def check_model(config: RunConfig) -> None:
     else:
         from floragrad.cli.train.models import widest_matrix
 
-        widest = widest_matrix(config)
+        widest = widest_matrix(TASKS[config.task].auto_class, config)
     if config.rank is not None and METHODS[config.optimizer].is_flora and widest < 2 * config.rank:
         raise UserError(
             f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "

@@ -208,7 +208,9 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         blocks = {name: self._processes.total(*values) for name, values in found.items()}
         losses = blocks.pop("loss")
         with torch.no_grad():
-            measures = self._task.measure(self.model, self.eval_dataset, self._processor, self._prepare_inputs)
+            measures = self._task.measure(
+                self.model, self._folder.config, self.eval_dataset, self._processor, self._prepare_inputs
+            )
         measures = {**{name: fmean(values) for name, values in blocks.items()}, **measures}
         metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses, MEASURES: measures}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -3,8 +3,14 @@
 from typing import Final
 
 from floragrad.cli.train.tasks.lm import LanguageModeling
-from floragrad.cli.train.tasks.seq2seq import Translation
+from floragrad.cli.train.tasks.scores import bleu, rouge
+from floragrad.cli.train.tasks.seq2seq import Seq2Seq
 from floragrad.cli.train.tasks.task import Task
 from floragrad.cli.train.tasks.vision import Vision
 
-TASKS: Final[dict[str, Task]] = {"lm": LanguageModeling(), "seq2seq": Translation(), "vision": Vision()}
+TASKS: Final[dict[str, Task]] = {
+    "lm": LanguageModeling(),
+    "seq2seq": Seq2Seq("seq2seq", "sacrebleu", bleu, cuts=False),
+    "summarization": Seq2Seq("summarization", "rouge_score", rouge, cuts=True),
+    "vision": Vision(),
+}

@@ -38,7 +38,7 @@ class LanguageModeling(Task):
         """Return the model to train."""
         from floragrad.cli.train.models import build_model
 
-        return build_model(config, data.facts.vocab_size)
+        return build_model(self.auto_class, config, data.facts.vocab_size)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> "Tensor":
         """Return the model's own loss. All blocks are as long, so it is the mean over blocks too."""

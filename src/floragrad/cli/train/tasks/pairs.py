@@ -1,4 +1,4 @@
-"""Pairs of a German and an English text: headwords of a dictionary in dictd's format, or a dataset."""
+"""Pairs of a source and a target: words of a dictionary in dictd's format, descriptions of packages, or a dataset."""
 
 import gzip
 import hashlib
@@ -10,10 +10,12 @@ from typing import Any, Final, NamedTuple
 from floragrad.cli.errors import UserError
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.sources import Budget, dataset_name, dataset_rows
+from floragrad.cli.train.tasks.descriptions import read_descriptions
 
 DICTIONARY: Final = Path("/usr/share/dictd/freedict-deu-eng")
 """The dictionary's files, but for what their names end with."""
 PACKAGE: Final = "apt-get install dict-freedict-deu-eng"
+LISTS: Final = Path("/var/lib/apt/lists")
 _DIGITS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _VALUES: Final = {digit: value for value, digit in enumerate(_DIGITS)}
 _MARKS: Final = re.compile(r"\s*(<[^>]*>|\[[^]]*\])\s*")
@@ -34,10 +36,12 @@ def read_pairs(config: RunConfig) -> Pairs:
     Raises:
         UserError: There are none, or they cannot be read.
     """
-    if config.dataset is None:
-        found, name = _from_dictionary(DICTIONARY), "FreeDict's German-English dictionary"
-    else:
+    if config.dataset is not None:
         found, name = _from_dataset(config), dataset_name(config)
+    elif config.task == "summarization":
+        found, name = read_descriptions(LISTS), "descriptions of Debian's packages"
+    else:
+        found, name = _from_dictionary(DICTIONARY), "FreeDict's German-English dictionary"
     pairs: dict[str, str] = {}
     budget = Budget(config.max_megabytes)
     for source, target in found:
@@ -102,7 +106,7 @@ def _unmarked(text: str) -> str:
 
 def _from_dataset(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the texts of a dataset's two columns; rows without them (null) are left out."""
-    for row in dataset_rows(config, "none for a dictionary"):
+    for row in dataset_rows(config, "none for the default data"):
         source, target = (_value(row, str(name)) for name in (config.source_column, config.target_column))
         if not (isinstance(source, str | None) and isinstance(target, str | None)):
             raise UserError(

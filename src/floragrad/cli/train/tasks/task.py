@@ -90,15 +90,21 @@ class Task(Protocol):
         ...
 
     def measure(
-        self, model: Any, blocks: Blocks, processor: Any, move: Callable[[dict[str, Any]], dict[str, Any]]
+        self,
+        model: Any,
+        config: RunConfig,
+        blocks: Blocks,
+        processor: Any,
+        move: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> dict[str, float]:
         """Return measures of the validation sample as a whole, the same in all processes, which all call it.
 
         Args:
             model: To measure.
+            config: Of the run.
             blocks: The sample.
             processor: Of the data.
             move: Moves a batch to the model's device.
         """
-        _ = model, blocks, processor, move
+        _ = model, config, blocks, processor, move
         return {}

@@ -1,0 +1,180 @@
+"""Pairs of texts as tokens: prepared data of the tasks on pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.order import Order, sampled
+
+PADDING: Final = -100
+"""Token of a label that does not count, as transformers has it; in the folder's files it fills sources too."""
+END: Final = 0
+"""Token of our tokenizers that ends a text; it begins a target too. In any model it fills up what is masked."""
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """Facts of prepared pairs, for the summary and for readers of the folder.
+
+    Attributes:
+        source: Where the pairs come from.
+        skipped: Pairs that were left out because a text is too long.
+        train_pairs: Pairs to train on.
+        held_out_pairs: Pairs held out.
+        vocab_size: Entries of the tokenizer that sources and targets share.
+        sha256: Of all tokens.
+        start: Token before the first of a target; None where one model reads the source and the target in a row.
+        end: Token that ends a text.
+    """
+
+    source: str
+    skipped: int
+    train_pairs: int
+    held_out_pairs: int
+    vocab_size: int
+    sha256: str
+    start: int | None = END
+    end: int = END
+
+
+class PairBlocks:
+    """Pairs in an order.
+
+    Args:
+        tokens: int32 (n, source length + target length), each filled up with :data:`PADDING`.
+        source_length: Tokens of a source.
+        start: See :class:`PairFacts`.
+        order: Of the pairs.
+    """
+
+    def __init__(self, tokens: NDArray[np.int32], source_length: int, start: int | None, order: Order) -> None:
+        self._tokens, self._source_length, self._start, self._order = tokens, source_length, start, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, position: int) -> dict[str, NDArray[Any]]:
+        tokens = self._tokens[self._order[position]].astype(np.int64)
+        source, target = tokens[: self._source_length], tokens[self._source_length :]
+        if self._start is None:
+            return _in_a_row(source, target)
+        return {
+            **masked(source),
+            "decoder_input_ids": masked(np.concatenate([[self._start], target[:-1]]))["input_ids"],
+            "labels": target,
+        }
+
+
+def masked(tokens: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Return tokens with their padding masked."""
+    known = tokens != PADDING
+    return {"input_ids": np.where(known, tokens, END), "attention_mask": known.astype(np.int64)}
+
+
+def _in_a_row(source: NDArray[np.int64], target: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Return source and target as one text, and the token that follows each of the text's as its label."""
+    length = len(source) + len(target) - 1
+    source, target = source[source != PADDING], target[target != PADDING]
+    read = np.concatenate([source, target[:-1]])
+    labels = np.concatenate([np.full(len(source) - 1, PADDING), target])
+    padding = (0, length - len(read))
+    return {
+        **masked(np.pad(read, padding, constant_values=PADDING)),
+        "labels": np.pad(labels, padding, constant_values=PADDING),
+    }
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Prepared pairs: their folder, and their facts."""
+
+    folder: Path
+    facts: PairFacts
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer, as transformers loads it."""
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
+
+    def train_blocks(self, config: RunConfig) -> PairBlocks:
+        """Return the pairs that the run trains on, in order, to its end."""
+        order = Order(self.facts.train_pairs, config.seed, config.steps * config.units_per_step)
+        return self._blocks(self._read("train"), config, order)
+
+    def validation_blocks(self, config: RunConfig) -> PairBlocks:
+        """Return a sample of the held-out pairs."""
+        chosen = sampled(self.facts.held_out_pairs, config.eval_blocks)
+        return self._blocks(self._read("validation")[chosen], config, Order(len(chosen)))
+
+    def held_out_blocks(self, _config: RunConfig) -> int:
+        """Count the held-out pairs."""
+        return self.facts.held_out_pairs
+
+    def describe(self) -> str:
+        """Return the source and the number of the pairs."""
+        facts = self.facts
+        skipped = f" ({facts.skipped:,} that are too long left out)" if facts.skipped else ""
+        return (
+            f"{facts.source}: {facts.train_pairs:,} pairs to train on, {facts.held_out_pairs:,} held out{skipped}; "
+            f"vocabulary {facts.vocab_size:,}"
+        )
+
+    def _blocks(self, tokens: NDArray[np.int32], config: RunConfig, order: Order) -> PairBlocks:
+        return PairBlocks(tokens, config.sequence_length, self.facts.start, order)
+
+    def _read(self, part: str) -> NDArray[np.int32]:
+        tokens: NDArray[np.int32] = np.load(self.folder / f"{part}.npy", mmap_mode="r")
+        return tokens.reshape(len(tokens), -1)  # earlier versions kept (n, 2, length)
+
+
+def tokenize(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], config: RunConfig, *, in_a_row: bool, cut: bool
+) -> NDArray[np.int32]:
+    """Return the tokens of the pairs, their ends marked, filled up with :data:`PADDING`.
+
+    Args:
+        tokenizer: Of the model.
+        pairs: Sources and targets.
+        config: Of the run.
+        in_a_row: Whether the model reads the target after the source: the source has no end then, but its suffix.
+        cut: Whether texts that are too long are cut; else their pairs are left out.
+    """
+    suffix = config.source_suffix or ("\n" if in_a_row else "")
+    sources = [f"{config.source_prefix}{source}{suffix}" for source, _ in pairs]
+    targets = [target for _, target in pairs]
+    end, tail = [tokenizer.eos_token_id], 1
+    if in_a_row:
+        # Tokenizers of causal models join a space to the word that follows.
+        begin = suffix.rstrip(" ")
+        sources = [source.rstrip(" ") for source in sources]
+        targets = [f"{suffix[len(begin) :]}{target}" for target in targets]
+        tail = len(tokenizer(begin, add_special_tokens=False)["input_ids"])
+    lengths = (config.sequence_length, config.target_length or config.sequence_length)
+    source_ids = _encoded(tokenizer, sources, [] if in_a_row else end, specials=True)
+    target_ids = _encoded(tokenizer, targets, end, specials=not in_a_row)
+    if cut:
+        source_ids, target_ids = _cut(source_ids, lengths[0], tail), _cut(target_ids, lengths[1], 1)
+    both = zip(source_ids, target_ids, strict=True)
+    kept = [pair for pair in both if len(pair[0]) <= lengths[0] and len(pair[1]) <= lengths[1]]
+    tokens = np.full((len(kept), sum(lengths)), PADDING, np.int32)
+    for row, (source, target) in zip(tokens, kept, strict=True):
+        row[: len(source)] = source
+        row[lengths[0] : lengths[0] + len(target)] = target
+    return tokens
+
+
+def _encoded(tokenizer: Any, texts: list[str], end: list[int], *, specials: bool) -> list[list[int]]:
+    """Return the tokens of texts, ended as told, whatever the tokenizer ends them with."""
+    encoded = tokenizer(texts, add_special_tokens=specials)["input_ids"] if texts else []
+    return [(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids) + end for ids in encoded]
+
+
+def _cut(texts: list[list[int]], length: int, tail: int) -> list[list[int]]:
+    """Shorten texts that are too long before their last tokens."""
+    return [ids if len(ids) <= length else ids[: length - tail] + ids[len(ids) - tail :] for ids in texts]
