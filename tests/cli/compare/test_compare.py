@@ -299,7 +299,8 @@ def test_finished_runs_are_not_done_again(texts: Path, tmp_path: Path, here: Her
     here.stop_before = 3
     with pytest.raises(StoppedError):
         compare(out, Console(quiet=True))
-    assert not (out / "table.md").exists()
+    assert [row["label"] for row in read_json(out / "table.json")["rows"]] == ["adamw"]
+    assert (out / "state.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
     assert len(before) == 3
     here.stop_before = None

@@ -251,7 +251,7 @@ def _check_grid(grid: Grid) -> None:
 
 
 def compare(folder: Path, console: Console) -> None:
-    """Finish the comparison in ``folder``, then write its table and its picture.
+    """Finish the comparison in ``folder``. Its table and its pictures are written after each row that was trained.
 
     Raises:
         StoppedError: A signal has stopped it; finished work is kept.
@@ -261,15 +261,22 @@ def compare(folder: Path, console: Console) -> None:
     runner = _Runner(folder, plan.runs, console, stop)
     try:
         with stop.listening():
-            bests = [_best(plan, row, runner) for row in plan.rows]
-            _write_results(folder, plan, bests, console)
+            bests: list[Best] = []
+            for row in plan.rows:
+                trained = runner.trained
+                bests.append(_best(plan, row, runner))
+                if runner.trained > trained:
+                    _write_results(folder, plan, bests)
+            numbers = _write_results(folder, plan, bests)
+            show(console, numbers["rows"], numbers["step_time_of"])
+            console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         # A second Ctrl-C ends a run at once. Its newest checkpoint and the finished runs are kept.
         raise StoppedError(folder, "floragrad compare") from None
 
 
-def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console) -> None:
-    """Write the table and the pictures, and show the table."""
+def _write_results(folder: Path, plan: Plan, bests: list[Best]) -> dict[str, Any]:
+    """Write the table and the pictures of the rows that are finished; return the table as numbers."""
     finished = [best for best in bests if best.loss is not None]
     numbers = as_json(bests, [plan.command, *(added.command for added in plan.added)])
     write_text(folder / RESULTS, json.dumps(numbers, indent=2) + "\n")
@@ -277,8 +284,7 @@ def _write_results(folder: Path, plan: Plan, bests: list[Best], console: Console
         save(comparison_figure([_drawn(best) for best in finished], finished[0].title), folder / FIGURE)
         save(state_figure(picture(finished), finished[0].title), folder / STATE_FIGURE)
     write_text(folder / TABLE, as_markdown(bests, numbers))
-    show(console, numbers["rows"], numbers["step_time_of"])
-    console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
+    return numbers
 
 
 def _drawn(best: Best) -> Drawn:
@@ -320,7 +326,7 @@ class _Runner:
         self._total = total
         self._console = console
         self._stop = stop
-        self._number = 0
+        self._number = self.trained = 0
 
     def path(self, config: RunConfig) -> Path:
         """Return the folder of a run."""
@@ -336,6 +342,7 @@ class _Runner:
         run = RunFolder.open(path)
         if run.summary() is None:
             self._train(path, f"{self._number}/{self._total} {_name(config)}")
+            self.trained += 1
         summary = run.summary()
         assert summary is not None
         loss = summary["validation_loss"]
