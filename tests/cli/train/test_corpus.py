@@ -89,6 +89,27 @@ def test_files_hold_the_texts_with_their_ends(texts: Path, tmp_path: Path) -> No
     assert corpus.facts.megabytes == sum(map(len, documents.texts)) / 1e6
 
 
+def test_another_text_is_validated_with(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    other = "what is the rate of the loss " * 40
+    (tmp_path / "held" / "out.txt").write_text(other)
+    (tmp_path / "held" / "zeros.bin").write_bytes(b"a\0b")
+    config = fast_config(texts, validation_text=(str(tmp_path / "held"),))
+    (tmp_path / "corpus").mkdir()
+    corpus = prepare_corpus(config, read_documents(config), tmp_path / "corpus")
+    tokenizer, whole = load_tokenizer(corpus.folder / "tokenizer"), read_documents(fast_config(texts)).texts
+    for name, part in (("train", whole), ("validation", [other])):
+        tokens = np.fromfile(corpus.folder / f"{name}.bin", dtype=corpus.facts.dtype)
+        assert tokenizer.decode(tokens) == "".join(text + tokenizer.eos_token for text in part)
+    facts = corpus.facts
+    assert (facts.documents, facts.skipped) == (len(whole) + 1, 1)
+    assert facts.megabytes == sum(map(len, [*whole, other])) / 1e6
+    assert facts.validation_source == str(tmp_path / "held")
+    assert f"{facts.validation_tokens:,} held out from {tmp_path / 'held'}, vocabulary" in corpus.describe()
+    assert Corpus.load(corpus.folder) == corpus
+    assert corpus.held_out_blocks(config) == facts.validation_tokens // config.sequence_length
+
+
 def test_the_tokenizer_never_sees_held_out_text(texts: Path, tmp_path: Path) -> None:
     documents = read_documents(fast_config(texts))
     changed = [text if index % 10 != 9 else text[::-1] for index, text in enumerate(documents.texts)]

@@ -1,13 +1,14 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CTRLConfig
+from transformers import AutoModelForCausalLM, CTRLConfig, TrainerCallback, TrainerState
+from transformers.integrations import integration_utils
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -127,6 +128,47 @@ def test_a_model_that_keeps_its_activations_is_refused(texts: Path, tmp_path: Pa
     config = fast_config(texts, model=str(tmp_path / "ctrl"), rank=8, gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"--gradient-checkpointing is not supported by .*CTRLLMHeadModel: leave it"):
         begin(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Service(TrainerCallback):
+    """A service that the Trainer reports to."""
+
+    told: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+    def on_log(self, _args: Any, state: TrainerState, _control: Any, logs: dict[str, float], **_kwargs: Any) -> None:
+        self.told.append((state.global_step, dict(logs)))
+
+
+def test_a_service_is_told_what_the_metrics_have(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "service", Service)
+    monkeypatch.setattr(Service, "told", [])
+    config = fast_config(texts, steps=4, eval_every=2, report_to=("service",))
+    folder, expected = run(config, tmp_path / "run"), []
+    for line in folder.metrics():
+        step, validated = line.pop("step"), "validation_loss" in line
+        line.pop("block_losses", None)
+        names = {name: f"eval_{name.removeprefix('validation_')}" if validated else name for name in line}
+        expected.append((step, {names[name]: value for name, value in line.items()}))
+    assert Service.told == expected
+    assert {"loss", "lr", "embedding_lr", "grad_norm", "tokens"} < Service.told[1][1].keys()
+    assert {"eval_loss", "eval_perplexity", "eval_standard_error"} < Service.told[0][1].keys()
+    assert timeless(folder) == timeless(run(replace(config, report_to=("none",)), tmp_path / "silent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody", r"--report-to nobody is unknown: nobody is not supported, only azure_ml, .*tensorboard.* supported"),
+        (
+            "flyte",
+            r"--report-to flyte is not installed \(FlyteCallback .*`pip install flytekit`\.\): do so, or leave it",
+        ),
+    ],
+)
+def test_a_service_that_cannot_be_told_is_refused(texts: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        begin(fast_config(texts, report_to=(name,)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

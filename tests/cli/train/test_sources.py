@@ -59,6 +59,17 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == wanted
 
 
+def test_a_text_to_validate_with_is_checked_as_the_other(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    for path, message in (
+        (tmp_path / "no.txt", rf"--validation-text {tmp_path}/no\.txt does not exist: give files"),
+        (tmp_path / "empty.txt", rf"there is no text in {tmp_path}/empty\.txt: give files"),
+        (texts / "document03.txt", r"/document03\.txt belongs to --text and to --validation-text: leave it out of one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(texts, validation_text=(str(path),))
+
+
 @pytest.mark.parametrize("content", ["", " \n\t"])
 def test_no_text_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "empty.txt").write_text(content)

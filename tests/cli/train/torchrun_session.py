@@ -22,10 +22,10 @@ def _interrupted(rank: int, at: int) -> Any:
     """A step of the recorder in which one rank gets a signal."""
     from floragrad.cli.train.recorder import Recorder
 
-    def step(self: Recorder, step: int, *args: Any, **kwargs: Any) -> None:
+    def step(self: Recorder, step: int, *args: Any, **kwargs: Any) -> Any:
         if (RANK, step) == (rank, at):
             signal.raise_signal(signal.SIGINT)
-        original(self, step, *args, **kwargs)
+        return original(self, step, *args, **kwargs)
 
     original = Recorder.step
     return step

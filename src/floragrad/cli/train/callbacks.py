@@ -1,14 +1,13 @@
-"""Callbacks of the Trainer: they ask the schedule and tell the recorder."""
+"""Callbacks of the Trainer: they ask the schedule and tell the recorder, and others report what it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
+from floragrad.cli.errors import UserError
 from floragrad.cli.train.recorder import Recorder, Schedule
-
-BLOCK_LOSSES, MEASURES = "eval_block_losses", "eval_measures"
-"""The keys of the Trainer's metrics that hold the loss of each validation block, and the task's other measures."""
 
 
 class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
@@ -57,31 +56,19 @@ class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
         """Note the learning rates of this step, before the schedule moves on."""
         self._rates = {group["kind"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
 
-    def on_log(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_kwargs: Any,
-    ) -> None:
-        """Record a training step. The Trainer's own history, which would grow, is not kept."""
-        state.log_history.clear()
-        if logs is not None and "loss" in logs:
-            self._recorder.step(state.global_step, logs["loss"], self._rates, logs.get("grad_norm"))
-            self._stop_if_diverged(control)
-
-    def on_evaluate(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any],
-        **_kwargs: Any,
-    ) -> None:
-        """Record an evaluation."""
-        self._recorder.evaluation(state.global_step, metrics[BLOCK_LOSSES], metrics[MEASURES])
+    def record_step(self, state: TrainerState, control: TrainerControl, logs: Mapping[str, float]) -> dict[str, float]:
+        """Record a training step, and stop after one that diverged. Returns its numbers."""
+        line = self._recorder.step(state.global_step, logs["loss"], self._rates, logs.get("grad_norm"))
         self._stop_if_diverged(control)
+        return _numbers(line)
+
+    def record_evaluation(
+        self, state: TrainerState, control: TrainerControl, losses: Sequence[float], measures: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Record an evaluation, and stop after one that diverged. Returns its numbers by the Trainer's names."""
+        line = self._recorder.evaluation(state.global_step, losses, measures)
+        self._stop_if_diverged(control)
+        return {f"eval_{name.removeprefix('validation_')}": value for name, value in _numbers(line).items()}
 
     def on_save(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: Any) -> None:
         """Complete and publish the checkpoint."""
@@ -92,3 +79,29 @@ class RecorderCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
         if self._recorder.diverged_at is not None:
             control.should_training_stop = True
             control.should_evaluate = control.should_save = False
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values of a line of the metrics that are numbers, without the step."""
+    return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+def check_reporters(names: tuple[str, ...]) -> None:
+    """Refuse services that the Trainer cannot report to.
+
+    Raises:
+        UserError: It does not know one, or its package is missing.
+    """
+    for name in names if names != ("none",) else ():
+        _check_reporter(name)
+
+
+def _check_reporter(name: str) -> None:
+    try:
+        (reporter,) = get_reporting_integration_callbacks([name])
+        reporter()
+    except ValueError as error:
+        raise UserError(f"--report-to {name} is unknown: {error}") from error
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--report-to {name} is not installed ({reason}): do so, or leave it out") from error

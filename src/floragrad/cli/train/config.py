@@ -63,6 +63,14 @@ class RunConfig:
         metavar="FILE|FOLDER|PATTERN",
         requires={"task": ("lm",)},
     )
+    validation_text: tuple[str, ...] = option(
+        "Text to validate with; then all of the other is trained on. Read as --text is, and whole.",
+        MODEL,
+        default=(),
+        shown="every tenth document of the other",
+        metavar="FILE|FOLDER|PATTERN",
+        requires={"task": ("lm",)},
+    )
     dataset: str | None = option(
         "A dataset of the Hugging Face hub, or a folder with its files, instead of --text.", MODEL, default=None
     )
@@ -354,6 +362,14 @@ class RunConfig:
         default=False,
         negatable=True,
     )
+    report_to: tuple[str, ...] = option(
+        "Report the metrics to this service too, named as transformers' Trainer names it; may be given several times.",
+        OUTPUT,
+        default=("none",),
+        shown="none",
+        metavar="tensorboard|wandb|NAME",
+        requires={"backend": ("torch",)},
+    )
     timeout: int = option(
         "Give up when another process does not answer for so long.",
         PROCESSES,
@@ -467,10 +483,14 @@ class RunConfig:
             UserError: It is no such object, or a value is out of range.
         """
         try:
-            values = json.loads(text)
-            config = replace(cls(**values), text=tuple(values["text"]), set=tuple(values.get("set", ())))
+            config = cls(**json.loads(text))
+            several = [name for name, each in OPTIONS.items() if kinds(each.annotation)[0] is tuple]
+            lists: dict[str, Any] = {
+                name: tuple(value) for name in several if isinstance(value := getattr(config, name), list)
+            }
+            config = replace(config, **lists)
             _check_types(config)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
         check_values(OPTIONS, vars(config))

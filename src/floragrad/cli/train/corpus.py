@@ -38,6 +38,7 @@ class CorpusFacts:
         vocab_size: Entries of the tokenizer.
         dtype: How a token is stored.
         sha256: Of all tokens: two runs with the same one read the same text.
+        validation_source: Where the held-out text comes from; empty where it is a part of the other.
     """
 
     source: str
@@ -49,6 +50,7 @@ class CorpusFacts:
     vocab_size: int
     dtype: str
     sha256: str
+    validation_source: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class Corpus:
     def describe(self) -> str:
         """Return the source and the sizes of the text."""
         facts = self.facts
+        origin = f" from {facts.validation_source}" if facts.validation_source else ""
         skipped = f", {facts.skipped} that are no text left out" if facts.skipped else ""
         return (
             f"{facts.source}: {facts.documents:,} documents, {facts.megabytes:.1f} MB{skipped}; "
-            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out, "
+            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out{origin}, "
             f"vocabulary {facts.vocab_size:,}"
         )
 
@@ -139,7 +142,9 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
         UserError: The text is too short for one block to train on and one to validate with, or has a token that the
             model does not know.
     """
-    train, validation = split(documents.texts)
+    held_out = documents.validation
+    train, validation = split(documents.texts) if held_out is None else (documents.texts, held_out.texts)
+    every = [documents] if held_out is None else [documents, held_out]
     tokenizer = _tokenizer(config, train)
     tokenizer.save_pretrained(folder / "tokenizer")
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
@@ -161,14 +166,15 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
         )
     facts = CorpusFacts(
         source=documents.source,
-        documents=len(documents.texts),
-        skipped=documents.skipped,
-        megabytes=sum(len(text.encode("utf-8")) for text in documents.texts) / MEGABYTE,
+        documents=sum(len(each.texts) for each in every),
+        skipped=sum(each.skipped for each in every),
+        megabytes=sum(len(text.encode("utf-8")) for each in every for text in each.texts) / MEGABYTE,
         train_tokens=counts["train"],
         validation_tokens=counts["validation"],
         vocab_size=len(tokenizer),
         dtype=dtype,
         sha256=digest.hexdigest(),
+        validation_source="" if held_out is None else held_out.source,
     )
     manifest.write_facts(folder, asdict(facts))
     return Corpus(folder, facts)

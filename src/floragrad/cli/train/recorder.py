@@ -102,8 +102,8 @@ class Recorder:
         """Start the step's clock."""
         self._step_began = time.perf_counter()
 
-    def step(self, step: int, loss: float, rates: Mapping[str, float], grad_norm: float | None) -> None:
-        """Write a training step's line, when its loss has been read and so the step is really over.
+    def step(self, step: int, loss: float, rates: Mapping[str, float], grad_norm: float | None) -> dict[str, Any]:
+        """Write a training step's line, when its loss has been read and so the step is really over. Returns it.
 
         Args:
             step: Steps made, this one included.
@@ -113,7 +113,7 @@ class Recorder:
         """
         step_seconds = time.perf_counter() - self._step_began
         memory = memory_bytes(self._gpu)
-        self._write(
+        line = self._write(
             step,
             loss=loss,
             lr=rates.get("matrix"),
@@ -124,17 +124,21 @@ class Recorder:
         )
         self._display.step(step, loss, self._config.units_per_step / step_seconds, memory)
         self._look_at(step, loss)
+        return line
 
-    def evaluation(self, step: int, losses: Sequence[float], measures: Mapping[str, float] | None = None) -> None:
-        """Write an evaluation's line, from the loss of each validation block and the task's other measures."""
+    def evaluation(
+        self, step: int, losses: Sequence[float], measures: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Write an evaluation's line, from the loss of each validation block and other measures. Returns it."""
         found = measures or {}
         loss = fmean(losses)
         blocks = [round(each, BLOCK_DIGITS) if isfinite(each) else None for each in losses]
         error = standard_error(losses)
         numbers = {"validation_loss": loss, "perplexity": perplexity(loss), **found}
-        self._write(step, **numbers, standard_error=error, block_losses=blocks)
+        line = self._write(step, **numbers, standard_error=error, block_losses=blocks)
         self._display.evaluation(step, loss, perplexity(loss), found)
         self._look_at(step, loss)
+        return line
 
     def saved(self, step: int) -> None:
         """Complete the checkpoint with the data's processor, then publish it when all have written their part."""
@@ -149,12 +153,12 @@ class Recorder:
         if not isfinite(loss):
             self.diverged_at = step
 
-    def _write(self, step: int, **values: float | list[float | None] | None) -> None:
-        if not self._processes.leads:
-            return
+    def _write(self, step: int, **values: float | list[float | None] | None) -> dict[str, Any]:
         known = {
             name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
         }
         read = {self._config.unit: step * self._config.units_per_step}
         line = {"step": step, **known, **read, "seconds": self.seconds}
-        self._folder.append_metrics(line)
+        if self._processes.leads:
+            self._folder.append_metrics(line)
+        return line

@@ -54,10 +54,14 @@ def check_model(config: RunConfig) -> None:
     """Find out that the model cannot be trained before any data are read.
 
     Raises:
-        UserError: There is no such model, the method's package is not installed, or the rank compresses nothing.
+        UserError: There is no such model, a package is not installed, or the rank compresses nothing.
     """
     if config.backend == "torch" and (remedy := how_to_install(config.optimizer)):
         raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
+    if config.report_to != ("none",):
+        from floragrad.cli.train.callbacks import check_reporters
+
+        check_reporters(config.report_to)
     preset = SIZES[config.task].get(config.model)
     if preset is not None:
         widest = preset.hidden_size

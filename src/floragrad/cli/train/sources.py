@@ -5,7 +5,7 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,40 @@ class Documents:
         texts: One string a document.
         source: Where they come from, in a few words.
         skipped: Left out because they are no text: files of a folder that are not UTF-8, and null rows.
+        validation: Other texts to validate with; None: some of these are held out.
     """
 
     texts: list[str]
     source: str
     skipped: int = 0
+    validation: "Documents | None" = None
 
 
 def read_documents(config: RunConfig) -> Documents:
-    """Read the text that ``config`` names, up to its ``max_megabytes``.
+    """Read the text that ``config`` names, up to its ``max_megabytes``, and what it names to validate with.
 
     Files come in the order of the SHA-256 of their names: the same on every machine, and mixed, so that a
     bounded corpus and the held-out documents are samples of all of them.
 
     Raises:
-        UserError: A file is missing or unreadable, a dataset cannot be loaded, or there is no text.
+        UserError: A file is missing or unreadable, or to be trained on and validated with, a dataset cannot be loaded,
+            or there is no text.
     """
+    files = list(_named_files("--text", config.text))
+    held_out = list(_named_files("--validation-text", config.validation_text))
+    for path in {file.path.resolve() for file in files} & {file.path.resolve() for file in held_out}:
+        raise UserError(f"{path} belongs to --text and to --validation-text: leave it out of one of them")
     if config.dataset is not None:
         documents = _from_dataset(config)
     elif config.text:
-        documents = _from_files(list(_named_files(config.text)), ", ".join(config.text), config.max_megabytes)
+        documents = _from_files(files, ", ".join(config.text), config.max_megabytes)
     else:
         documents = _from_files(list(_standard_library()), "the standard library's source", config.max_megabytes)
-    if not documents.texts:
-        raise UserError(f"there is no text in {documents.source}: give files that are UTF-8 and not empty")
+    if config.validation_text:
+        documents = replace(documents, validation=_from_files(held_out, ", ".join(config.validation_text), None))
+    for each in (documents, documents.validation):
+        if each is not None and not each.texts:
+            raise UserError(f"there is no text in {each.source}: give files that are UTF-8 and not empty")
     return documents
 
 
@@ -73,13 +83,13 @@ def _standard_library() -> Iterator[_File]:
             yield _File(path, relative.as_posix(), named=False)
 
 
-def _named_files(arguments: Iterable[str]) -> Iterator[_File]:
-    """Yield the files behind ``--text``: files, folders with everything in them, and patterns."""
+def _named_files(option: str, arguments: Iterable[str]) -> Iterator[_File]:
+    """Yield the files behind an option: files, folders with everything in them, and patterns."""
     seen = set()
     for argument in arguments:
         matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         if not matches:
-            raise UserError(f"--text {argument} does not exist: give files, folders or patterns like 'books/*.txt'")
+            raise UserError(f"{option} {argument} does not exist: give files, folders or patterns like 'books/*.txt'")
         for match in map(Path, matches):
             below = _files_below(match) if match.is_dir() else [match]
             for path in below:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from floragrad import Flora
 from floragrad.cli.machine import Gpu, configure_torch, torch_gpu
@@ -19,7 +20,7 @@ from floragrad.cli.methods import METHODS
 from floragrad.cli.peers import HIDDEN, PEERS
 from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import adapters
-from floragrad.cli.train.callbacks import BLOCK_LOSSES, MEASURES, RecorderCallback, ScheduleCallback
+from floragrad.cli.train.callbacks import RecorderCallback, ScheduleCallback, check_reporters
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.models import enable_checkpointing, rebuild_model, trained_model
@@ -103,19 +104,22 @@ class TrainerEngine:
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
         """Let the Trainer train. Returns the steps made."""
+        check_reporters(self._config.report_to)
         sketched = self._config.accumulator == "flora"
+        watch = RecorderCallback(recorder, self._opened)
         trainer = (_SketchingTrainer if sketched else _OrderedTrainer)(
             folder=self._folder,
             task=self._task,
             processor=self._data.processor,
             processes=self._processes,
+            watch=watch,
             model=self._model,
             args=_arguments(self._config, self._folder, self._processes, begins=self._checkpoint is None),
             train_dataset=self._data.train_blocks(self._config),
             eval_dataset=self._data.validation_blocks(self._config),
             data_collator=self._task.collate,
             optimizer_cls_and_kwargs=optimizer_class(self._config, self._model),
-            callbacks=[ScheduleCallback(schedule), RecorderCallback(recorder, self._opened)],
+            callbacks=[ScheduleCallback(schedule), watch],
             **({"accumulation": _accumulation(self._config)} if sketched else {}),
         )
         trainer.remove_callback(PrinterCallback)
@@ -170,14 +174,27 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         task: Computes the loss.
         processor: Of the data.
         processes: Who trains.
+        watch: Records steps and evaluations.
         **kwargs: Of the Trainer.
     """
 
     control: Any
 
-    def __init__(self, folder: RunFolder, task: Task, processor: Any, processes: Processes, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        task: Task,
+        processor: Any,
+        processes: Processes,
+        watch: RecorderCallback,
+        **kwargs: Any,
+    ) -> None:
         self._folder, self._task, self._processor, self._processes = folder, task, processor, processes
+        self._watch = watch
         super().__init__(**kwargs)
+        for each in self.callback_handler.callbacks:
+            if isinstance(each, TensorBoardCallback) and each.logging_dir is None:
+                each.logging_dir = str(folder.path / "tensorboard")  # its default is removed with the staging folder
         # Under the names of its modules: the Trainer finds no others when it loads.
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         if self.args.world_size != processes.size:
@@ -212,9 +229,19 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                 self.model, self._folder.config, self.eval_dataset, self._processor, self._prepare_inputs
             )
         measures = {**{name: fmean(values) for name, values in blocks.items()}, **measures}
-        metrics = {"eval_loss": fmean(losses), BLOCK_LOSSES: losses, MEASURES: measures}
+        metrics = self._watch.record_evaluation(self.state, self.control, losses, measures)
+        self._report(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], *_args: Any, **_kwargs: Any) -> None:
+        """Record a step, and report its line of the metrics. The Trainer's own history would grow, and is not kept."""
+        if "loss" in logs:
+            self._report(self._watch.record_step(self.state, self.control, logs))
+
+    def _report(self, numbers: dict[str, float]) -> None:
+        """Show numbers to the callbacks of ``--report-to``."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save, or say in one line why the disk refuses it."""
@@ -310,7 +337,8 @@ def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begin
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(config.report_to),
+        run_name=folder.path.name,
         # A model by name may leave out parameters in a pass, as mixtures of experts do; our Llamas do not.
         ddp_find_unused_parameters=config.model not in PRESETS,
     )
