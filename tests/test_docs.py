@@ -1,5 +1,6 @@
 """Every Python snippet of the README and the docs runs, page by page; every docstring's example too."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import floragrad
+from dev.method_figure import figure
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL_PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "dev").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:], *sorted((ROOT / "dev").glob("*.md"))]
 COMPILED = "floragrad.torch.backends.cpu._"
 MODULES = [
     "floragrad",
@@ -59,3 +61,28 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
         assert (ROOT / path).exists(), path
     for path, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"
+
+
+def messages() -> set[str]:
+    """Every string of the sources, with … for what a formatted one fills in."""
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_messages_that_are_explained_are_those_of_the_sources() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([^`]+)`(?: \||$)", page, flags=re.MULTILINE)
+    assert len(explained) > 60
+    known = messages()
+    assert not [message for message in explained if not any(message in each for each in known)]
+
+
+def test_the_figure_is_what_its_script_draws() -> None:
+    """Where it is not: ``python -m dev.method_figure > docs/method.svg``."""
+    assert (ROOT / "docs" / "method.svg").read_text(encoding="utf-8") == figure() + "\n"
