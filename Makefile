@@ -6,12 +6,14 @@ READY = $(VENV)/.ready
 # The optimizers that ours is timed against live apart from what develops and tests it.
 BENCH_VENV ?= .venv-bench
 BENCH_READY = $(BENCH_VENV)/.ready
+DOCS_VENV ?= .venv-docs
+DOCS_READY = $(DOCS_VENV)/.ready
 # What either environment is made of: the kernels are compiled into it.
 SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/backends/cpu/*.?pp)
 
 SANITIZED = build/sanitized
 
-.PHONY: demo compare bench replicate replicate-smoke test test-slow sanitize lint types clean
+.PHONY: demo compare bench replicate replicate-smoke test test-slow sanitize lint types docs clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -57,8 +59,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+docs: $(DOCS_READY)  ## the site in build/site: a dead link or a missing docstring fails; a browser, if there is one, opens every page
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	$(DOCS_VENV)/bin/python -m pytest -q -m "" -p no:cacheprovider tests/site
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) runs build src/*.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) runs build src/*.egg-info
 
 # Python compiles the modules that are imported, then; pip would compile thousands that never are.
 QUIETLY = --quiet --disable-pip-version-check --no-compile
@@ -71,4 +77,10 @@ $(READY): $(SOURCES)
 $(BENCH_READY): $(SOURCES)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install $(QUIETLY) -c constraints.txt -e '.[bench]'
+	touch $@
+
+# Docstrings are read, not imported: floragrad itself is installed without kernels, which take a minute to compile.
+$(DOCS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	CC=false CXX=false $(DOCS_VENV)/bin/python -m pip install $(QUIETLY) -c constraints.txt '.[docs]'
 	touch $@

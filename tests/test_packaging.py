@@ -40,7 +40,11 @@ def test_pinned_versions_are_for_the_python_that_they_are_pinned_for(python: str
 
 def test_every_package_is_pinned_for_the_oldest_python_unless_it_has_no_release_for_it() -> None:
     flax_needs = {"flax", "orbax-checkpoint", "tensorstore", "humanize", "etils", "treescope", "aiofiles", "uvloop"}
-    assert set(pins(USUAL)) - set(pins(OLDEST)) <= flax_needs | {"annotated-doc", "httpcore2", "httpx2"}
+    site_needs = {"backrefs", "griffelib", "markdown", "platformdirs", "watchdog", "pymdown-extensions"} | {
+        *("mkdocs-autorefs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python")
+    }
+    others = {"annotated-doc", "httpcore2", "httpx2"}
+    assert set(pins(USUAL)) - set(pins(OLDEST)) <= flax_needs | site_needs | others
 
 
 def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path) -> None:
@@ -54,13 +58,14 @@ def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path
         path.relative_to(ROOT).as_posix()
         for folder in ("src", "dev", "docs", "tests", "benchmarks")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".png", ".json", ".cpp", ".hpp", ".typed")
+        if path.suffix in (".py", ".md", ".png", ".svg", ".json", ".cpp", ".hpp", ".typed")
     }
     assert len(wanted) > 200
     assert wanted <= packed
     assert {
         "Makefile",
         "constraints.txt",
+        "mkdocs.yml",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
         "LICENSE",
