@@ -1,12 +1,15 @@
 """Checks of options that both frameworks share, and their messages."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any, Final, get_args
+from typing import Any, Final, ParamSpec, TypeVar, get_args
 
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Check = tuple[Callable[[Any], bool], str]
 """Predicate of a value, and a description of allowed values."""
 
@@ -118,3 +121,34 @@ def accumulator_contradictions(options: Mapping[str, Any]) -> list[tuple[bool, s
             "use projection='sign'",
         ),
     ]
+
+
+def check_renamed(given: Iterable[str], renamed: Mapping[str, str]) -> None:
+    """Refuse keywords of flora-opt that have another name here.
+
+    Args:
+        given: Names of keywords.
+        renamed: What to write, by flora-opt's keyword.
+
+    Raises:
+        TypeError: Naming the keyword and what to write.
+    """
+    for name in given:
+        if name in renamed:
+            raise TypeError(
+                f"{name}= is flora-opt's keyword, and floragrad has none of that name: write {renamed[name]}"
+            )
+
+
+def refuse_renamed(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function with :func:`check_renamed`; its signature stays."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            check_renamed(kwargs, renamed)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -1,5 +1,6 @@
 """What optax asks of an optimizer, over the case table: compiled once, dtypes kept, and it finds minima."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -286,3 +287,21 @@ def test_wrong_axes_are_refused(axes: MatrixAxes, message: str) -> None:
 def test_wrong_options_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flora(1e-3, **given)
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "ours"),
+    [
+        (flora, "tau", "rank"),
+        (flora, "b2", "decay_rate"),
+        (flora, "factorized_second_moment", "factored"),
+        (scale_by_flora, "tau", "rank"),
+        (scale_by_flora, "beta", "b1"),
+    ],
+)
+def test_a_keyword_of_flora_opt_is_named_with_ours(function: Any, keyword: str, ours: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{keyword}= is flora-opt's keyword, .*: write {ours}"):
+        function(**{keyword: 4})
+    parameters = inspect.signature(function).parameters
+    assert ours in parameters
+    assert keyword not in parameters

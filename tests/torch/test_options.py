@@ -128,3 +128,14 @@ def test_every_option_of_the_constructor_is_checked() -> None:
     """All but the one that has no effect."""
     given = set(inspect.signature(Flora).parameters) - {"params", "compile"}
     assert given == set(options._CHECKS) - {"kind"}
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_keyword_of_flora_opt_is_named_with_ours(group: bool) -> None:
+    named = {"quantization": True}
+    params = [{"params": [parameter()], **(named if group else {})}]
+    with pytest.raises(
+        TypeError, match=r"^quantization= is flora-opt's keyword, .*: write state_dtype='int8' for True"
+    ):
+        Flora(params, lr=1e-3, **({} if group else named))
+    assert "quantization" not in inspect.signature(Flora).parameters

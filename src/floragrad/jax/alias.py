@@ -6,7 +6,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from floragrad._checks import DEFAULT_RANK
+from floragrad._checks import DEFAULT_RANK, refuse_renamed
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.precision import in_float32
 from floragrad.jax.second_moment import scale_by_factored_rms_of_matrices
@@ -14,6 +14,9 @@ from floragrad.jax.transform import scale_by_flora
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 
 
+@refuse_renamed(
+    tau="rank", b2="decay_rate, the exponent of the second moment's decay in both", factorized_second_moment="factored"
+)
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | None = DEFAULT_RANK,
@@ -81,6 +84,7 @@ def flora(
     Raises:
         ValueError: An option has a wrong value, or options contradict each other; or, at an update, a state that does
             not fit the updates' shapes and the options, or that was cast.
+        TypeError: An option has the name that it has in flora-opt.
 
     Example:
         >>> import jax

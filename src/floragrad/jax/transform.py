@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from floragrad._checks import DEFAULT_RANK
+from floragrad._checks import DEFAULT_RANK, refuse_renamed
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.draws import RandomPool, draw_pools
 from floragrad.jax.leaf import Leaf, LeafState, init_leaf_state
@@ -44,6 +44,7 @@ class ScaleByFloraState(NamedTuple):
     projection_id: Any = None
 
 
+@refuse_renamed(tau="rank", beta="b1")
 def scale_by_flora(
     rank: int | None = DEFAULT_RANK,
     b1: float | Array | None = 0.9,

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from floragrad._checks import DEFAULT_RANK
+from floragrad._checks import DEFAULT_RANK, refuse_renamed
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
 from floragrad.torch import param_info, scheduling
@@ -16,7 +16,14 @@ from floragrad.torch.context import ParamUpdate, State, StepContext
 from floragrad.torch.convert import converted_state
 from floragrad.torch.dynamo import caller_stacklevel, disable_dynamo
 from floragrad.torch.group_sync import check_option_unchanged, check_options_unchanged, is_in_sync, sync_infos
-from floragrad.torch.options import check_relative_lr, drop_compile, relative_lr, resolve_group, warn_compile_deprecated
+from floragrad.torch.options import (
+    RENAMED,
+    check_relative_lr,
+    drop_compile,
+    relative_lr,
+    resolve_group,
+    warn_compile_deprecated,
+)
 from floragrad.torch.param_info import ParamInfo, TensorIdCache, ensure_state, group_infos, next_tensor_id
 from floragrad.torch.report import low_compression_warning, make_report
 from floragrad.torch.step import step
@@ -73,6 +80,7 @@ class Flora(torch.optim.Optimizer):
 
     Raises:
         ValueError: An option has a wrong value, options contradict each other, or a parameter is complex.
+        TypeError: An option has the name that it has in flora-opt.
 
     NaN and infinite gradients propagate into parameters and state, as in ``torch.optim``; use a
     ``GradScaler`` or check the gradient norm where they can occur.
@@ -97,6 +105,7 @@ class Flora(torch.optim.Optimizer):
     _warned_of_lr = False
     """True once the user was told that ``relative_step`` ignores a scheduler's learning rate."""
 
+    @refuse_renamed(**RENAMED)
     def __init__(
         self,
         params: Params,
@@ -146,7 +155,7 @@ class Flora(torch.optim.Optimizer):
             "maximize": maximize,
         }
         if compile is not None:
-            warn_compile_deprecated(stacklevel=2)
+            warn_compile_deprecated(stacklevel=3)
         if relative_step:
             check_relative_lr(lr)
         self._infos: dict[Tensor, ParamInfo] = {}
@@ -158,7 +167,7 @@ class Flora(torch.optim.Optimizer):
             zip(self.report().rows, (info.group for info in self._infos.values()), strict=True)
         )
         if reasons:
-            warnings.warn(reasons, UserWarning, stacklevel=2)
+            warnings.warn(reasons, UserWarning, stacklevel=3)
 
     @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

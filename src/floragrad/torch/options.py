@@ -14,6 +14,7 @@ from floragrad._checks import (
     Check,
     DefaultRank,
     check_contradictions,
+    check_renamed,
     check_value,
     is_integer,
     is_number,
@@ -23,6 +24,8 @@ from floragrad._checks import (
 )
 from floragrad.policy import Kind, TensorPlan, plan_tensor
 
+RENAMED: Final = {"quantization": "state_dtype='int8' for True (the default), state_dtype='float32' for False"}
+"""What to write for the keywords of flora-opt's Flora that have another name here."""
 _OTHER_LAYOUT: Final = "its state has another layout"
 _OTHER_BASIS: Final = "its momentum was encoded with other random projections"
 
@@ -163,7 +166,9 @@ def resolve_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, 
 
     Raises:
         ValueError: An option is misspelt or has a wrong value, or two options contradict each other.
+        TypeError: An option has flora-opt's name.
     """
+    check_renamed(group, RENAMED)
     for name in group.keys() - defaults.keys() - {"kind", "params", "param_names"}:
         # Schedulers and users may add keys to groups; misspelt options are refused.
         meant = did_you_mean(name, option_names())
