@@ -1,5 +1,6 @@
 """The report's bytes are the state's bytes, exactly; its peers' bytes are the peers'."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -104,3 +105,27 @@ def test_masked_leaves_count_nothing() -> None:
         report = flora_report({"adapter": params["adapter"], "base": rest}, rank=8)
         assert [row.name for row in report.rows] == ["adapter"]
         assert report.state_bytes == bytes_of(state)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "given", "warns"),
+    [
+        ([(64, 64)], {}, True),
+        ([(64, 64)], {"rank": 16}, False),
+        ([(64, 64)], {"rank": None, "ratio": 1}, False),
+        ([(64, 64)], {"b1": None}, False),
+        ([(64, 64), (512, 512)], {}, False),
+        ([(20_000, 64)], {}, False),
+    ],
+    ids=["rank as large", "smaller rank", "ratio 1", "no momentum", "mostly sketches", "an embedding"],
+)
+def test_a_warning_where_little_is_compressed(
+    shapes: list[tuple[int, ...]], given: dict[str, Any], warns: bool
+) -> None:
+    params = {str(shape): jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = flora_report(params, **given)
+    assert bool(caught) == warns
+    assert not caught or "a smaller rank compresses more" in str(caught[0].message)
+    assert "<table>" in report._repr_html_()

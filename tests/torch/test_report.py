@@ -1,11 +1,16 @@
 """The report's bytes are the state's bytes, exactly; its peers' bytes are the peers'."""
 
+import json
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from floragrad import Flora
+from floragrad import Flora, GradientAccumulator
 from floragrad._text import format_bytes
+from floragrad.torch import Report
+from floragrad.torch.accumulation import AccumulatorReport
 from tests.torch.cases import CASES, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses")
@@ -112,3 +117,31 @@ def test_the_table() -> None:
 def test_unnamed_parameters_go_by_position() -> None:
     optimizer = Flora([torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2)], lr=1e-3, rank=8)
     assert [row.name for row in optimizer.report().rows] == ["parameter 0", "parameter 1"]
+
+
+def small_reports() -> list[Report | AccumulatorReport]:
+    named = [("a<b>&", torch.nn.Parameter(torch.zeros(64, 64))), ("bias", torch.nn.Parameter(torch.zeros(64)))]
+    optimizer = Flora(named, lr=1e-3, rank=8)
+    with GradientAccumulator(optimizer, steps=2) as accumulator:
+        return [optimizer.report(), accumulator.report()]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["Report", "AccumulatorReport"])
+def test_a_notebook_shows_the_cells_of_the_text(number: int) -> None:
+    report = small_reports()[number]
+    page = ElementTree.fromstring(f"<page>{report._repr_html_().replace('<br>', '<br/>')}</page>")
+    table = [[cell.text or "" for cell in line] for line in page.iter("tr")]
+    lines = str(report).splitlines()
+    assert [row[0] for row in table] == ["parameter", "a<b>&", "bias"]
+    assert [" ".join(row).split() for row in table] == [lines[line].split() for line in (0, 2, 3)]
+    assert [text for paragraph in page.iter("p") for text in paragraph.itertext()] == lines[5:]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["Report", "AccumulatorReport"])
+def test_rows_are_plain_values(number: int) -> None:
+    report = small_reports()[number]
+    records = report.to_dicts()
+    assert [record["name"] for record in json.loads(json.dumps(records))] == ["a<b>&", "bias"]
+    frame = report.to_pandas()
+    assert list(frame.columns) == list(records[0])
+    assert frame["state_bytes"].sum() == report.state_bytes

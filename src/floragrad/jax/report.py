@@ -1,5 +1,6 @@
 """Report of the optimizer state of a tree of parameters: compression, reasons and bytes."""
 
+import warnings
 from math import prod
 from typing import Any
 
@@ -9,10 +10,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from floragrad._checks import DEFAULT_RANK
-from floragrad._report import Report, ReportRow
+from floragrad._report import Report, ReportRow, low_compression_warning
 from floragrad.jax.axes import MatrixAxesOrFn
 from floragrad.jax.leaf import Leaf
-from floragrad.jax.options import check_static, resolve_options
+from floragrad.jax.options import check_static, has_no_momentum, resolve_options
 from floragrad.jax.precision import as_arrays
 from floragrad.jax.second_moment import moment_shapes
 from floragrad.jax.trees import leaf_path
@@ -38,7 +39,8 @@ def flora_report(
 
     The bytes are exact for parameters of float32 or lower precision; a schedule has a count of 4 bytes more. Masked
     leaves (:class:`optax.MaskedNode`, None) have no state and no row: pass the trained part of the tree. ``print``
-    shows a table.
+    and notebooks show a table; ``to_dicts()`` and ``to_pandas()`` return its rows. A warning says why less than half
+    of the momentum is compressed; embedding-like arrays and ``ratio=1`` do not count.
 
     Args:
         params: Parameters, or their shapes (:class:`jax.ShapeDtypeStruct`); nothing is computed.
@@ -93,6 +95,9 @@ def flora_report(
                 reason=plan.reason,
             )
         )
+    reasons = low_compression_warning([row for row in rows if not row.reason.startswith("vocabulary-like")])
+    if reasons and not has_no_momentum(options.b1) and options.ratio != 1:
+        warnings.warn(reasons, UserWarning, stacklevel=2)
     return Report(tuple(rows), shared_bytes=2 * _COUNT_BYTES)
 
 

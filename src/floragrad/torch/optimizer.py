@@ -25,7 +25,7 @@ from floragrad.torch.options import (
     warn_compile_deprecated,
 )
 from floragrad.torch.param_info import ParamInfo, TensorIdCache, ensure_state, group_infos, next_tensor_id
-from floragrad.torch.report import low_compression_warning, make_report
+from floragrad.torch.report import group_warning, make_report
 from floragrad.torch.step import step
 from floragrad.torch.validation import check_shape
 
@@ -163,9 +163,7 @@ class Flora(torch.optim.Optimizer):
         self._incoming: Mapping[Tensor, Mapping[str, Any]] | None = None
         super().__init__(params, defaults)
         self.defaults.update(scheduling.scheduler_defaults(defaults, self.param_groups))
-        reasons = low_compression_warning(
-            zip(self.report().rows, (info.group for info in self._infos.values()), strict=True)
-        )
+        reasons = group_warning(zip(self.report().rows, (info.group for info in self._infos.values()), strict=True))
         if reasons:
             warnings.warn(reasons, UserWarning, stacklevel=3)
 
@@ -252,7 +250,9 @@ class Flora(torch.optim.Optimizer):
 
     @disable_dynamo
     def report(self) -> Report:
-        """Report each tensor's state, its bytes and the reason for its plan; ``print`` shows a table.
+        """Report each tensor's state, its bytes and the reason for its plan.
+
+        ``print`` and notebooks show a table; ``to_dicts()`` and ``to_pandas()`` return its rows.
 
         Frozen tensors have no state until they are unfrozen.
 

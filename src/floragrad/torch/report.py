@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from floragrad._report import FROZEN, Report, ReportRow
+from floragrad._report import FROZEN, Report, ReportRow, low_compression_warning
 from floragrad.policy import TensorPlan
 from floragrad.torch.backends import backend_of
 from floragrad.torch.context import Group, State
@@ -64,31 +64,17 @@ def make_report(infos: Mapping[Tensor, ParamInfo], states: MutableMapping[Tensor
     )
 
 
-def low_compression_warning(rows: Iterable[tuple[ReportRow, Group]]) -> str:
-    """Return a warning if less than half of the momentum of hidden tensors is compressed, else an empty string.
+def group_warning(rows: Iterable[tuple[ReportRow, Group]]) -> str:
+    """Return :func:`floragrad._report.low_compression_warning` of an optimizer.
 
-    Frozen tensors, declared vocabulary, and groups without compression do not count.
+    Declared vocabulary, and groups without compression, do not count.
 
     Args:
         rows: The tensors of an optimizer with their groups.
     """
-    hidden = [
-        row
-        for row, group in rows
-        if row.reason != FROZEN and group["beta1"] and group["ratio"] != 1 and group["kind"] != "vocabulary"
-    ]
-    left = sorted((row for row in hidden if row.momentum != "sketch"), key=lambda row: -prod(row.shape))
-    total = sum(prod(row.shape) for row in hidden)
-    missing = sum(prod(row.shape) for row in left)
-    if 2 * missing <= total:
-        return ""
-    compressed = "no momentum" if missing == total else f"{1 - missing / total:.0%} of the momentum of hidden tensors"
-    reasons = ", ".join(f"{row.name} ({row.reason})" for row in left[:5])
-    more = f", and {len(left) - 5} more" if len(left) > 5 else ""
-    remedy = "a smaller rank compresses more, and ratio=1 keeps every column without this warning"
-    if any(row.reason.startswith("vocabulary-like") for row in left):
-        remedy = f"param_groups(model) tells embeddings from matrices by the model's modules; {remedy}"
-    return f"Flora compresses {compressed} here: {reasons}{more}; {remedy}"
+    return low_compression_warning(
+        [row for row, group in rows if group["beta1"] and group["ratio"] != 1 and group["kind"] != "vocabulary"]
+    )
 
 
 def adamw_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

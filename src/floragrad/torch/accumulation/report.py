@@ -1,8 +1,10 @@
 """Report of an accumulator: the sketch of each gradient, its bytes, and the reason for its format."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from floragrad._text import format_bytes, format_table
+from floragrad._table import TableReport
+from floragrad._text import format_bytes
 from floragrad.policy import AccumulatorPlan, StateDtype
 
 
@@ -30,9 +32,10 @@ class AccumulatorRow:
 
 
 @dataclass(frozen=True)
-class AccumulatorReport:
-    """Report with one row per tensor, and totals; ``str`` gives a table."""
+class AccumulatorReport(TableReport[AccumulatorRow]):
+    """Report with one row per tensor, and totals; ``str`` gives a table, and a notebook shows one."""
 
+    header: ClassVar = ("parameter", "shape", "ρ", "stored as", "sketch", "note")
     rows: tuple[AccumulatorRow, ...]
 
     @property
@@ -45,14 +48,18 @@ class AccumulatorReport:
         """Bytes of all gradients in float32, which exact accumulation keeps."""
         return sum(row.exact_bytes for row in self.rows)
 
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "ρ", "stored as", "sketch", "note")
-        lines = format_table([header, *(_cells(row) for row in self.rows)])
+    def cells(self, row: AccumulatorRow) -> tuple[str, ...]:
+        """Return a line of the table."""
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        return row.name, shape, str(row.ratio), row.state_dtype, format_bytes(row.state_bytes), row.reason
+
+    def totals(self) -> list[str]:
+        """Return the line below the table."""
         total = f"sketches {format_bytes(self.state_bytes)}"
         if self.exact_bytes:
             share = self.state_bytes / self.exact_bytes
             total += f", {share:.1%} of the gradients in float32 ({format_bytes(self.exact_bytes)})"
-        return "\n".join([*lines, "", total])
+        return [total]
 
 
 def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool) -> AccumulatorRow:
@@ -74,8 +81,3 @@ def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool
         exact_bytes=plan.exact_bytes,
         reason=plan.reason if sketched else "steps=1: nothing is kept",
     )
-
-
-def _cells(row: AccumulatorRow) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    return row.name, shape, str(row.ratio), row.state_dtype, format_bytes(row.state_bytes), row.reason
