@@ -79,6 +79,8 @@ METHODS: Final[dict[str, Method]] = {
     "scale": Method(peer="scale"),
     # Ten times the rate of the whole matrices.
     "lora": Method(lr=1e-2, peer="adamw", ranked=True, adapters=True),
+    "lora-adafactor": Method(lr=1e-2, peer="adafactor", ranked=True, adapters=True),
+    "lora-adafactor-none": Method(lr=1e-2, peer="adafactor-none", ranked=True, adapters=True),
 }
 DEFAULT_METHODS: Final = ("flora", "adamw", "adafactor")
 """What ``floragrad compare`` runs, and ``--backend jax`` knows."""

@@ -1,0 +1,414 @@
+"""The paper's main experiment: gradient accumulation and momentum, whole, with LoRA and with Flora.
+
+    python -m replication.tables
+    python -m replication.tables --preset paper
+
+Every row is trained by Adafactor and differs in what it keeps beside the factored second moment.
+
+*Accumulation* is fine-tuning in 16 micro-batches a step: *None* makes a step of each micro-batch, *Naive* sums their
+gradients, *LoRA(r)* trains adapters and sums their gradients, *Flora(r)* sums random projections of the gradients.
+All read as many examples. *Momentum* (β₁ = 0.9) is training from scratch: *None* has none, *Naive* keeps it whole,
+*LoRA(r)* keeps the adapters', *Flora(r)* its random projection. *Flora(r)* is the paper's: Gaussian projections,
+unbiased, float32. *Flora, ours* are floragrad's defaults: of the accumulator, int4 with every column; of the momentum,
+int8, signs and r = width / 4. Updates are scaled by the size of the weights, as Adafactor does by default, but for
+LoRA's, whose B is 0 at first, and ours: their learning rates are on another scale.
+
+The small preset trains models from scratch on two cores, and fine-tunes them after they have learnt to go on with the
+first half of a package's description. r is given for the width of 512 and scaled to the model's. A T5 summarizes
+descriptions of Debian's packages, and a GPT-2 translates FreeDict's German-English dictionary. The paper's preset takes
+T5-3B and T5-small on XSum and GPT-2 on IWSLT 2017 from the hub, on a GPU. Every tenth example is held out.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Final, NamedTuple, cast
+
+from transformers import AutoConfig
+
+from benchmarks import harness
+from floragrad._text import format_bytes
+from floragrad.cli import machine
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.folder import CORPUS, RunFolder, new_folder
+from floragrad.cli.train.measures import measure_name
+from floragrad.cli.train.run import check_model, write_corpus
+from floragrad.cli.train.tasks import TASKS
+from floragrad.cli.train.tasks.pair_data import PairData
+from replication.models import write_bare, write_halves, write_small
+from replication.runs import run_all
+
+MICRO_BATCHES: Final = 16
+SCORES: Final = {"summarization": ("rouge1", "rouge2", "rougeL"), "seq2seq": ("bleu",)}
+_DATA, _TEXT = "data", "text"
+_PAPER: Final = ("scale_parameter=true",)
+"""Of the optimizer in all rows but LoRA and ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One of the paper's tables, on one task.
+
+    Attributes:
+        name: ``"accumulation"`` or ``"momentum"``.
+        task: Of ``floragrad train``.
+        model: Name on the hub, or a folder; empty for a small one.
+        batch: Examples of a micro-batch.
+        epochs: Passes over the examples.
+        lr: Learning rate of rows that scale updates by the weights.
+        lora_lr: That of LoRA.
+        our_lr: That of our defaults.
+        kappa: Steps between two projections of the momentum.
+    """
+
+    name: str
+    task: str
+    model: str = ""
+    batch: int
+    epochs: float
+    lr: float
+    lora_lr: float
+    our_lr: float
+    kappa: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Names and sizes of everything.
+
+    Attributes:
+        experiments: In the order of the page.
+        data: Options of the data of each task.
+        ranks: r of LoRA and Flora.
+        reference: Width of the model that these are given for; 0 for that of each model.
+        seeds: By default.
+        width: Of small models.
+        layers: Of theirs, on each side.
+        vocabulary: Of their tokenizer.
+        pretraining: Options of their pre-training.
+        scored: Held-out examples to score.
+        jobs: Runs at once by default; 0 does them in this process.
+    """
+
+    experiments: tuple[Experiment, ...]
+    data: Mapping[str, Mapping[str, Any]]
+    ranks: tuple[int, ...] = (8, 32, 128, 256)
+    reference: int = 0
+    seeds: tuple[int, ...] = (42, 43, 44)
+    width: int = 128
+    layers: int = 2
+    vocabulary: int = 1024
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
+    scored: int = 512
+    jobs: int = 1
+
+
+_PROMPTS: Final[dict[str, dict[str, Any]]] = {
+    "summarization": {"source_prefix": "summarize: "},
+    "seq2seq": {"source_prefix": "translate German to English: ", "source_suffix": " English: "},
+}
+
+
+def _data(**options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {task: {**_PROMPTS[task], **chosen} for task, chosen in options.items()}
+
+
+_ACCUMULATION: Final = {"name": "accumulation", "lr": 4e-4, "lora_lr": 1e-3, "our_lr": 4e-5, "batch": 1, "epochs": 1}
+_MOMENTUM: Final = {"name": "momentum", "lr": 1e-3, "lora_lr": 3e-3, "our_lr": 1e-4, "batch": 4, "epochs": 10}
+PAPER: Final = Preset(
+    experiments=(
+        Experiment(task="summarization", model="google-t5/t5-3b", **_ACCUMULATION),
+        Experiment(task="seq2seq", model="openai-community/gpt2", **_ACCUMULATION),
+        Experiment(task="summarization", model="google-t5/t5-small", **_MOMENTUM),
+        Experiment(task="seq2seq", model="openai-community/gpt2", **_MOMENTUM),
+    ),
+    data=_data(
+        summarization={
+            "dataset": "EdinburghNLP/xsum",
+            "sequence_length": 512,
+            "target_length": 128,
+            "max_megabytes": 10_000,
+        },
+        seq2seq={
+            "dataset": "IWSLT/iwslt2017",
+            "dataset_config": "iwslt2017-de-en",
+            "sequence_length": 512,
+            "target_length": 512,
+            "max_megabytes": 10_000,
+        },
+    ),
+)
+_SMALL_ACCUMULATION: Final = {"name": "accumulation", "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3, "batch": 4}
+_SMALL_MOMENTUM: Final = {"name": "momentum", "lr": 3e-2, "lora_lr": 1e-2, "our_lr": 3e-3, "batch": 16, "kappa": 100}
+SMALL: Final = Preset(
+    experiments=(
+        Experiment(task="summarization", epochs=0.75, **_SMALL_ACCUMULATION),
+        Experiment(task="seq2seq", epochs=0.15, **_SMALL_ACCUMULATION),
+        Experiment(task="summarization", epochs=0.75, **_SMALL_MOMENTUM),
+        Experiment(task="seq2seq", epochs=0.15, **_SMALL_MOMENTUM),
+    ),
+    data=_data(
+        summarization={"sequence_length": 80, "target_length": 20, "max_megabytes": 4},
+        seq2seq={"sequence_length": 40, "target_length": 16, "max_megabytes": 4},
+    ),
+    reference=512,
+    seeds=(0, 1, 2),
+    pretraining={"steps": 400, "batch_size": 16, "lr": 2e-3},
+    scored=256,
+    jobs=harness.cores(),
+)
+SMOKE: Final = replace(
+    SMALL,
+    experiments=(
+        Experiment(task="summarization", epochs=0.02, **_SMALL_ACCUMULATION),
+        Experiment(task="seq2seq", epochs=0.002, **_SMALL_MOMENTUM),
+    ),
+    data={task: {**options, "max_megabytes": 0.5} for task, options in SMALL.data.items()},
+    ranks=(256,),
+    seeds=(0,),
+    pretraining={"steps": 10, "batch_size": 16, "lr": 2e-3},
+    scored=32,
+    jobs=0,
+)
+PRESETS: Final = {"small": SMALL, "paper": PAPER, "smoke": SMOKE}
+
+
+class Row(NamedTuple):
+    """A row of a table: its name and its options of ``floragrad train``."""
+
+    name: str
+    options: dict[str, Any]
+
+
+def rows(experiment: Experiment, preset: Preset, width: int) -> list[Row]:
+    """Return the rows of a table.
+
+    Args:
+        experiment: The table.
+        preset: Of the ranks.
+        width: Hidden size of the model.
+    """
+    base = {"set": _PAPER, "lr": experiment.lr}
+    lora = {"lr": experiment.lora_lr}
+    ours = {"lr": experiment.our_lr}
+    ranks = {r: r * width // (preset.reference or width) for r in preset.ranks}
+    if experiment.name == "momentum":
+        flora = {
+            "optimizer": "flora",
+            "projection": "gaussian",
+            "state_dtype": "float32",
+            "kappa": experiment.kappa,
+            "lr": experiment.lr,
+            "set": (*_PAPER, "residual=false", "embedding_momentum=compressed"),
+        }
+        return [
+            Row("None", {**base, "optimizer": "flora-none"}),
+            Row("Naive", {**base, "optimizer": "flora-full"}),
+            *(Row(f"LoRA({r})", {**lora, "optimizer": "lora-adafactor", "rank": rank}) for r, rank in ranks.items()),
+            *(Row(f"Flora({r})", {**flora, "rank": rank}) for r, rank in ranks.items()),
+            Row("Flora, ours", {**ours, "optimizer": "flora", "rank": width // 4}),
+        ]
+    exact = {"accumulate": MICRO_BATCHES, "accumulator": "exact"}
+    adapters = {**lora, **exact, "optimizer": "lora-adafactor-none"}
+    whole = {**base, "optimizer": "flora-none"}
+    sketches = {
+        "accumulate": MICRO_BATCHES,
+        "accumulator": "flora",
+        "accumulator_projection": "gaussian",
+        "accumulator_dtype": "float32",
+    }
+    return [
+        Row("None", whole),
+        Row("Naive", {**whole, **exact}),
+        *(Row(f"LoRA({r})", {**adapters, "rank": rank}) for r, rank in ranks.items()),
+        *(Row(f"Flora({r})", {**whole, **sketches, "accumulator_ratio": width // rank}) for r, rank in ranks.items()),
+        Row("Flora, ours", {**ours, "optimizer": "flora-none", "accumulate": MICRO_BATCHES}),
+    ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything of a preset in one folder: what is there already is not made again.
+
+    Attributes:
+        preset: Names and sizes.
+        folder: Where it is.
+        seeds: Of the runs.
+        jobs: Runs at once.
+        threads: Of each.
+    """
+
+    preset: Preset
+    folder: Path
+    seeds: tuple[int, ...]
+    jobs: int
+    threads: int
+
+    def runs(self, experiment: Experiment) -> dict[str, dict[Path, RunConfig]]:
+        """Return the folder and the configuration of each row's runs, one a seed."""
+        home = self.folder / experiment.task
+        model = self._begin(experiment, home)
+        examples = self._data(experiment, home, model).facts.train_pairs
+        if experiment.name == "accumulation" and not experiment.model:
+            model = self._pretrained(home, model)
+        runs: dict[str, dict[Path, RunConfig]] = {}
+        for name, options in rows(experiment, self.preset, AutoConfig.from_pretrained(model).hidden_size):
+            micro_batches = ceil(experiment.epochs * examples / experiment.batch)
+            steps = max(1, micro_batches // options.get("accumulate", 1))
+            config = self._config(
+                experiment.task,
+                model=model,
+                batch_size=experiment.batch,
+                steps=steps,
+                schedule="constant",
+                warmup_steps=0,
+                eval_every=steps,
+                keep_checkpoint=False,
+                **options,
+            )
+            check_model(config)
+            stem = f"{experiment.name}-{name.lower().translate(str.maketrans('(,', '--', ') '))}"
+            config = replace(config, prepared=f"../{_DATA}/{CORPUS}")
+            runs[name] = {home / f"{stem}-seed{seed}": replace(config, seed=seed) for seed in self.seeds}
+        return runs
+
+    def _config(self, task: str, **options: Any) -> RunConfig:
+        scored = self.preset.scored
+        sizes = {"eval_blocks": scored, "generate_blocks": scored, "threads": self.threads}
+        return RunConfig.resolve(task=task, **{**self.preset.data[task], **sizes, **options})
+
+    def _begin(self, experiment: Experiment, home: Path) -> str:
+        """Return the model to fine-tune, by its name, or to train from scratch, a folder that is written first."""
+        if experiment.model and experiment.name == "accumulation":
+            return experiment.model
+        folder, preset = home / (Path(experiment.model).name or "small"), self.preset
+        if not folder.is_dir():
+            data = preset.data[experiment.task]
+            with new_folder(folder) as new:
+                if experiment.model:
+                    write_bare(experiment.model, new)
+                else:
+                    positions = data["sequence_length"] + data["target_length"]
+                    write_small(experiment.task, new, preset.width, preset.layers, preset.vocabulary, positions)
+        return str(folder.resolve())
+
+    def _data(self, experiment: Experiment, home: Path, model: str) -> PairData:
+        """Return the data of a task, which are written first."""
+        task = TASKS[experiment.task]
+        if not (home / _DATA).is_dir():
+            with new_folder(home / _DATA) as new:
+                write_corpus(self._config(experiment.task, model=model), new / CORPUS)
+                if not experiment.model:
+                    write_halves(new / _TEXT, self.preset.data[experiment.task]["max_megabytes"])
+        return cast(PairData, task.load(home / _DATA / CORPUS))
+
+    def _pretrained(self, home: Path, model: str) -> str:
+        """Return a small model's checkpoint after it has learnt to go on with texts."""
+        options = {**self.preset.data[home.name], **self.preset.pretraining}
+        text = str((home / _DATA / _TEXT).resolve())
+        config = RunConfig.resolve(
+            task="summarization",
+            model=model,
+            dataset=text,
+            optimizer="adamw",
+            threads=self.threads,
+            **{**options, "source_prefix": "", "source_suffix": " "},
+        )
+        run_all({home / "pretrained": config}, min(1, self.jobs))
+        ((_, checkpoint),) = RunFolder.open(home / "pretrained").checkpoints()
+        return str(checkpoint.resolve())
+
+
+def section(experiment: Experiment, runs: Mapping[str, Mapping[Path, RunConfig]]) -> list[str]:
+    """Return the heading, the settings and the table of an experiment whose runs are finished."""
+    found = {name: [RunFolder(path).summary() or {} for path in each] for name, each in runs.items()}
+    config = next(iter(runs["Naive"].values()))
+    scores = SCORES[experiment.task]
+    head = ("method", *map(measure_name, scores), "validation loss", "peak memory", "Δ", "state and gradients", "Δ")
+    cells = [
+        (
+            name,
+            *(_spread([each.get(score) for each in found[name]]) for score in (*scores, "validation_loss")),
+            *_sizes(found[name], found["None"]),
+        )
+        for name in runs
+    ]
+    about = next(each for each in found["Naive"] + found["None"] if "parameters" in each)
+    count = config.units_per_step // config.micro_batches
+    return [
+        f"## {experiment.name.capitalize()}: {experiment.task}",
+        "",
+        *harness.table(head, cells),
+        "",
+        f"- {Path(experiment.model).name or 'a small model'}, {about['parameters']:,} parameters; "
+        f"{config.steps} steps of {config.micro_batches} × {count} examples; rates {experiment.lr:g}, "
+        f"LoRA {experiment.lora_lr:g}, ours {experiment.our_lr:g}"
+        + (f"; κ = {experiment.kappa}" if experiment.name == "momentum" else ""),
+        f"- scores of {config.eval_blocks} of {about['held_out_blocks']:,} held-out examples; mean ± standard "
+        f"deviation over seeds {', '.join(path.name.rpartition('seed')[2] for path in runs['None'])}",
+        f"- peak memory of the {about['peak_memory_of']}; state and gradients: bytes of the optimizer's state, of what "
+        "is kept of the micro-batches' gradients and of adapters, measured from the tensors; Δ to None",
+        "",
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "diverged"
+    return f"{mean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")
+
+
+def _sizes(row: Sequence[Mapping[str, Any]], none: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the bytes of a row, each with the difference to the row without the technique."""
+    if any("parameters" not in each for each in (*row, *none)):
+        return ("–",) * 4
+    whole = none[0]["parameters"]
+
+    def kept(summary: Mapping[str, Any]) -> float:
+        adapters = 4 * (summary["parameters"] - whole)  # float32
+        return float(summary["optimizer_state_bytes"] + summary["accumulation_bytes"] + adapters)
+
+    sizes = [(mean(each["peak_memory_bytes"] for each in found), mean(map(kept, found))) for found in (row, none)]
+    return tuple(
+        text for size, base in zip(*sizes, strict=True) for text in (format_bytes(size), _difference(size - base))
+    )
+
+
+def _difference(size: float) -> str:
+    return f"{'−' if size < 0 else '+'}{format_bytes(abs(size))}" if size else "–"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the runs that are not done yet, and write the page, after each table what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, 1, 2; of the paper's preset 42, 43, 44")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one for each core, of the paper's 1")
+    parser.add_argument("--runs", type=Path, help="folder of the runs, continued if it is there")
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "replication" / "results")
+    given = parser.parse_args(arguments)
+    preset = PRESETS[given.preset]
+    jobs = preset.jobs if given.jobs is None else given.jobs
+    machine.prepare("torch", hub=preset is PAPER)
+    folder = given.runs or harness.ROOT / "runs" / f"tables-{given.preset}"
+    work = Work(
+        preset, folder, tuple(given.seeds or preset.seeds), jobs, max(1, harness.cores() // jobs) if jobs else 1
+    )
+    sections: list[str] = []
+    for experiment in preset.experiments:
+        runs = work.runs(experiment)
+        run_all({path: config for each in runs.values() for path, config in each.items()}, jobs)
+        sections += section(experiment, runs)
+        harness.publish(given, "tables", [*_head(), *sections, *harness.environment(("torch", "transformers"))])
+
+
+def _head() -> list[str]:
+    return ["# Accumulation and momentum", "", (__doc__ or "").partition("--preset paper\n")[2].strip(), ""]
+
+
+if __name__ == "__main__":
+    main()

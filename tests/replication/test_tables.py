@@ -1,0 +1,135 @@
+"""The tables at the paper's names on local files, and the small models before their first row."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, T5Config
+
+from floragrad.cli.compare import worker
+from floragrad.cli.errors import UserError
+from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.corpus import train_tokenizer
+from floragrad.cli.train.folder import RunFolder
+from replication import tables
+from replication.runs import run_all
+from replication.tables import PAPER, SMALL, Experiment, Work, main, rows
+from tests.cli.train.support import save_nothing
+from tests.cli.train.task_data import WORDS, made_up
+
+__all__ = ["made_up"]
+
+WIDTH = 48
+METHODS = ("None", "Naive", "LoRA(2)", "Flora(2)", "Flora, ours")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 and a GPT-2 without weights, and files with the columns of the paper's data sets."""
+    folder = tmp_path_factory.mktemp("hub")
+    german, english = list(WORDS), list(WORDS.values())
+    tokenizer = train_tokenizer([f"translate German to English: summarize: {' '.join(german + english)}"] * 9, 330)
+    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 0}
+    t5 = {"d_model": WIDTH, "d_kv": 24, "d_ff": 96, "num_heads": 2, "num_layers": 1, "decoder_start_token_id": 0}
+    gpt2 = {"n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 96, "bos_token_id": 0}
+    for name, config in (("t5", T5Config(**t5, **ids)), ("gpt2", GPT2Config(**gpt2, **ids))):
+        config.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    pairs = [(f"{' '.join(german[i % 6 :])} {i}", " ".join(english[i % 6 :])) for i in range(20)]
+    files = {
+        "xsum": [{"document": source, "summary": target} for source, target in pairs],
+        "iwslt": [{"translation": {"de": source, "en": target}} for source, target in pairs],
+    }
+    for name, lines in files.items():
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def paper(local: Path) -> tables.Preset:
+    """The paper's preset, with other names and sizes: fine-tuning of the GPT-2, and the T5 from scratch."""
+    models = {"seq2seq": local / "gpt2", "summarization": local / "t5"}
+    sources = {"seq2seq": {"dataset_config": None, "dataset": "iwslt"}, "summarization": {"dataset": "xsum"}}
+    return replace(
+        PAPER,
+        experiments=tuple(
+            replace(PAPER.experiments[place], model=str(models[PAPER.experiments[place].task]), epochs=1)
+            for place in (1, 2)
+        ),
+        data={
+            task: {
+                **options,
+                **sources[task],
+                "dataset": str(local / str(sources[task]["dataset"])),
+                "sequence_length": 64 if task == "seq2seq" else 12,
+                "target_length": 32 if task == "seq2seq" else 6,
+            }
+            for task, options in PAPER.data.items()
+        },
+        ranks=(2,),
+        scored=4,
+        jobs=0,
+    )
+
+
+def test_the_papers_preset_runs_on_local_files(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.PRESETS, "paper", paper(local))
+    monkeypatch.setattr("floragrad.cli.train.run.save", save_nothing)
+    command = ["--preset", "paper", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    main(command)
+    page = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert all(page.count(f"\n| {name} |") == 2 for name in METHODS)
+    assert "| method | BLEU | validation loss |" in page
+    assert "| method | ROUGE-1 | ROUGE-2 | ROUGE-L | validation loss |" in page
+    runs = {path.name: RunFolder(path) for path in tmp_path.glob("runs/*/*-seed0")}
+    assert len(runs) == 10
+    configs = {name: run.config for name, run in runs.items()}
+    found = {name: run.summary() or {} for name, run in runs.items()}
+    # All rows read as many examples, but for the last part of a step.
+    assert {config.steps * config.accumulate // 16 for config in configs.values() if config.task == "seq2seq"} == {1}
+    kept = {name: each["accumulation_bytes"] for name, each in found.items() if name.startswith("accumulation")}
+    assert kept["accumulation-none-seed0"] == 0 < kept["accumulation-lora-2-seed0"]
+    assert kept["accumulation-flora-ours-seed0"] < kept["accumulation-flora-2-seed0"] < kept["accumulation-naive-seed0"]
+    state = {name: each["optimizer_state_bytes"] for name, each in found.items() if name.startswith("momentum")}
+    assert state["momentum-none-seed0"] < state["momentum-flora-ours-seed0"] < state["momentum-naive-seed0"]
+    assert state["momentum-flora-2-seed0"] < state["momentum-naive-seed0"]
+
+    def train_nothing(*_: object) -> int:
+        raise AssertionError("a finished run is done again")
+
+    monkeypatch.setattr(worker, "main", train_nothing)
+    main(command)
+    assert (tmp_path / "out" / "tables.md").read_text(encoding="utf-8") == page
+
+
+def test_ranks_are_scaled_to_the_width() -> None:
+    found = dict(rows(SMALL.experiments[0], SMALL, 128))
+    assert [found[f"LoRA({r})"]["rank"] for r in SMALL.ranks] == [2, 8, 32, 64]
+    assert [found[f"Flora({r})"]["accumulator_ratio"] for r in SMALL.ranks] == [64, 16, 4, 2]
+    momentum = dict(rows(PAPER.experiments[2], PAPER, 512))
+    assert [momentum[f"Flora({r})"]["rank"] for r in PAPER.ranks] == list(PAPER.ranks)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_small_model_is_trained_before_it_is_tuned(tmp_path: Path) -> None:
+    preset = replace(SMALL, width=32, layers=1, vocabulary=330, ranks=(), scored=4, pretraining={"steps": 2})
+    work = Work(preset, tmp_path, (0, 1), jobs=0, threads=1)
+    sizes: dict[str, Any] = {"batch": 1, "epochs": 0.2, "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3}
+    tuned, new = (work.runs(Experiment(name=name, task="seq2seq", **sizes)) for name in ("accumulation", "momentum"))
+    assert list(tuned) == ["None", "Naive", "Flora, ours"]
+    assert {config.model for each in tuned.values() for config in each.values()} == {
+        str(tmp_path / "seq2seq" / "pretrained" / "checkpoint-2")
+    }
+    assert {config.model for config in new["None"].values()} == {str(tmp_path / "seq2seq" / "small")}
+    assert [config.seed for config in new["None"].values()] == [0, 1]
+
+
+def test_runs_with_other_options_are_not_mixed(tmp_path: Path) -> None:
+    config = RunConfig.resolve(task="seq2seq", steps=1, prepared="../corpus")
+    path = tmp_path / "run"
+    with pytest.raises(UserError, match="ended with exit code 2: the same command continues it"):
+        run_all({path: config}, 0)
+    with pytest.raises(UserError, match="holds a run with other options"):
+        run_all({path: replace(config, seed=1)}, 0)
