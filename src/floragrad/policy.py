@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 Projection = Literal["sign", "adaptive", "gaussian"]
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
+SecondMomentDtype = Literal["float32", "int8"]
 EmbeddingMomentum = Literal["none", "full", "compressed"]
 Kind = Literal["matrix", "convolution", "vocabulary", "vector"]
 Momentum = Literal["sketch", "whole", "none"]
@@ -28,7 +29,10 @@ SCALAR_STATE: Final = ("step", "tensor_id")
 """Scalar state, int64 on the CPU: t, and the index of a tensor's random streams."""
 
 STATE_KEYS: Final = frozenset(
-    {*SCALAR_STATE, "exp_avg", "exp_avg_scale", "projection_weight", "row_var", "col_var", "variance"}
+    {
+        *SCALAR_STATE,
+        *("exp_avg", "exp_avg_scale", "projection_weight", "row_var", "col_var", "variance", "variance_scale"),
+    }
 )
 """All keys of a state; other keys in ``optimizer.state[parameter]`` belong to wrappers."""
 
@@ -131,6 +135,7 @@ class TensorPlan:
         projection: Kind of projection.
         state_dtype: Storage format of the momentum.
         reason: Reason for a momentum that is no sketch; empty for a sketch.
+        second_moment_dtype: Storage format of a second moment of a matrix's shape; ``"float32"`` for any other.
     """
 
     shape: tuple[int, ...]
@@ -142,6 +147,7 @@ class TensorPlan:
     projection: Projection
     state_dtype: StateDtype
     reason: str
+    second_moment_dtype: SecondMomentDtype = "float32"
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -163,8 +169,12 @@ class TensorPlan:
         if self.factored and self.view is not None:
             buffers["row_var"] = Buffer(self.leading, "float32")
             buffers["col_var"] = Buffer((*self.leading[:-1], self.view.columns), "float32")
-        else:
+        elif self.second_moment_dtype == "float32":
             buffers["variance"] = Buffer(self.shape, "float32")
+        else:
+            assert self.view is not None
+            buffers["variance"] = Buffer(self.shape, "uint8")
+            buffers["variance_scale"] = storage(self.leading, self.view.columns, "int8")["scale"]
         return buffers
 
     @property
@@ -186,6 +196,7 @@ def plan_tensor(
     factorize_second_moment: bool = True,
     embedding_momentum: EmbeddingMomentum = "none",
     state_dtype: StateDtype = "int8",
+    second_moment_dtype: SecondMomentDtype = "float32",
     kind: Kind | None = None,
     view: MatrixView | None = None,
 ) -> TensorPlan:
@@ -204,6 +215,7 @@ def plan_tensor(
             True.
         embedding_momentum: Momentum of vocabulary-like tensors: ``"none"`` (default), ``"full"`` or ``"compressed"``.
         state_dtype: Storage format of the momentum of tensors with a view; default ``"int8"``.
+        second_moment_dtype: Storage format of their second moment where it is not factored; default ``"float32"``.
         kind: Kind of the tensor; default None, unknown: a matrix is then vocabulary-like where its longer side is above
             8,192 and at least 8 times the shorter one; a tensor of three or more dimensions never is.
         view: Matrix view of the tensor; default None, :func:`matrix_view`.
@@ -229,7 +241,8 @@ def plan_tensor(
         )
     width = ceil(columns / chosen)
     factored = view is not None and factorize_second_moment
-    return TensorPlan(shape, view, chosen, width, momentum, factored, projection, state_dtype, reason)
+    low_bit = second_moment_dtype if view is not None and not factored else "float32"
+    return TensorPlan(shape, view, chosen, width, momentum, factored, projection, state_dtype, reason, low_bit)
 
 
 def _matrix_momentum(

@@ -151,6 +151,7 @@ LAYOUT = {
     "embedding_momentum": "full",
     "state_dtype": "float32",
     "factorize_second_moment": False,
+    "second_moment_dtype": "int8",
     "kind": "vocabulary",
     "beta1": None,
 }

@@ -38,6 +38,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"beta1": -0.1}, r"beta1=-0.1: must be"),
     ({"weight_decay": -0.1}, r"weight_decay=-0.1: must be a number >= 0"),
     ({"scale_parameter": 1}, r"scale_parameter=1: must be one of True, False"),
+    ({"second_moment_dtype": "int4", "factorize_second_moment": False}, r"second_moment_dtype='int4': must be one of"),
+    ({"second_moment_dtype": "int8"}, r"second_moment_dtype='int8' without factorize_second_moment=False"),
     ({"factorize_second_moment": "no"}, r"factorize_second_moment='no': must be one of True, False"),
     ({"seed": -1}, r"seed=-1: must be an integer from 0 to 2\*\*63 - 1"),
     ({"seed": 2**63}, r"seed=9223372036854775808: must be"),

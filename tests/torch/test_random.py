@@ -74,6 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive": {"projection": "adaptive"},
     "paper": {"residual": False, "scale_parameter": True, "weight_decay": 0.1},
     "full second moment": {"factorize_second_moment": False},
+    "full second moment in int8": {"factorize_second_moment": False, "second_moment_dtype": "int8"},
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from floragrad.policy import SCALAR_STATE, STATE_KEYS, TensorPlan
 from floragrad.torch.distributed.collectives import is_sharded
-from floragrad.torch.options import LAYOUT_OPTIONS, changed_option
+from floragrad.torch.options import LAYOUT_OPTIONS, changed_option, with_added_options
 from floragrad.torch.storage import repacked_int4
 
 Group = dict[str, Any]
@@ -32,11 +32,12 @@ def check_loadable(
         ValueError: Naming the option or tensor that differs, both values and the remedy.
     """
     states: dict[Tensor, Mapping[str, Any]] = {}
-    for number, saved in enumerate(state_dict["param_groups"]):
+    saved_groups = [with_added_options(saved) for saved in state_dict["param_groups"]]
+    for number, saved in enumerate(saved_groups):
         check_written_by_flora(f"group {number} of the loaded state", saved)
-    if [len(saved["params"]) for saved in state_dict["param_groups"]] != [len(group["params"]) for group in groups]:
+    if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:
         return states  # torch.optim refuses other numbers of groups or parameters
-    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_options(number, saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
             # A frozen parameter may have only entries of wrappers.

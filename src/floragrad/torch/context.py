@@ -159,6 +159,12 @@ class StepContext:
         buffers = tuple(state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys)
         return StoredRows(buffers, self.plan.width if self.is_sketched else columns, self.state_dtype, rounding)
 
+    def variances(self, state: State) -> list[Tensor]:
+        """Return the buffers of a second moment of every element by rows; none where it is factored."""
+        batch, rows, _ = self.view
+        keys = [key for key in ("variance", "variance_scale") if key in state]
+        return [state[key].view(batch, rows, -1 if rows * batch else state[key].shape[-1]) for key in keys]
+
     def adaptive_weight(self, state: State) -> Tensor:
         """Return the weights of an adaptive projection, (batch, 1, n)."""
         return state["projection_weight"].view(self.view.batch, 1, self.view.columns)
@@ -180,6 +186,9 @@ def random_requests(update: ParamUpdate) -> dict[str, Request]:
         found["state"] = part.rounding_request(ctx.stream(Stream.STATE_ROUNDING), ctx.plan.width)
     if ctx.rounds_parameter(update.param.dtype):
         found["parameter"] = part.rounding_request(ctx.stream(Stream.PARAMETER_ROUNDING), ctx.parameter_width)
+    if "variance_scale" in update.state:
+        assert ctx.plan.view is not None
+        found["variance"] = part.rounding_request(ctx.stream(Stream.VARIANCE_ROUNDING), ctx.plan.view.columns)
     if not ctx.is_sketched or ctx.plan.view is None:
         return found
     columns = ctx.plan.view.columns

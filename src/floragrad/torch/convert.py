@@ -19,11 +19,11 @@ from floragrad.torch.checkpoint import (
 )
 from floragrad.torch.context import Group, State, StepContext
 from floragrad.torch.distributed.collectives import is_sharded
-from floragrad.torch.options import changed_option, layout_options, plan_for
+from floragrad.torch.options import changed_option, layout_options, plan_for, with_added_options
 from floragrad.torch.param_info import ParamInfo, initial_state
 from floragrad.torch.part import Part
 from floragrad.torch.projection import BucketProjection, Projection
-from floragrad.torch.storage import load, save
+from floragrad.torch.storage import dequantize_squares, load, quantize_squares_, save
 
 _ALL = (slice(None), slice(None))
 
@@ -50,7 +50,8 @@ def converted_state(
         )
     states, saved_groups, anew = dict(state_dict["state"]), [], []
     position = 0
-    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+    given_groups = map(with_added_options, state_dict["param_groups"])
+    for number, (saved, group) in enumerate(zip(given_groups, groups, strict=True)):
         check_written_by_flora(f"group {number} of the state", saved)
         option = changed_option(saved, group)
         for key, param in zip(saved["params"], group["params"], strict=True):
@@ -126,13 +127,21 @@ class _Conversion:
 
     def _convert_second_moment(self) -> None:
         old, new = self._old_plan, self._new_plan
-        if (old.view, old.factored) == (new.view, new.factored):
-            for key in self._new.keys() & {"row_var", "col_var", "variance"}:
+        if (old.view, old.factored, old.second_moment_dtype) == (new.view, new.factored, new.second_moment_dtype):
+            for key in self._new.keys() & {"row_var", "col_var", "variance", "variance_scale"}:
                 self._new[key].copy_(self._old[key])
             return
         variance = self._variance()
+        if "variance_scale" in self._new:
+            source, view = self._wanted.stream(Stream.VARIANCE_ROUNDING), self._wanted.view
+            bits = self._wanted.part.draw_rounding(source, view.columns, slice(None), self._wanted.device)
+            values = variance.reshape(view).clone()
+            kept = quantize_squares_(values, bits.integers())
+            for buffer, value in zip(self._wanted.variances(self._new), kept, strict=True):
+                buffer.copy_(value)
+            return
         if not new.factored or new.view is None:
-            self._new["variance"].copy_(variance.view(new.shape))
+            self._new["variance"].copy_(variance.reshape(new.shape))
             return
         variance = variance.reshape(new.view)
         self._new["row_var"].copy_(variance.mean(-1).view(self._new["row_var"].shape))
@@ -141,6 +150,8 @@ class _Conversion:
     def _variance(self) -> Tensor:
         """Return the second moment of every element; of a factored one row · column / mean(row)."""
         view = self._old_plan.view
+        if "variance_scale" in self._old:
+            return dequantize_squares(*self._written.variances(self._old))
         if not self._old_plan.factored or view is None:
             return self._old["variance"]
         rows, columns = (self._old[key].view(view.batch, *shape) for key, shape in _factors(view))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from floragrad._checks import DEFAULT_RANK, refuse_renamed
 from floragrad._report import Report
-from floragrad.policy import EmbeddingMomentum, Projection, StateDtype
+from floragrad.policy import EmbeddingMomentum, Projection, SecondMomentDtype, StateDtype
 from floragrad.torch import param_info, scheduling
 from floragrad.torch.checkpoint import check_loadable, flora_state, restore_state, saved_groups_with_device
 from floragrad.torch.context import ParamUpdate, State, StepContext
@@ -17,6 +17,7 @@ from floragrad.torch.convert import converted_state
 from floragrad.torch.dynamo import caller_stacklevel, disable_dynamo
 from floragrad.torch.group_sync import check_option_unchanged, check_options_unchanged, is_in_sync, sync_infos
 from floragrad.torch.options import (
+    ADDED_OPTIONS,
     RENAMED,
     check_relative_lr,
     drop_compile,
@@ -66,6 +67,8 @@ class Flora(torch.optim.Optimizer):
         relative_step: Derive the step size from the step: min(1e-2, 1/√t). Schedulers run, and change nothing.
         warmup_init: With ``relative_step``: min(1e-6·t, 1/√t).
         factorize_second_moment: False keeps the second moment whole; the momentum stays compressed.
+        second_moment_dtype: Storage of a whole second moment of matrices: ``"float32"``, or ``"int8"``, rounded
+            stochastically. PyTorch's operations compute its steps; the kernels do not.
         seed: Of projections and of rounding. The same seed gives the same results.
         ratio: ρ itself, the same for every tensor; instead of ``rank``.
         projection: ``"sign"``, ``"adaptive"`` (learned weights, n floats more), ``"gaussian"`` (the paper's).
@@ -128,6 +131,7 @@ class Flora(torch.optim.Optimizer):
         residual: bool | None = None,
         embedding_momentum: EmbeddingMomentum = "none",
         state_dtype: StateDtype | torch.dtype = "int8",
+        second_moment_dtype: SecondMomentDtype = "float32",
         stochastic_rounding: bool = True,
         compile: bool | None = None,
         maximize: bool = False,
@@ -151,6 +155,7 @@ class Flora(torch.optim.Optimizer):
             "residual": residual,
             "embedding_momentum": embedding_momentum,
             "state_dtype": state_dtype,
+            "second_moment_dtype": second_moment_dtype,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
         }
@@ -338,7 +343,8 @@ class Flora(torch.optim.Optimizer):
         self._infos, self._ids = {}, TensorIdCache()
         for options in (self.defaults, *self.param_groups):
             options.pop("compile", None)  # of versions that compiled the step
-            options.setdefault("maximize", False)  # of versions that had none
+            for name, value in ADDED_OPTIONS.items():
+                options.setdefault(name, value)
         for group in self.param_groups:
             if group["relative_step"] and group["lr"] is None:  # of versions that kept schedulers out
                 group["lr"] = relative_lr(group, 1)

@@ -22,7 +22,7 @@ from floragrad._checks import (
     one_of,
     shared_contradictions,
 )
-from floragrad.policy import Kind, TensorPlan, plan_tensor
+from floragrad.policy import Kind, SecondMomentDtype, TensorPlan, plan_tensor
 
 RENAMED: Final = {"quantization": "state_dtype='int8' for True (the default), state_dtype='float32' for False"}
 """What to write for the keywords of flora-opt's Flora that have another name here."""
@@ -39,10 +39,13 @@ LAYOUT_OPTIONS: Final[dict[str, str]] = {
     "embedding_momentum": _OTHER_LAYOUT,
     "state_dtype": "its momentum is stored in another format",
     "factorize_second_moment": _OTHER_LAYOUT,
+    "second_moment_dtype": "its second moment is stored in another format",
     "kind": _OTHER_LAYOUT,
     "beta1": "one of them keeps a momentum, the other none",
 }
 """Options that fix the layout of the state, with the reason why another value cannot read it."""
+ADDED_OPTIONS: Final = {"maximize": False, "second_moment_dtype": "float32"}
+"""Options that states of earlier versions do not have, with the only value of them then."""
 
 _PLAN_OPTIONS: Final = (
     "rank",
@@ -52,6 +55,7 @@ _PLAN_OPTIONS: Final = (
     "factorize_second_moment",
     "embedding_momentum",
     "state_dtype",
+    "second_moment_dtype",
     "kind",
 )
 
@@ -80,6 +84,7 @@ _CHECKS: Final[dict[str, Check]] = SHARED_CHECKS | {
     "relative_step": FLAG,
     "warmup_init": FLAG,
     "factorize_second_moment": FLAG,
+    "second_moment_dtype": one_of(*get_args(SecondMomentDtype)),
     "seed": (lambda value: is_integer(value, 0), "an integer from 0 to 2**63 - 1"),
     "stochastic_rounding": FLAG,
     "maximize": FLAG,
@@ -215,8 +220,18 @@ def _check_contradictions(group: dict[str, Any]) -> None:
             group["warmup_init"] and not group["relative_step"],
             "warmup_init=True without relative_step=True: it is the warm-up of the relative step",
         ),
+        (
+            group["second_moment_dtype"] != "float32" and group["factorize_second_moment"],
+            f"second_moment_dtype={group['second_moment_dtype']!r} without factorize_second_moment=False: a factored "
+            "second moment is a row and a column, in float32",
+        ),
     )
     check_contradictions(contradictions)
+
+
+def with_added_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a saved group, those included that its version did not have."""
+    return {**ADDED_OPTIONS, **saved}
 
 
 def layout_options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from floragrad.policy import QUANTIZATION_BLOCK, MatrixView, StateDtype
 
 LARGEST: Final = {"int8": 127, "int4": 7}
 """The largest integer of each low-bit format; the grid is symmetric."""
+LEVELS: Final = 255
+"""The largest level of a second moment in 8 bits."""
 BLOCK_ELEMENTS: Final = 2**20
 """Elements of a block of rows on the CPU, 4 MiB of float32: few launches that stay in the cache."""
 ACCELERATOR_BLOCK_ELEMENTS: Final = 2**24
@@ -145,6 +147,45 @@ def dequantize(payload: Tensor, scale: Tensor, state_dtype: StateDtype, width: i
     for block, factor in _per_block(values, scale):
         block.mul_(factor)
     return values
+
+
+def quantize_squares_(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize float32 rows of averaged squares to 8 bits, in their own memory, which is written over.
+
+    Level q of a block with the largest element v is v·(q / 255)⁴, so that square roots down to a 65,025th of the
+    largest are told apart. Of the two levels around an element one is drawn, with the element as the mean. Elements
+    below level 1 are raised to it, for the update divides by their roots.
+
+    Args:
+        values: (..., n), float32 and finite, at least 0.
+        bits: (..., n), integers of 16 bits, from :meth:`RoundingBits.integers`.
+
+    Returns:
+        The levels, uint8 of (..., n), and the largest elements, float32 of (..., ceil(n/64)).
+    """
+    largest = torch.cat([block.amax(-1) for block in _blocks(values)], dim=-1)
+    for block, divisor in _per_block(values, torch.where(largest == 0, 1.0, largest)):
+        block.div_(divisor)
+    levels = values.sqrt().sqrt_().mul_(LEVELS).floor_().clamp_(1, LEVELS - 1)
+    low = _level_values(levels.clone())
+    distance = _level_values(levels + 1).sub_(low)
+    chance = values.sub_(low).div_(distance)
+    del low, distance
+    uniform = bits.float().add_(32768.5).mul_(2.0**-16)
+    return levels.add_(uniform < chance).to(torch.uint8), largest
+
+
+def dequantize_squares(levels: Tensor, largest: Tensor) -> Tensor:
+    """Return the float32 rows that :func:`quantize_squares_` stored."""
+    values = _level_values(levels.float())
+    for block, factor in _per_block(values, largest):
+        block.mul_(factor)
+    return values
+
+
+def _level_values(levels: Tensor) -> Tensor:
+    """Return (q / 255)⁴ of levels q, in their memory."""
+    return levels.div_(LEVELS).square_().square_()
 
 
 def _pack(integers: Tensor) -> Tensor:

@@ -127,9 +127,13 @@ def _eager_step_bytes(dtype: torch.dtype, ctx: StepContext) -> int:
     block, small = 4 * height * columns, 4 * _rows(step_blocks(ctx, rounds=rounds))[0] * columns
     words = 8 * half_count(rows + width) if plan.momentum != "none" and ctx.state_dtype != "float32" else 0
     words += 8 * half_count(rows + ctx.parameter_width) if rounds else 0
+    is_low_bit = plan.second_moment_dtype != "float32"
+    words += 8 * half_count(rows + columns) if is_low_bit else 0
     scales = 4 * (rows + batch * columns) if plan.factored else 0
     factors = 0 if plan.factored else 1  # blocks of factors of single elements
-    statistics = 2 * scales + block if plan.factored else (1 + copied + (not is_one)) * block
+    statistics: float = 2 * scales + block if plan.factored else (1 + copied + (not is_one)) * block
+    if is_low_bit:  # random bits, averages, levels, their two values, and the levels in 8 bits; scales
+        statistics = 5.25 * block + 12 * height * ceil(columns / QUANTIZATION_BLOCK)
     passes: list[float] = [statistics]
     held, direction = scales, factors * small
     if ctx.is_sketched:

@@ -20,7 +20,17 @@ from floragrad.torch.context import ParamUpdate, StepContext, random_requests
 from floragrad.torch.part import Part, Passes, ShardSum
 from floragrad.torch.projection import BucketProjection, Projection
 from floragrad.torch.random import Request, draw_words, signs
-from floragrad.torch.storage import Block, StoredRows, block_elements, load, max_block_elements, row_blocks, save
+from floragrad.torch.storage import (
+    Block,
+    StoredRows,
+    block_elements,
+    dequantize_squares,
+    load,
+    max_block_elements,
+    quantize_squares_,
+    row_blocks,
+    save,
+)
 
 DRAWN_WORDS: Final = 2**22
 """Random words that are drawn together on an accelerator, 32 MiB: the launches of a draw do not depend on its size."""
@@ -87,6 +97,7 @@ class _EagerStep:
         self._grads = grad.reshape(ctx.view)
         self._stored = self._stored_rows()
         self._scales = pure.Scales(None, self._grads)  # until the statistics are known
+        self._variances = ctx.variances(self._state)
         self._estimator: pure.Estimator | None = None
         self._corrections: Tensor | None = None
         self._holds_corrections = ctx.splits_sketch or not ctx.part.split
@@ -115,11 +126,7 @@ class _EagerStep:
         sums = [] if norm is None else [ctx.shard_sum(norm)]
         if not ctx.plan.factored:
             yield sums
-            variance = state["variance"].view(ctx.view)
-            for block in self._blocks():
-                squares = self._grads[block].float().square()
-                pure.average_(pure.saturate_(variance[block]), squares, 1, beta2, eps1)
-            self._scales = pure.Scales(None, variance)
+            self._average_squares(eps1, beta2)
             return
         assert ctx.plan.view is not None
         _, all_rows, all_columns = ctx.plan.view
@@ -140,6 +147,28 @@ class _EagerStep:
         pure.average_(pure.saturate_(col_var), col_sums, all_rows, beta2, eps1)
         row_mean = row_total.div_(all_rows).add_((1 - beta2) * eps1)
         self._scales = pure.factored_scales(row_var, row_mean, col_var)
+
+    def _average_squares(self, eps1: float, beta2: float) -> None:
+        """Update a second moment of every element."""
+        ctx, rounding = self._ctx, None
+        if "variance" in self._words:
+            assert ctx.plan.view is not None
+            rounding = ctx.part.rounding(self._words["variance"], ctx.plan.view.columns, ctx.part.columns)
+        for block in self._blocks():
+            squares = self._grads[block].float().square()
+            average = self._variance(block)
+            pure.average_(pure.saturate_(average), squares, 1, beta2, eps1)
+            del squares
+            if rounding is not None:
+                kept = quantize_squares_(pure.saturate_(average), rounding.of(block).integers())
+                for buffer, value in zip(self._variances, kept, strict=True):
+                    buffer[block] = value
+        self._scales = pure.Scales(None, self._variances[0])
+
+    def _variance(self, block: Block) -> Tensor:
+        """Return the second moment of a block's elements: where it lies, but for 8 bits."""
+        kept = [buffer[block] for buffer in self._variances]
+        return kept[0] if len(kept) == 1 else dequantize_squares(*kept)
 
     def _projections(self) -> tuple[Projection, Projection | None]:
         """Return P of this step (with the old weights where new ones are to be learnt), and P before if it differs."""
@@ -297,7 +326,7 @@ class _EagerStep:
     def _scales_of(self, block: Block) -> pure.Scales:
         """Return the factors of a block; those of a full second moment are computed here."""
         if self._scales.rows is None:
-            return pure.Scales(None, self._scales.columns[block].rsqrt())
+            return pure.Scales(None, self._variance(block).rsqrt())
         return pure.Scales(self._scales.rows[block], self._scales.columns[block[0]])
 
     def _stored_rows(self) -> StoredRows:

@@ -263,19 +263,26 @@ def _local(
 
 
 def check_columns(name: str, param: DTensor, plan: TensorPlan, part: Part) -> None:
-    """Refuse momentum that a tensor split along its columns cannot keep.
+    """Refuse a state that a tensor split along its columns cannot keep.
 
     Raises:
         ValueError: With the remedy.
     """
-    if "columns" not in part.split or plan.momentum == "none" or plan.view is None:
+    if "columns" not in part.split or plan.view is None:
         return
+    cuts_blocks = plan.view.columns % (QUANTIZATION_BLOCK * part.column_parts) != 0
     where = f"{name} of shape {plan.shape} is split along its columns ({param.placements})"
+    if plan.second_moment_dtype != "float32" and cuts_blocks:
+        raise ValueError(
+            f"{where} and keeps its second moment in {plan.second_moment_dtype}, whose blocks of {QUANTIZATION_BLOCK} "
+            "columns it cuts: give its group second_moment_dtype='float32'"
+        )
+    if plan.momentum == "none":
+        return
     if plan.momentum == "sketch":
         if plan.projection == "adaptive":
             raise ValueError(f"{where}: learned weights need whole rows; give its group projection='sign'")
         return
-    cuts_blocks = plan.view.columns % (QUANTIZATION_BLOCK * part.column_parts) != 0
     if plan.state_dtype == "int4" or (plan.state_dtype == "int8" and cuts_blocks):
         raise ValueError(
             f"{where} and keeps every column of its momentum in {plan.state_dtype}, whose blocks of "

@@ -49,6 +49,8 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
         return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
+    if plan.second_moment_dtype != "float32":
+        return f"second moment in {plan.second_moment_dtype}"
     return part.irregularity or unsupported_tensor(tensor)
 
 

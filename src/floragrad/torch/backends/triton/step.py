@@ -44,6 +44,8 @@ def unsupported_reason(tensor: Tensor, plan: TensorPlan, part: Part) -> str:
         return absence()
     if plan.momentum == "sketch" and plan.projection == "gaussian":
         return "Gaussian projection"
+    if plan.second_moment_dtype != "float32":
+        return f"second moment in {plan.second_moment_dtype}"
     width = plan.width if plan.momentum == "sketch" else part.view.columns
     return _unsupported_part(part, width) or unsupported_memory(tensor, DTYPES)
 
