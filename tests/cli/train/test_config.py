@@ -144,6 +144,15 @@ def test_values_of_a_file_are_checked_too(name: str, value: object, message: str
         ({"optimizer": "sgd"}, f"--optimizer 'sgd' is unknown: choose one of {', '.join(METHODS)}"),
         ({"projection": "dct"}, "--projection 'dct' is unknown: choose one of sign, adaptive, gaussian"),
         ({"state_dtype": "int2"}, "--state-dtype 'int2' is unknown: choose one of float32, bfloat16, int8, int4"),
+        ({"schedule": "step"}, "--schedule 'step' is unknown: choose one of cosine, linear, constant"),
+        (
+            {"report_to": ("wandb",), "backend": "jax"},
+            "--report-to belongs to --backend torch, and this is jax: leave it out",
+        ),
+        (
+            {"validation_text": ("a",), "task": "vision"},
+            "--validation-text belongs to --task lm, and this is vision: leave it out",
+        ),
         ({"dtype": "float16"}, "--dtype 'float16' is unknown: choose one of float32, bfloat16"),
         ({"steps": 0}, "--steps is 0: give a whole number of at least 1"),
         ({"sequence_length": 1}, "--sequence-length is 1: give a whole number of at least 2"),
