@@ -191,7 +191,7 @@ def _distances(one: Sequence[Curve], other: Sequence[Curve], mark: int) -> str:
 
 def draw(curves: dict[str, list[Curve]], steps: int, path: str) -> None:
     """Draw the mean training loss of each method over the steps, with the range over seeds shaded."""
-    figure = require("matplotlib.figure", "plot")
+    figure = require("matplotlib.figure", "train")
     drawing = figure.Figure(figsize=(9, 5), layout="constrained")
     axes = drawing.subplots()
     span = max(steps // SPANS, 1)

@@ -24,7 +24,7 @@ def test_predicted_is_measured(toy: Profile, name: str) -> None:
     predicted, measured = toy.predicted[name], toy.measured[name].row
     for category in ("parameters", "optimizer_state", "accumulation", "gradients"):
         assert getattr(predicted, category) == getattr(measured, category), category
-    assert toy.difference <= SINGLES
+    assert toy.difference(name) <= SINGLES
 
 
 def test_every_setting_needs_less_than_the_one_before(toy: Profile) -> None:
