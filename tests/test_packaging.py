@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import floragrad
+
 ROOT = Path(__file__).parents[1]
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
 OLDEST, USUAL = "3.10", "3.11"
@@ -56,7 +58,7 @@ def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path
         packed = {name.partition("/")[2] for name in file.getnames()}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("src", "dev", "docs", "tests", "benchmarks")
+        for folder in ("src", "dev", "docs", "tests", "benchmarks", "replication")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md", ".png", ".svg", ".json", ".cpp", ".hpp", ".typed")
     }
@@ -73,3 +75,11 @@ def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path
         "SECURITY.md",
     } <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
+
+
+def test_the_version_stands_alike_wherever_it_is_written() -> None:
+    """``_version.py`` is read by the build; the others are written by hand."""
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md", "README.md")}
+    assert f"\nversion: {floragrad.__version__}\n" in pages["CITATION.cff"]
+    assert pages["CHANGELOG.md"].startswith(f"# Changes\n\n## {floragrad.__version__}")
+    assert f"version {floragrad.__version__}." in pages["README.md"]
