@@ -6,12 +6,12 @@
 Every row is trained by Adafactor and differs in what it keeps beside the factored second moment.
 
 *Accumulation* is fine-tuning in 16 micro-batches a step: *None* makes a step of each micro-batch, *Naive* sums their
-gradients, *LoRA(r)* trains adapters and sums their gradients, *Flora(r)* sums random projections of the gradients.
-All read as many examples. *Momentum* (β₁ = 0.9) is training from scratch: *None* has none, *Naive* keeps it whole,
-*LoRA(r)* keeps the adapters', *Flora(r)* its random projection. *Flora(r)* is the paper's: Gaussian projections,
-unbiased, float32. *Flora, ours* are floragrad's defaults: of the accumulator, int4 with every column; of the momentum,
-int8, signs and r = width / 4. Updates are scaled by the size of the weights, as Adafactor does by default, but for
-LoRA's, whose B is 0 at first, and ours: their learning rates are on another scale.
+gradients, *LoRA(r)* trains adapters and sums their gradients, *Flora(r)* sums random projections of the gradients, but
+of the embedding's the gradients themselves. All read as many examples. *Momentum* (β₁ = 0.9) is training from scratch:
+*None* has none, *Naive* keeps it whole, *LoRA(r)* keeps the adapters', *Flora(r)* its random projection. *Flora(r)* is
+the paper's: Gaussian projections, unbiased, float32. *Flora, ours* are floragrad's defaults: of the accumulator, int4
+with every column; of the momentum, int8, signs and r = width / 4. Updates are scaled by the size of the weights, as
+Adafactor does by default, but for LoRA's, whose B is 0 at first, and ours: their learning rates are on another scale.
 
 The small preset trains models from scratch on two cores, and fine-tunes them after they have learnt to go on with the
 first half of a package's description. r is given for the width of 512 and scaled to the model's. A T5 summarizes
@@ -21,11 +21,12 @@ T5-3B and T5-small on XSum and GPT-2 on IWSLT 2017 from the hub, on a GPU. Every
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Final, NamedTuple, cast
+from tempfile import mkdtemp
+from typing import Any, Final, cast
 
 from transformers import AutoConfig
 
@@ -38,195 +39,12 @@ from floragrad.cli.train.measures import measure_name
 from floragrad.cli.train.run import check_model, write_corpus
 from floragrad.cli.train.tasks import TASKS
 from floragrad.cli.train.tasks.pair_data import PairData
+from replication.experiments import PRESETS, Experiment, Preset, rows
 from replication.models import write_bare, write_halves, write_small
 from replication.runs import run_all
 
-MICRO_BATCHES: Final = 16
 SCORES: Final = {"summarization": ("rouge1", "rouge2", "rougeL"), "seq2seq": ("bleu",)}
 _DATA, _TEXT = "data", "text"
-_PAPER: Final = ("scale_parameter=true",)
-"""Of the optimizer in all rows but LoRA and ours."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """One of the paper's tables, on one task.
-
-    Attributes:
-        name: ``"accumulation"`` or ``"momentum"``.
-        task: Of ``floragrad train``.
-        model: Name on the hub, or a folder; empty for a small one.
-        batch: Examples of a micro-batch.
-        epochs: Passes over the examples.
-        lr: Learning rate of rows that scale updates by the weights.
-        lora_lr: That of LoRA.
-        our_lr: That of our defaults.
-        kappa: Steps between two projections of the momentum.
-    """
-
-    name: str
-    task: str
-    model: str = ""
-    batch: int
-    epochs: float
-    lr: float
-    lora_lr: float
-    our_lr: float
-    kappa: int = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Names and sizes of everything.
-
-    Attributes:
-        experiments: In the order of the page.
-        data: Options of the data of each task.
-        ranks: r of LoRA and Flora.
-        reference: Width of the model that these are given for; 0 for that of each model.
-        seeds: By default.
-        width: Of small models.
-        layers: Of theirs, on each side.
-        vocabulary: Of their tokenizer.
-        pretraining: Options of their pre-training.
-        scored: Held-out examples to score.
-        jobs: Runs at once by default; 0 does them in this process.
-    """
-
-    experiments: tuple[Experiment, ...]
-    data: Mapping[str, Mapping[str, Any]]
-    ranks: tuple[int, ...] = (8, 32, 128, 256)
-    reference: int = 0
-    seeds: tuple[int, ...] = (42, 43, 44)
-    width: int = 128
-    layers: int = 2
-    vocabulary: int = 1024
-    pretraining: Mapping[str, Any] = field(default_factory=dict)
-    scored: int = 512
-    jobs: int = 1
-
-
-_PROMPTS: Final[dict[str, dict[str, Any]]] = {
-    "summarization": {"source_prefix": "summarize: "},
-    "seq2seq": {"source_prefix": "translate German to English: ", "source_suffix": " English: "},
-}
-
-
-def _data(**options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {task: {**_PROMPTS[task], **chosen} for task, chosen in options.items()}
-
-
-_ACCUMULATION: Final = {"name": "accumulation", "lr": 4e-4, "lora_lr": 1e-3, "our_lr": 4e-5, "batch": 1, "epochs": 1}
-_MOMENTUM: Final = {"name": "momentum", "lr": 1e-3, "lora_lr": 3e-3, "our_lr": 1e-4, "batch": 4, "epochs": 10}
-PAPER: Final = Preset(
-    experiments=(
-        Experiment(task="summarization", model="google-t5/t5-3b", **_ACCUMULATION),
-        Experiment(task="seq2seq", model="openai-community/gpt2", **_ACCUMULATION),
-        Experiment(task="summarization", model="google-t5/t5-small", **_MOMENTUM),
-        Experiment(task="seq2seq", model="openai-community/gpt2", **_MOMENTUM),
-    ),
-    data=_data(
-        summarization={
-            "dataset": "EdinburghNLP/xsum",
-            "sequence_length": 512,
-            "target_length": 128,
-            "max_megabytes": 10_000,
-        },
-        seq2seq={
-            "dataset": "IWSLT/iwslt2017",
-            "dataset_config": "iwslt2017-de-en",
-            "sequence_length": 512,
-            "target_length": 512,
-            "max_megabytes": 10_000,
-        },
-    ),
-)
-_SMALL_ACCUMULATION: Final = {"name": "accumulation", "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3, "batch": 4}
-_SMALL_MOMENTUM: Final = {"name": "momentum", "lr": 3e-2, "lora_lr": 1e-2, "our_lr": 3e-3, "batch": 16, "kappa": 100}
-SMALL: Final = Preset(
-    experiments=(
-        Experiment(task="summarization", epochs=0.75, **_SMALL_ACCUMULATION),
-        Experiment(task="seq2seq", epochs=0.15, **_SMALL_ACCUMULATION),
-        Experiment(task="summarization", epochs=0.75, **_SMALL_MOMENTUM),
-        Experiment(task="seq2seq", epochs=0.15, **_SMALL_MOMENTUM),
-    ),
-    data=_data(
-        summarization={"sequence_length": 80, "target_length": 20, "max_megabytes": 4},
-        seq2seq={"sequence_length": 40, "target_length": 16, "max_megabytes": 4},
-    ),
-    reference=512,
-    seeds=(0, 1, 2),
-    pretraining={"steps": 400, "batch_size": 16, "lr": 2e-3},
-    scored=256,
-    jobs=harness.cores(),
-)
-SMOKE: Final = replace(
-    SMALL,
-    experiments=(
-        Experiment(task="summarization", epochs=0.02, **_SMALL_ACCUMULATION),
-        Experiment(task="seq2seq", epochs=0.002, **_SMALL_MOMENTUM),
-    ),
-    data={task: {**options, "max_megabytes": 0.5} for task, options in SMALL.data.items()},
-    ranks=(256,),
-    seeds=(0,),
-    pretraining={"steps": 10, "batch_size": 16, "lr": 2e-3},
-    scored=32,
-    jobs=0,
-)
-PRESETS: Final = {"small": SMALL, "paper": PAPER, "smoke": SMOKE}
-
-
-class Row(NamedTuple):
-    """A row of a table: its name and its options of ``floragrad train``."""
-
-    name: str
-    options: dict[str, Any]
-
-
-def rows(experiment: Experiment, preset: Preset, width: int) -> list[Row]:
-    """Return the rows of a table.
-
-    Args:
-        experiment: The table.
-        preset: Of the ranks.
-        width: Hidden size of the model.
-    """
-    base = {"set": _PAPER, "lr": experiment.lr}
-    lora = {"lr": experiment.lora_lr}
-    ours = {"lr": experiment.our_lr}
-    ranks = {r: r * width // (preset.reference or width) for r in preset.ranks}
-    if experiment.name == "momentum":
-        flora = {
-            "optimizer": "flora",
-            "projection": "gaussian",
-            "state_dtype": "float32",
-            "kappa": experiment.kappa,
-            "lr": experiment.lr,
-            "set": (*_PAPER, "residual=false", "embedding_momentum=compressed"),
-        }
-        return [
-            Row("None", {**base, "optimizer": "flora-none"}),
-            Row("Naive", {**base, "optimizer": "flora-full"}),
-            *(Row(f"LoRA({r})", {**lora, "optimizer": "lora-adafactor", "rank": rank}) for r, rank in ranks.items()),
-            *(Row(f"Flora({r})", {**flora, "rank": rank}) for r, rank in ranks.items()),
-            Row("Flora, ours", {**ours, "optimizer": "flora", "rank": width // 4}),
-        ]
-    exact = {"accumulate": MICRO_BATCHES, "accumulator": "exact"}
-    adapters = {**lora, **exact, "optimizer": "lora-adafactor-none"}
-    whole = {**base, "optimizer": "flora-none"}
-    sketches = {
-        "accumulate": MICRO_BATCHES,
-        "accumulator": "flora",
-        "accumulator_projection": "gaussian",
-        "accumulator_dtype": "float32",
-    }
-    return [
-        Row("None", whole),
-        Row("Naive", {**whole, **exact}),
-        *(Row(f"LoRA({r})", {**adapters, "rank": rank}) for r, rank in ranks.items()),
-        *(Row(f"Flora({r})", {**whole, **sketches, "accumulator_ratio": width // rank}) for r, rank in ranks.items()),
-        Row("Flora, ours", {**ours, "optimizer": "flora-none", "accumulate": MICRO_BATCHES}),
-    ]
 
 
 @dataclass(frozen=True)
@@ -256,7 +74,7 @@ class Work:
             model = self._pretrained(home, model)
         runs: dict[str, dict[Path, RunConfig]] = {}
         for name, options in rows(experiment, self.preset, AutoConfig.from_pretrained(model).hidden_size):
-            micro_batches = ceil(experiment.epochs * examples / experiment.batch)
+            micro_batches = ceil((experiment.examples or experiment.epochs * examples) / experiment.batch)
             steps = max(1, micro_batches // options.get("accumulate", 1))
             config = self._config(
                 experiment.task,
@@ -264,7 +82,7 @@ class Work:
                 batch_size=experiment.batch,
                 steps=steps,
                 schedule="constant",
-                warmup_steps=0,
+                warmup_steps=int(self.preset.warmup * steps),
                 eval_every=steps,
                 keep_checkpoint=False,
                 **options,
@@ -314,6 +132,7 @@ class Work:
             model=model,
             dataset=text,
             optimizer="adamw",
+            eval_every=options["steps"],
             threads=self.threads,
             **{**options, "source_prefix": "", "source_suffix": " "},
         )
@@ -388,22 +207,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, 1, 2; of the paper's preset 42, 43, 44")
     parser.add_argument("--jobs", type=int, help="runs at once; by default one for each core, of the paper's 1")
-    parser.add_argument("--runs", type=Path, help="folder of the runs, continued if it is there")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "replication" / "results")
+    parser.add_argument("--runs", type=Path, help="folder of the runs, continued if it is there; by default in runs/")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the page; by default replication/results, of the smoke test --runs"
+    )
     given = parser.parse_args(arguments)
     preset = PRESETS[given.preset]
     jobs = preset.jobs if given.jobs is None else given.jobs
-    machine.prepare("torch", hub=preset is PAPER)
-    folder = given.runs or harness.ROOT / "runs" / f"tables-{given.preset}"
-    work = Work(
-        preset, folder, tuple(given.seeds or preset.seeds), jobs, max(1, harness.cores() // jobs) if jobs else 1
-    )
+    machine.prepare("torch", hub=given.preset == "paper")
+    name = "tables" if given.preset == "small" else f"tables-{given.preset}"
+    if given.preset == "smoke":
+        given.runs = given.runs or Path(mkdtemp())
+        given.out = given.out or given.runs
+    given.out = given.out or harness.ROOT / "replication" / "results"
+    threads = max(1, harness.cores() // jobs) if jobs else 1
+    folder = given.runs or harness.ROOT / "runs" / name
+    work = Work(preset, folder, tuple(given.seeds or preset.seeds), jobs, threads)
     sections: list[str] = []
     for experiment in preset.experiments:
         runs = work.runs(experiment)
         run_all({path: config for each in runs.values() for path, config in each.items()}, jobs)
         sections += section(experiment, runs)
-        harness.publish(given, "tables", [*_head(), *sections, *harness.environment(("torch", "transformers"))])
+        harness.publish(given, name, [*_head(), *sections, *harness.environment(("torch", "transformers"))])
 
 
 def _head() -> list[str]:

@@ -13,9 +13,10 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import train_tokenizer
 from floragrad.cli.train.folder import RunFolder
-from replication import tables
+from replication import experiments
+from replication.experiments import PAPER, SMALL, Experiment, Preset, rows
 from replication.runs import run_all
-from replication.tables import PAPER, SMALL, Experiment, Work, main, rows
+from replication.tables import Work, main
 from tests.cli.train.support import save_nothing
 from tests.cli.train.task_data import WORDS, made_up
 
@@ -48,15 +49,15 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def paper(local: Path) -> tables.Preset:
+def paper(local: Path) -> Preset:
     """The paper's preset, with other names and sizes: fine-tuning of the GPT-2, and the T5 from scratch."""
     models = {"seq2seq": local / "gpt2", "summarization": local / "t5"}
     sources = {"seq2seq": {"dataset_config": None, "dataset": "iwslt"}, "summarization": {"dataset": "xsum"}}
     return replace(
         PAPER,
         experiments=tuple(
-            replace(PAPER.experiments[place], model=str(models[PAPER.experiments[place].task]), epochs=1)
-            for place in (1, 2)
+            replace(experiment, model=str(models[experiment.task]), ranks=(2,), epochs=1)
+            for experiment in PAPER.experiments[1:3]
         ),
         data={
             task: {
@@ -68,18 +69,17 @@ def paper(local: Path) -> tables.Preset:
             }
             for task, options in PAPER.data.items()
         },
-        ranks=(2,),
         scored=4,
         jobs=0,
     )
 
 
 def test_the_papers_preset_runs_on_local_files(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tables.PRESETS, "paper", paper(local))
+    monkeypatch.setitem(experiments.PRESETS, "paper", paper(local))
     monkeypatch.setattr("floragrad.cli.train.run.save", save_nothing)
     command = ["--preset", "paper", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     main(command)
-    page = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "tables-paper.md").read_text(encoding="utf-8")
     assert all(page.count(f"\n| {name} |") == 2 for name in METHODS)
     assert "| method | BLEU | validation loss |" in page
     assert "| method | ROUGE-1 | ROUGE-2 | ROUGE-L | validation loss |" in page
@@ -101,22 +101,22 @@ def test_the_papers_preset_runs_on_local_files(local: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(worker, "main", train_nothing)
     main(command)
-    assert (tmp_path / "out" / "tables.md").read_text(encoding="utf-8") == page
+    assert (tmp_path / "out" / "tables-paper.md").read_text(encoding="utf-8") == page
 
 
 def test_ranks_are_scaled_to_the_width() -> None:
     found = dict(rows(SMALL.experiments[0], SMALL, 128))
-    assert [found[f"LoRA({r})"]["rank"] for r in SMALL.ranks] == [2, 8, 32, 64]
-    assert [found[f"Flora({r})"]["accumulator_ratio"] for r in SMALL.ranks] == [64, 16, 4, 2]
+    assert [found[f"LoRA({r})"]["rank"] for r in (8, 32, 128, 256)] == [2, 8, 32, 64]
+    assert [found[f"Flora({r})"]["accumulator_ratio"] for r in (8, 32, 128, 256)] == [64, 16, 4, 2]
     momentum = dict(rows(PAPER.experiments[2], PAPER, 512))
-    assert [momentum[f"Flora({r})"]["rank"] for r in PAPER.ranks] == list(PAPER.ranks)
+    assert [momentum[f"Flora({r})"]["rank"] for r in (32, 256)] == [32, 256]
 
 
 @pytest.mark.usefixtures("made_up")
 def test_a_small_model_is_trained_before_it_is_tuned(tmp_path: Path) -> None:
-    preset = replace(SMALL, width=32, layers=1, vocabulary=330, ranks=(), scored=4, pretraining={"steps": 2})
+    preset = replace(SMALL, width=32, layers=1, vocabulary=330, scored=4, pretraining={"steps": 2})
     work = Work(preset, tmp_path, (0, 1), jobs=0, threads=1)
-    sizes: dict[str, Any] = {"batch": 1, "epochs": 0.2, "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3}
+    sizes: dict[str, Any] = {"batch": 1, "examples": 8, "ranks": (), "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3}
     tuned, new = (work.runs(Experiment(name=name, task="seq2seq", **sizes)) for name in ("accumulation", "momentum"))
     assert list(tuned) == ["None", "Naive", "Flora, ours"]
     assert {config.model for each in tuned.values() for config in each.values()} == {

@@ -19,7 +19,7 @@ from floragrad.cli.train.tasks import TASKS, pairs
 from floragrad.cli.train.tasks.descriptions import read_descriptions
 from floragrad.cli.train.tasks.pair_data import END, PADDING, PairData
 from tests.cli.train.support import assert_same_run, interrupt, newest, run
-from tests.cli.train.task_data import WORDS, made_up, write_descriptions
+from tests.cli.train.task_data import WORDS, made_up, write_descriptions, write_dictionary
 
 __all__ = ["made_up"]
 
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("made_up")
 OPTIONS: dict[str, Any] = {"batch_size": 8, "eval_blocks": 10, "generate_blocks": 6, "threads": 1, "rank": 8}
 GPT2 = {**OPTIONS, "task": "seq2seq", "source_prefix": "translate German to English: ", "source_suffix": " English: "}
 T5 = {**OPTIONS, "task": "summarization", "source_prefix": "summarize: ", "sequence_length": 16, "target_length": 6}
+UNEVEN = [f"{' '.join(list(WORDS)[n % 6 :])} {n} /a/\n{' '.join(list(WORDS.values())[n % 6 :])}\n" for n in range(120)]
+"""Entries of a dictionary, of one to six words."""
 CASES = pytest.mark.parametrize("kind", ["gpt2", "t5"])
 
 
@@ -105,7 +107,10 @@ def greedy(model: Any, block: dict[str, Any], start: int | None, length: int) ->
 
 
 @CASES
-def test_scores_are_those_of_greedy_texts(kind: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_scores_are_those_of_greedy_texts(
+    kind: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "DICTIONARY", write_dictionary(tmp_path / "dictd", UNEVEN))
     config = config_of(kind, models, steps=40, lr=5e-3, embedding_lr=5e-3, eval_every=40)
     folder = run(config, tmp_path / "run")
     summary, data = folder.summary(), TASKS[config.task].load(folder.corpus)
