@@ -26,6 +26,7 @@ class Experiment:
         lr: Learning rate of rows that scale updates by the weights.
         lora_lr: That of LoRA.
         our_lr: That of our defaults.
+        our_embedding_lr: That of the embedding with them.
         kappa: Steps between two projections of the momentum.
     """
 
@@ -39,6 +40,7 @@ class Experiment:
     lr: float
     lora_lr: float
     our_lr: float
+    our_embedding_lr: float
     kappa: int = 1000
 
 
@@ -83,13 +85,21 @@ def _data(**options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {task: {**_PROMPTS[task], **chosen} for task, chosen in options.items()}
 
 
-_ACCUMULATION: Final[dict[str, Any]] = {"name": "accumulation", "lr": 4e-4, "lora_lr": 1e-3, "our_lr": 4e-5, "batch": 1}
+_ACCUMULATION: Final[dict[str, Any]] = {
+    "name": "accumulation",
+    "lr": 4e-4,
+    "lora_lr": 1e-3,
+    "our_lr": 4e-5,
+    "our_embedding_lr": 4e-5,
+    "batch": 1,
+}
 _MOMENTUM: Final[dict[str, Any]] = {
     "name": "momentum",
     "ranks": (32, 256),
     "lr": 1e-3,
     "lora_lr": 3e-3,
     "our_lr": 1e-4,
+    "our_embedding_lr": 1e-4,
     "batch": 4,
     "epochs": 10,
 }
@@ -119,8 +129,9 @@ PAPER: Final = Preset(
 _SMALL_ACCUMULATION: Final[dict[str, Any]] = {
     "name": "accumulation",
     "lr": 1e-2,
-    "lora_lr": 1e-2,
+    "lora_lr": 2e-3,
     "our_lr": 1e-3,
+    "our_embedding_lr": 1e-2,
     "batch": 4,
     "examples": 60 * 64,
 }
@@ -128,8 +139,9 @@ _SMALL_MOMENTUM: Final[dict[str, Any]] = {
     "name": "momentum",
     "ranks": (32, 256),
     "lr": 3e-2,
-    "lora_lr": 1e-2,
-    "our_lr": 3e-3,
+    "lora_lr": 2e-3,
+    "our_lr": 1e-3,
+    "our_embedding_lr": 1e-2,
     "batch": 16,
     "examples": 400 * 16,
     "kappa": 100,
@@ -184,7 +196,7 @@ def rows(experiment: Experiment, preset: Preset, width: int) -> list[Row]:
     """
     base = {"set": _PAPER, "lr": experiment.lr}
     lora = {"lr": experiment.lora_lr}
-    ours = {"lr": experiment.our_lr}
+    ours = {"lr": experiment.our_lr, "embedding_lr": experiment.our_embedding_lr}
     ranks = {r: r * width // (preset.reference or width) for r in experiment.ranks}
     if experiment.name == "momentum":
         flora = {

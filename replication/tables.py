@@ -164,7 +164,7 @@ def section(experiment: Experiment, runs: Mapping[str, Mapping[Path, RunConfig]]
         "",
         f"- {Path(experiment.model).name or 'a small model'}, {about['parameters']:,} parameters; "
         f"{config.steps} steps of {config.micro_batches} × {count} examples; rates {experiment.lr:g}, "
-        f"LoRA {experiment.lora_lr:g}, ours {experiment.our_lr:g}"
+        f"LoRA {experiment.lora_lr:g}, ours {experiment.our_lr:g} and {experiment.our_embedding_lr:g} of the embedding"
         + (f"; κ = {experiment.kappa}" if experiment.name == "momentum" else ""),
         f"- scores of {config.eval_blocks} of {about['held_out_blocks']:,} held-out examples; mean ± standard "
         f"deviation over seeds {', '.join(path.name.rpartition('seed')[2] for path in runs['None'])}",

@@ -116,7 +116,15 @@ def test_ranks_are_scaled_to_the_width() -> None:
 def test_a_small_model_is_trained_before_it_is_tuned(tmp_path: Path) -> None:
     preset = replace(SMALL, width=32, layers=1, vocabulary=330, scored=4, pretraining={"steps": 2})
     work = Work(preset, tmp_path, (0, 1), jobs=0, threads=1)
-    sizes: dict[str, Any] = {"batch": 1, "examples": 8, "ranks": (), "lr": 1e-2, "lora_lr": 1e-2, "our_lr": 1e-3}
+    sizes: dict[str, Any] = {
+        "batch": 1,
+        "examples": 8,
+        "ranks": (),
+        "lr": 1e-2,
+        "lora_lr": 1e-2,
+        "our_lr": 1e-3,
+        "our_embedding_lr": 1e-2,
+    }
     tuned, new = (work.runs(Experiment(name=name, task="seq2seq", **sizes)) for name in ("accumulation", "momentum"))
     assert list(tuned) == ["None", "Naive", "Flora, ours"]
     assert {config.model for each in tuned.values() for config in each.values()} == {
