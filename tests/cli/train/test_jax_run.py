@@ -159,7 +159,8 @@ def test_from_the_same_weights_both_backends_make_the_same_run(
 
     def drawn(model_config: Any, dtype: Any, _rngs: nnx.Rngs) -> Llama:
         set_seed(config.seed)
-        weights = {name: weight.numpy() for name, weight in build_model(config, 300).state_dict().items()}
+        model = build_model("AutoModelForCausalLM", config, 300)
+        weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
         graph, shapes = abstract_llama(model_config, dtype)
         return nnx.merge(graph, from_transformers(weights, shapes))
 

@@ -53,9 +53,13 @@ def transformation(config: RunConfig) -> optax.GradientTransformation:
 
 def report(config: RunConfig, params: Params) -> Report:
     """Report Flora's state of every parameter, under transformers' names."""
-    leaves = zip(*map(jax.tree.leaves, (parameter_names(params), kinds(params), params)), strict=True)
-    parts = [flora_report({name: leaf}, **_compression(config, kind)) for name, kind, leaf in leaves]
-    return Report(tuple(row for part in parts for row in part.rows))
+    names, found, leaves = map(jax.tree.leaves, (parameter_names(params), kinds(params), params))
+    parts: dict[Kind, dict[str, jax.Array]] = {"matrix": {}, "vocabulary": {}}
+    for name, kind, leaf in zip(names, found, leaves, strict=True):
+        parts["vocabulary" if kind == "vocabulary" else "matrix"][name] = leaf
+    reports = [flora_report(part, **_compression(config, kind)) for kind, part in parts.items()]
+    rows = {row.name: row for each in reports for row in each.rows}
+    return Report(tuple(rows[name] for name in names))
 
 
 def windowed(config: RunConfig, inner: optax.GradientTransformation) -> optax.GradientTransformation:
