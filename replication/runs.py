@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -45,7 +44,9 @@ def run_all(runs: Mapping[Path, RunConfig], jobs: int) -> None:
         try:
             for future in as_completed([pool.submit(train, path, running) for path in left]):
                 path, done = future.result(), done + 1
-                print(f"{done}/{len(runs)} {path.name}: {_outcome(path)}", flush=True)
+                summary = RunFolder(path).summary()
+                assert summary is not None
+                print(f"{done}/{len(runs)} {path.name}: {worker.outcome(summary)}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
@@ -55,7 +56,7 @@ def run_all(runs: Mapping[Path, RunConfig], jobs: int) -> None:
 
 def train(path: Path, running: "set[subprocess.Popen[bytes]]") -> Path:
     """Train the run in a folder to its end, in a session of its own: signals reach it through :func:`run_all`."""
-    command = [sys.executable, "-m", "floragrad.cli.compare.worker", str(path), path.name]
+    command = worker.command(path, path.name)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         running.add(process)
         code = process.wait()
@@ -67,10 +68,3 @@ def _checked(path: Path, code: int) -> Path:
     if code:
         raise UserError(f"the run {path} ended with exit code {code}: the same command continues it")
     return path
-
-
-def _outcome(path: Path) -> str:
-    summary = RunFolder(path).summary()
-    assert summary is not None
-    loss = summary["validation_loss"]
-    return f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from floragrad.cli.compare import compare as comparison
+from floragrad.cli.compare import worker
 from floragrad.cli.compare.compare import Plan, begin, compare, extend
 from floragrad.cli.compare.picture import picture, state_figure
 from floragrad.cli.compare.table import Best, difference
@@ -411,7 +411,7 @@ def test_another_comparison_is_never_written_over(texts: Path, tmp_path: Path) -
 def test_a_worker_that_fails_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     begin(plan(texts, "adamw"), out)
-    monkeypatch.setattr(comparison.sys, "executable", "false")
+    monkeypatch.setattr(worker.sys, "executable", "false")
     with pytest.raises(UserError, match=r"adamw-lr.* ended with exit code 1, .* floragrad compare --resume"):
         compare(out, Console(quiet=True))
     assert not (out / "table.md").exists()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count, product
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rich.console import Console
 
+from floragrad.cli.compare import worker
 from floragrad.cli.compare.grid import Grid
 from floragrad.cli.compare.picture import picture, state_figure
 from floragrad.cli.compare.table import Best, as_json, as_markdown, show
@@ -262,12 +262,12 @@ def compare(folder: Path, console: Console) -> None:
     try:
         with stop.listening():
             bests: list[Best] = []
-            for row in plan.rows:
+            rows = plan.rows
+            for row in rows:
                 trained = runner.trained
                 bests.append(_best(plan, row, runner))
-                if runner.trained > trained:
-                    _write_results(folder, plan, bests)
-            numbers = _write_results(folder, plan, bests)
+                if runner.trained > trained or len(bests) == len(rows):
+                    numbers = _write_results(folder, plan, bests)
             show(console, numbers["rows"], numbers["step_time_of"])
             console.print(f"everything is in {folder}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
@@ -345,10 +345,9 @@ class _Runner:
             self.trained += 1
         summary = run.summary()
         assert summary is not None
-        loss = summary["validation_loss"]
-        run.tidy(checkpoints=config.keep_checkpoint and loss is not None)
-        outcome = f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
-        self._console.print(f"{self._number}/{self._total} {_name(config)}: {outcome}", soft_wrap=True, highlight=False)
+        run.tidy(checkpoints=config.keep_checkpoint and summary["validation_loss"] is not None)
+        said = f"{self._number}/{self._total} {_name(config)}: {worker.outcome(summary)}"
+        self._console.print(said, soft_wrap=True, highlight=False)
         return summary
 
     def _train(self, path: Path, title: str) -> None:
@@ -367,9 +366,8 @@ class _Runner:
     @contextlib.contextmanager
     def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
         """Yield a process that trains the run, in a session of its own: signals reach it through us, once."""
-        command = [sys.executable, "-m", "floragrad.cli.compare.worker", str(path), title]
         with blocked():
-            process = subprocess.Popen(command, start_new_session=True)
+            process = subprocess.Popen(worker.command(path, title), start_new_session=True)
         try:
             with self._stop.forwarding(process.send_signal):
                 yield process

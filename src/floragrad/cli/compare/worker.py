@@ -1,13 +1,26 @@
 """One run of a comparison, in a process of its own: a fresh allocator, a peak of memory of its own."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from floragrad.cli import machine
 from floragrad.cli.errors import DivergenceError, StoppedError, UserError
 from floragrad.cli.train.folder import RunFolder
+
+
+def command(path: Path, title: str) -> list[str]:
+    """Return the command that trains the run in ``path`` in a process of its own."""
+    return [sys.executable, "-m", "floragrad.cli.compare.worker", str(path), title]
+
+
+def outcome(summary: Mapping[str, Any]) -> str:
+    """Return the result of a finished run in words."""
+    loss = summary["validation_loss"]
+    return f"diverged at step {summary['diverged_at']}" if loss is None else f"validation loss {loss:.4f}"
 
 
 def main(path: Path, title: str) -> int:

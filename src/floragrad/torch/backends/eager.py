@@ -96,7 +96,7 @@ class _EagerStep:
         self._words = words
         self._grads = grad.reshape(ctx.view)
         self._stored = self._stored_rows()
-        self._scales = pure.Scales(None, self._grads)  # until the statistics are known
+        self._scales = pure.Scales(None, self._grads)  # without rows, until factored statistics are known
         self._variances = ctx.variances(self._state)
         self._estimator: pure.Estimator | None = None
         self._corrections: Tensor | None = None
@@ -163,7 +163,6 @@ class _EagerStep:
                 kept = quantize_squares_(pure.saturate_(average), rounding.of(block).integers())
                 for buffer, value in zip(self._variances, kept, strict=True):
                     buffer[block] = value
-        self._scales = pure.Scales(None, self._variances[0])
 
     def _variance(self, block: Block) -> Tensor:
         """Return the second moment of a block's elements: where it lies, but for 8 bits."""
