@@ -23,7 +23,7 @@ class Experiment:
         batch: Examples of a micro-batch.
         examples: How many a row reads; 0 for ``epochs``.
         epochs: Passes over the examples there are.
-        lr: Learning rate of rows that scale updates by the weights.
+        lr: Learning rate of rows that scale updates by the weights; of a search, the middle of the first three.
         lora_lr: That of LoRA.
         our_lr: That of our defaults.
         our_embedding_lr: That of the embedding with them.
@@ -59,6 +59,7 @@ class Preset:
         pretraining: Options of their pre-training.
         warmup: Part of the steps in which learning rates rise; they are constant after it.
         scored: Held-out examples to score.
+        search: Whether to search the rows' learning rates, from the given ones, or to use these.
         jobs: Runs at once by default; 0 does them in this process.
     """
 
@@ -72,6 +73,7 @@ class Preset:
     pretraining: Mapping[str, Any] = field(default_factory=dict)
     warmup: float = 0
     scored: int = 512
+    search: bool = False
     jobs: int = 1
 
 
@@ -151,7 +153,7 @@ SMALL: Final = Preset(
         Experiment(task="summarization", **_SMALL_ACCUMULATION),
         Experiment(task="seq2seq", **_SMALL_ACCUMULATION),
         Experiment(task="summarization", **_SMALL_MOMENTUM),
-        Experiment(task="seq2seq", **_SMALL_MOMENTUM),
+        Experiment(task="seq2seq", **{**_SMALL_MOMENTUM, "batch": 32, "examples": 500 * 32}),
     ),
     data=_data(
         summarization={"sequence_length": 64, "target_length": 16, "max_megabytes": 4},
@@ -162,6 +164,7 @@ SMALL: Final = Preset(
     pretraining={"steps": 600, "batch_size": 16, "lr": 2e-3},
     warmup=0.1,
     scored=256,
+    search=True,
     jobs=harness.cores(),
 )
 SMOKE: Final = replace(
@@ -174,6 +177,7 @@ SMOKE: Final = replace(
     seeds=(0,),
     pretraining={"steps": 10, "batch_size": 16, "lr": 2e-3},
     scored=32,
+    search=False,
     jobs=0,
 )
 PRESETS: Final = {"small": SMALL, "paper": PAPER, "smoke": SMOKE}

@@ -22,7 +22,7 @@ T5-3B and T5-small on XSum and GPT-2 on IWSLT 2017 from the hub, on a GPU. Every
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import mkdtemp
@@ -46,6 +46,11 @@ from replication.runs import run_all
 SCORES: Final = {"summarization": ("rouge1", "rouge2", "rougeL"), "seq2seq": ("bleu",)}
 _DATA, _TEXT = "data", "text"
 
+Runs = Mapping[str, Mapping[Path, RunConfig]]
+"""Folder and configuration of each row's runs."""
+Losses = Mapping[str, Mapping[float, float]]
+"""Validation loss by method and learning rate."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -65,14 +70,14 @@ class Work:
     jobs: int
     threads: int
 
-    def runs(self, experiment: Experiment) -> dict[str, dict[Path, RunConfig]]:
-        """Return the folder and the configuration of each row's runs, one a seed."""
+    def rows(self, experiment: Experiment) -> dict[str, RunConfig]:
+        """Return the configuration of each row, at the learning rate that is tried first, and prepare what it reads."""
         home = self.folder / experiment.task
         model = self._begin(experiment, home)
         examples = self._data(experiment, home, model).facts.train_pairs
         if experiment.name == "accumulation" and not experiment.model:
             model = self._pretrained(home, model)
-        runs: dict[str, dict[Path, RunConfig]] = {}
+        found: dict[str, RunConfig] = {}
         for name, options in rows(experiment, self.preset, AutoConfig.from_pretrained(model).hidden_size):
             micro_batches = ceil((experiment.examples or experiment.epochs * examples) / experiment.batch)
             steps = max(1, micro_batches // options.get("accumulate", 1))
@@ -88,10 +93,46 @@ class Work:
                 **options,
             )
             check_model(config)
-            stem = f"{experiment.name}-{name.lower().translate(str.maketrans('(,', '--', ') '))}"
-            config = replace(config, prepared=f"../{_DATA}/{CORPUS}")
-            runs[name] = {home / f"{stem}-seed{seed}": replace(config, seed=seed) for seed in self.seeds}
-        return runs
+            found[name] = replace(config, prepared=f"../{_DATA}/{CORPUS}")
+        return found
+
+    def search(self, experiment: Experiment, configs: Mapping[str, RunConfig]) -> Losses:
+        """Try learning rates with the first seed, a factor of 3 apart, until none at either end is the best.
+
+        All ranks of a method have the rate of the largest.
+
+        Returns:
+            What was found; nothing if the preset gives the rates.
+        """
+        if not self.preset.search:
+            return {}
+        largest = {method(name): name for name in configs}
+        tried = {each: {configs[name].lr * factor for factor in (1 / 3, 1, 3)} for each, name in largest.items()}
+        while True:
+            runs = {
+                (each, lr): self._run(experiment, name, replace(configs[name], lr=lr), self.seeds[0])
+                for each, name in largest.items()
+                for lr in tried[each]
+            }
+            run_all(dict(runs.values()), self.jobs)
+            losses = {each: {lr: _loss(runs[each, lr][0]) for lr in sorted(tried[each])} for each in tried}
+            for each, rates in tried.items():
+                best = best_rate(losses[each])
+                rates |= {lr for lr in (best / 3, best * 3) if not min(rates) * 0.99 < lr < max(rates) * 1.01}
+            if tried == {each: set(rates) for each, rates in losses.items()}:
+                return losses
+
+    def runs(self, experiment: Experiment, configs: Mapping[str, RunConfig], losses: Losses) -> Runs:
+        """Return the folder and the configuration of each row's runs, one a seed, at the best learning rate."""
+        best = {name: best_rate(losses[method(name)]) if losses else config.lr for name, config in configs.items()}
+        return {
+            name: dict(self._run(experiment, name, replace(config, lr=best[name]), seed) for seed in self.seeds)
+            for name, config in configs.items()
+        }
+
+    def _run(self, experiment: Experiment, name: str, config: RunConfig, seed: int) -> tuple[Path, RunConfig]:
+        stem = f"{experiment.name}-{name.lower().translate(str.maketrans('(,', '--', ') '))}-lr{config.lr:.3g}"
+        return self.folder / experiment.task / f"{stem}-seed{seed}", replace(config, seed=seed)
 
     def _config(self, task: str, **options: Any) -> RunConfig:
         scored = self.preset.scored
@@ -141,7 +182,21 @@ class Work:
         return str(checkpoint.resolve())
 
 
-def section(experiment: Experiment, runs: Mapping[str, Mapping[Path, RunConfig]]) -> list[str]:
+def method(name: str) -> str:
+    """Return a row's name without its rank."""
+    return name.partition("(")[0]
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """Return the learning rate of the lowest loss."""
+    return min(losses, key=losses.__getitem__)
+
+
+def _loss(run: Path) -> float:
+    return float((RunFolder(run).summary() or {}).get("validation_loss", inf))
+
+
+def section(experiment: Experiment, runs: Runs, losses: Losses) -> list[str]:
     """Return the heading, the settings and the table of an experiment whose runs are finished."""
     found = {name: [RunFolder(path).summary() or {} for path in each] for name, each in runs.items()}
     config = next(iter(runs["Naive"].values()))
@@ -163,15 +218,27 @@ def section(experiment: Experiment, runs: Mapping[str, Mapping[Path, RunConfig]]
         *harness.table(head, cells),
         "",
         f"- {Path(experiment.model).name or 'a small model'}, {about['parameters']:,} parameters; "
-        f"{config.steps} steps of {config.micro_batches} × {count} examples; rates {experiment.lr:g}, "
-        f"LoRA {experiment.lora_lr:g}, ours {experiment.our_lr:g} and {experiment.our_embedding_lr:g} of the embedding"
+        f"{config.steps} steps of {config.micro_batches} × {count} examples"
         + (f"; κ = {experiment.kappa}" if experiment.name == "momentum" else ""),
+        f"- learning rates: {_rates(runs, losses)}; of our embedding {experiment.our_embedding_lr:g}",
         f"- scores of {config.eval_blocks} of {about['held_out_blocks']:,} held-out examples; mean ± standard "
         f"deviation over seeds {', '.join(path.name.rpartition('seed')[2] for path in runs['None'])}",
         f"- peak memory of the {about['peak_memory_of']}; state and gradients: bytes of the optimizer's state, of what "
         "is kept of the micro-batches' gradients and of adapters, measured from the tensors; Δ to None",
         "",
     ]
+
+
+def _rates(runs: Runs, losses: Losses) -> str:
+    """Return the rate of each method and, where it was searched, the validation losses of all rates that were tried."""
+    chosen = {method(name): next(iter(each.values())).lr for name, each in runs.items()}
+    if not losses:
+        return ", ".join(f"{each} {lr:g}" for each, lr in chosen.items())
+    texts = [
+        f"{each} **{chosen[each]:.2g}** of {', '.join(f'{lr:.2g}: {loss:.3f}' for lr, loss in found.items())}"
+        for each, found in losses.items()
+    ]
+    return f"the best by the validation loss of the first seed, with the largest r; {'; '.join(texts)}"
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -225,9 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = Work(preset, folder, tuple(given.seeds or preset.seeds), jobs, threads)
     sections: list[str] = []
     for experiment in preset.experiments:
-        runs = work.runs(experiment)
+        configs = work.rows(experiment)
+        losses = work.search(experiment, configs)
+        runs = work.runs(experiment, configs, losses)
         run_all({path: config for each in runs.values() for path, config in each.items()}, jobs)
-        sections += section(experiment, runs)
+        sections += section(experiment, runs, losses)
         harness.publish(given, name, [*_head(), *sections, *harness.environment(("torch", "transformers"))])
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,18 @@ def test_the_papers_preset_runs_on_local_files(local: Path, tmp_path: Path, monk
     assert all(page.count(f"\n| {name} |") == 2 for name in METHODS)
     assert "| method | BLEU | validation loss |" in page
     assert "| method | ROUGE-1 | ROUGE-2 | ROUGE-L | validation loss |" in page
-    runs = {path.name: RunFolder(path) for path in tmp_path.glob("runs/*/*-seed0")}
+    runs = {path.name.partition("-lr")[0]: RunFolder(path) for path in tmp_path.glob("runs/*/*-seed0")}
     assert len(runs) == 10
     configs = {name: run.config for name, run in runs.items()}
     found = {name: run.summary() or {} for name, run in runs.items()}
     # All rows read as many examples, but for the last part of a step.
     assert {config.steps * config.accumulate // 16 for config in configs.values() if config.task == "seq2seq"} == {1}
     kept = {name: each["accumulation_bytes"] for name, each in found.items() if name.startswith("accumulation")}
-    assert kept["accumulation-none-seed0"] == 0 < kept["accumulation-lora-2-seed0"]
-    assert kept["accumulation-flora-ours-seed0"] < kept["accumulation-flora-2-seed0"] < kept["accumulation-naive-seed0"]
+    assert kept["accumulation-none"] == 0 < kept["accumulation-lora-2"]
+    assert kept["accumulation-flora-ours"] < kept["accumulation-flora-2"] < kept["accumulation-naive"]
     state = {name: each["optimizer_state_bytes"] for name, each in found.items() if name.startswith("momentum")}
-    assert state["momentum-none-seed0"] < state["momentum-flora-ours-seed0"] < state["momentum-naive-seed0"]
-    assert state["momentum-flora-2-seed0"] < state["momentum-naive-seed0"]
+    assert state["momentum-none"] < state["momentum-flora-ours"] < state["momentum-naive"]
+    assert state["momentum-flora-2"] < state["momentum-naive"]
 
     def train_nothing(*_: object) -> int:
         raise AssertionError("a finished run is done again")
@@ -125,13 +126,46 @@ def test_a_small_model_is_trained_before_it_is_tuned(tmp_path: Path) -> None:
         "our_lr": 1e-3,
         "our_embedding_lr": 1e-2,
     }
-    tuned, new = (work.runs(Experiment(name=name, task="seq2seq", **sizes)) for name in ("accumulation", "momentum"))
+    tuned, new = (work.rows(Experiment(name=name, task="seq2seq", **sizes)) for name in ("accumulation", "momentum"))
     assert list(tuned) == ["None", "Naive", "Flora, ours"]
-    assert {config.model for each in tuned.values() for config in each.values()} == {
-        str(tmp_path / "seq2seq" / "pretrained" / "checkpoint-2")
+    assert {config.model for config in tuned.values()} == {str(tmp_path / "seq2seq" / "pretrained" / "checkpoint-2")}
+    assert new["None"].model == str(tmp_path / "seq2seq" / "small")
+
+
+def test_rates_are_searched_until_the_best_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"None": 0.1, "Naive": 0.01, "Flora": 0.001}
+    done: list[Path] = []
+
+    def loss(run: Path) -> float:
+        name = {"none": "None", "naive": "Naive", "flora": "Flora"}[run.name.split("-")[1]]
+        lr = float(run.name.partition("-lr")[2].partition("-seed")[0])
+        return inf if lr > 0.5 else abs(log(lr / best[name]))
+
+    monkeypatch.setattr("replication.tables.run_all", lambda runs, jobs: done.extend(runs))
+    monkeypatch.setattr("replication.tables._loss", loss)
+    work = Work(SMALL, tmp_path, (0, 1), jobs=0, threads=1)
+    experiment = SMALL.experiments[0]
+    config = RunConfig.resolve(task="seq2seq", steps=1, lr=0.01)
+    configs = dict.fromkeys(("None", "Naive", "Flora(8)", "Flora(32)"), config)
+    losses = work.search(experiment, configs)
+    assert {name: [round(lr, 5) for lr in rates] for name, rates in losses.items()} == {
+        "None": [0.00333, 0.01, 0.03, 0.09, 0.27],
+        "Naive": [0.00333, 0.01, 0.03],
+        "Flora": [0.00037, 0.00111, 0.00333, 0.01, 0.03],
     }
-    assert {config.model for config in new["None"].values()} == {str(tmp_path / "seq2seq" / "small")}
-    assert [config.seed for config in new["None"].values()] == [0, 1]
+    assert not any("flora-8" in run.name or "seed1" in run.name for run in done)
+    runs = work.runs(experiment, configs, losses)
+    assert {name: [round(each.lr, 5) for each in row.values()] for name, row in runs.items()} == {
+        "None": [0.09] * 2,
+        "Naive": [0.01] * 2,
+        "Flora(8)": [0.00111] * 2,
+        "Flora(32)": [0.00111] * 2,
+    }
+    assert [each.seed for each in runs["None"].values()] == [0, 1]
+    assert set(runs["Flora(32)"]) & set(done)
+    given = Work(replace(SMALL, search=False), tmp_path, (0,), jobs=0, threads=1)
+    assert given.search(experiment, configs) == {}
+    assert next(iter(given.runs(experiment, configs, {})["None"].values())).lr == 0.01
 
 
 def test_runs_with_other_options_are_not_mixed(tmp_path: Path) -> None:
