@@ -43,6 +43,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
         ({"seed": -1}, "seed=-1"),
         ({"clip": False, "scaler": torch.amp.GradScaler("cpu")}, "clip=False with a scaler"),
         ({"clip": False, "release": False}, "clip=False without release"),
+        ({"check_replicas_every": 0}, "check_replicas_every=0: must be an integer >= 1"),
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )

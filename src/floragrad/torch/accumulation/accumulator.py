@@ -17,6 +17,7 @@ from floragrad.torch.accumulation.checkpoint import check_window, load_window, w
 from floragrad.torch.accumulation.entries import ParamEntries, owners_of
 from floragrad.torch.accumulation.grad_checks import FoldedGradCheck
 from floragrad.torch.accumulation.micro_batches import MicroBatches
+from floragrad.torch.accumulation.replicas import check_replicas, shard_difference
 from floragrad.torch.accumulation.report import AccumulatorReport, accumulator_row
 from floragrad.torch.accumulation.settings import (
     Settings,
@@ -24,6 +25,7 @@ from floragrad.torch.accumulation.settings import (
     can_release,
     check_clip,
     check_drop,
+    check_interval,
     check_release,
     ranks_of,
 )
@@ -58,7 +60,8 @@ class GradientAccumulator(MicroBatches):
     windows. The last gradients are folded too, and ``steps=1`` sends compressed gradients in every step.
 
     Gradients of sharded parameters (FSDP2) are summed by FSDP2; the local shard of each is folded into a
-    sketch of its own, and only norms are communicated.
+    sketch of its own. Without a ``process_group`` only norms are communicated; with one, of the replicas of each
+    shard, their sketches are summed when a window ends (HSDP).
 
     Args:
         optimizer: Flora, any other optimizer, or a list of optimizers.
@@ -80,7 +83,10 @@ class GradientAccumulator(MicroBatches):
             A second copy of the sketches is kept for it.
         process_group: The processes that train together, each with micro-batches of its own and an accumulator
             made alike. None: the default group, or this process alone where there is none; with sharded parameters
-            nobody, for their gradients are summed already.
+            nobody, for their gradients are summed already. Shards that are replicated (HSDP) give the group of their
+            replicas, and FSDP2 the mesh of the shards alone.
+        check_replicas_every: Compare checksums of the weights over the processes of the group every so many windows,
+            the first included, and raise on all of them where one differs. None: never.
 
     Raises:
         ValueError: An option has a wrong value, or options contradict each other.
@@ -123,6 +129,7 @@ class GradientAccumulator(MicroBatches):
         scaler: GradScaler | None = None,
         drop_nonfinite: bool = False,
         process_group: "ProcessGroup | None" = None,
+        check_replicas_every: int | None = None,
     ) -> None:
         self._settings = Settings.checked(
             steps=steps, ratio=ratio, rank=rank, state_dtype=state_dtype, projection=projection, seed=seed
@@ -133,6 +140,8 @@ class GradientAccumulator(MicroBatches):
         if release:
             check_release(optimizers)
         check_clip(clip, release, scaler, self._ranks)
+        check_interval(check_replicas_every)
+        self._check_replicas_every = check_replicas_every
         if drop_nonfinite:
             check_drop(clip, scaler, optimizers)
         self._drops_nonfinite = drop_nonfinite
@@ -372,7 +381,10 @@ class GradientAccumulator(MicroBatches):
     def _end(self) -> None:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
         with no_grad_no_autocast(self._entries.device):
-            if self._window.kept if self._ranks is None else self._share():
+            difference = shard_difference(self._window, self._entries, self._settings, same_weights=True)
+            if difference and self._ranks is None:
+                raise RuntimeError(difference)
+            if self._window.kept if self._ranks is None else self._share(difference):
                 self._note_received()
                 if self.expects_gradients:
                     self.check_received()
@@ -381,9 +393,13 @@ class GradientAccumulator(MicroBatches):
             elif self._window.dropped:  # all of its micro-batches
                 self._window = self._fresh(self._window.index)
 
-    def _share(self) -> bool:
+    def _share(self, difference: str) -> bool:
         assert self._ranks is not None
-        return all_reduce_window(self._window, self._entries, self._settings, self._ranks)
+        is_held = all_reduce_window(self._window, self._entries, self._settings, self._ranks, difference)
+        index, every = self._window.index, self._check_replicas_every
+        if is_held and every is not None and index % every == 0:
+            check_replicas(list(self._entries), self._ranks, index)
+        return is_held
 
     def _remove(self) -> None:
         if not self._closed:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from floragrad.torch.accumulation.entries import ParamEntries
+from floragrad.torch.accumulation.replicas import check_alike
 from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import Window
@@ -20,7 +21,9 @@ REDUCE_ELEMENTS: Final = 2**18
 """Elements of each rank that are float32 at a time while they are summed."""
 
 
-def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks) -> bool:
+def all_reduce_window(
+    window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks, difference: str = ""
+) -> bool:
     """Sum the sketches and the number of micro-batches of a window over all ranks.
 
     A rank that has had no micro-batch takes part with zeros.
@@ -30,6 +33,7 @@ def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings,
         entries: The parameters; their sketches are summed.
         settings: The options of the sketches.
         ranks: The processes that train together.
+        difference: Reason why this rank cannot end the window; all ranks stop then.
 
     Returns:
         False where no rank has had a micro-batch: there is no window to end.
@@ -39,11 +43,15 @@ def all_reduce_window(window: Window, entries: ParamEntries, settings: Settings,
         ValueError: Some ranks have given weights and some have not, on all of them alike.
     """
     layout = crc32(repr((settings, [(entry.tensor_id, entry.plan) for entry in entries])).encode())
-    said = ranks.all_gather([layout, window.index, window.kept, bool(window.weighted)], entries.device)
-    _check_alike([each[0] for each in said], "parameters or options of the accumulator (as checksums)")
+    said = ranks.all_gather(
+        [layout, window.index, window.kept, bool(window.weighted), bool(difference)], entries.device
+    )
+    if stopped := [rank for rank, each in enumerate(said) if each[4]]:
+        raise RuntimeError(difference or f"ranks {stopped} of process_group cannot end the window: see their errors")
+    check_alike([each[0] for each in said], "parameters or options of the accumulator (as checksums)")
     begun = [each for each in said if each[2]]
     # A rank without a micro-batch may have dropped fewer windows: nothing of it depends on the index.
-    _check_alike([each[1] for each in begun], "the number of the window")
+    check_alike([each[1] for each in begun], "the number of the window")
     if len({each[3] for each in begun}) > 1:
         raise ValueError(
             f"weights are given on some ranks only ({[bool(each[3]) for each in said]}): give one for every "
@@ -190,11 +198,3 @@ def _blocks(
         block = slice(top, min(top + height, rows.stop))
         local = slice(top - rows.start, block.stop - rows.start)
         yield (matrix, block), [tuple(buffer[:, local] for buffer in part) for part in parts]
-
-
-def _check_alike(said: list[int], what: str) -> None:
-    if len(set(said)) > 1:
-        raise RuntimeError(
-            f"the ranks differ in {what}: {said}; construct their accumulators alike, over the same parameters in "
-            "the same order, and let all of them end, drop and load the same windows"
-        )

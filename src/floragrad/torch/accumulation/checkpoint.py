@@ -71,7 +71,7 @@ def load_window(state: dict[str, Any], entries: ParamEntries, fresh: Window) -> 
 
 
 def _place(ranks: Ranks | None, entries: ParamEntries) -> list[int]:
-    """Return the rank and the number of processes whose sketches differ."""
-    if ranks is None and any(entry.part is not None for entry in entries):
+    """Return the rank and the number of processes whose sketches differ: replicas, or all where tensors are split."""
+    if any(entry.part is not None for entry in entries):
         ranks = Ranks.from_group(None)
     return [0, 1] if ranks is None else [ranks.rank, ranks.size]

@@ -32,9 +32,8 @@ class FoldedGradCheck:
         for entry in self._entries:
             entry.folded = False
         self._mark = None
-        self._smallest = (
-            min(self._entries, key=lambda entry: entry.param.numel(), default=None) if self._several else None
-        )
+        whole = (entry for entry in self._entries if entry.part is None) if self._several else ()
+        self._smallest = min(whole, key=lambda entry: entry.param.numel(), default=None)
 
     def free(self, entry: ParamEntry) -> None:
         """Free a folded gradient."""

@@ -124,6 +124,9 @@ class MicroBatches:
             raise RuntimeError("end_micro_batch() without begin_micro_batch()")
         if not window.is_dropped:
             self._fold_remaining()
+        if not window.is_dropped:
+            assert window.weight is not None
+            window.total_weight += window.weight
         if window.last:
             self._end()
         window.weight, window.is_dropped = None, False

@@ -185,6 +185,18 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, rank
         )
 
 
+def check_interval(windows: int | None) -> None:
+    """Refuse a wrong ``check_replicas_every``.
+
+    Raises:
+        ValueError: It is not a number of windows.
+    """
+    if windows is not None and not is_count(windows):
+        raise ValueError(
+            f"check_replicas_every={windows!r}: must be an integer >= 1, the windows between two checks, or None"
+        )
+
+
 def check_drop(clip: bool | None, scaler: GradScaler | None, optimizers: tuple[Optimizer, ...]) -> None:
     """Refuse ``drop_nonfinite`` where folds cannot be undone, or not by one process alone.
 

@@ -30,6 +30,7 @@ class Window:
         ranks: Processes that it is summed over.
         total: Micro-batches of all of them, once they have been summed; None before, and with one process.
         weight: Of the open micro-batch; None where none is open.
+        total_weight: Sum of the weights of the kept micro-batches that have ended.
         last: True if the open micro-batch, or the one that ended last, is the last.
         is_dropped: True if the open micro-batch was dropped.
         failed: True after a failed backward pass, or a failed step that had updated some parameters.
@@ -48,6 +49,7 @@ class Window:
     ranks: int = 1
     total: int | None = None
     weight: float | None = None
+    total_weight: float = 0.0
     last: bool = False
     is_dropped: bool = False
     failed: bool = False

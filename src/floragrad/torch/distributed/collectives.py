@@ -1,14 +1,14 @@
 """Collectives over processes and over the shards of tensors: a few large ones, for any number of tensors."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch import Tensor, distributed
 
-from floragrad.torch.part import ShardSum
+from floragrad.torch.part import Part, ShardSum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,6 +112,18 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local part of a DTensor; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def split_groups(parts: Iterable[tuple[Part | None, torch.device]]) -> Iterator[tuple[Ranks, torch.device]]:
+    """Yield the processes that some tensors are split over, once for each dimension of each mesh, with a device."""
+    found: dict[tuple[DeviceMesh, int], torch.device] = {}
+    for part, device in parts:
+        if part is None or part.mesh is None:
+            continue
+        for mesh_dim in sorted({each for dims in part.split.values() for each in dims}):
+            found.setdefault((part.mesh, mesh_dim), device)
+    for (mesh, mesh_dim), device in found.items():
+        yield Ranks(mesh.get_group(mesh_dim), mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim)), device
 
 
 def all_reduce_shards(shares: Iterable[ShardSum]) -> None:
