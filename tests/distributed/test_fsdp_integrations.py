@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from floragrad import Flora, param_groups
-from floragrad.torch.integrations.accelerate import FloraAccelerator
-from floragrad.torch.integrations.transformers import FloraTrainer
+from floragrad.accelerate import FloraAccelerator
+from floragrad.transformers import FloraFactory, FloraTrainer
 from tests.distributed.cases import full
 from tests.distributed.conftest import Worlds
 from tests.distributed.test_integrations import accelerate_state
@@ -180,7 +180,11 @@ def trained_by_trainer(
             model=llama(torch.float32),
             args=args,
             train_dataset=[{"input_ids": row, "labels": row} for batch in batches(0, 1) for row in batch],
-            optimizer_cls_and_kwargs=(Flora, {"lr": 2e-3, "rank": 8, "kappa": 3, "state_dtype": "float32"}),
+            # Grouped by the factory, and by the Trainer.
+            optimizer_cls_and_kwargs=(
+                {"fsdp": FloraFactory, "ddp": Flora}[kind],
+                {"lr": 2e-3, "rank": 8, "kappa": 3, "state_dtype": "float32"},
+            ),
             **options,
         )
         trainer.train(resume_from_checkpoint=resume)

@@ -18,7 +18,7 @@ def test_torch_alone_loads_none_of_them_and_names_the_extra_of_what_is_missing()
     for name in {LIBRARIES!r}:
         sys.modules[name] = None
         try:
-            import_module(f"floragrad.torch.integrations.{{name}}")
+            import_module(f"floragrad.{{name}}")
         except ImportError as error:
             print(error)
     """

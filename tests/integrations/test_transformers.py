@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from floragrad import Flora, param_groups
-from floragrad.torch.integrations.transformers import FloraTrainer, FloraTrainerMixin
+from floragrad.transformers import FloraFactory, FloraTrainer, FloraTrainerMixin
 from tests.torch.accumulation_cases import flat
 
 EXACT = {"state_dtype": "float32"}
@@ -44,9 +44,12 @@ def examples() -> list[dict[str, torch.Tensor]]:
     return made
 
 
+RATES = {"lr": 1e-2, "embedding_lr": 3e-2, "weight_decay": 0.1}
+OPTIONS = {"rank": 4, "state_dtype": "float32"}
+
+
 def flora(model: torch.nn.Module) -> Flora:
-    groups = param_groups(model, lr=1e-2, embedding_lr=3e-2, weight_decay=0.1)
-    return Flora(groups, rank=4, state_dtype="float32")
+    return Flora(param_groups(model, **RATES), **OPTIONS)
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
@@ -196,6 +199,30 @@ def test_it_equals_the_trainer(case: Case, tmp_path: Path, recwarn: pytest.Warni
     assert not [w for w in recwarn if "optimizer.step()" in str(w.message)]
 
 
+@pytest.mark.parametrize("kind", [Trainer, FloraTrainer])
+def test_the_factory_groups_the_parameters_and_resumes(kind: type[Trainer], tmp_path: Path) -> None:
+    given = arguments(tmp_path, save_strategy="steps", save_steps=2, num_train_epochs=1)
+
+    def run(resume: bool = False, **optimizer: Any) -> Trainer:
+        made = kind(llama(), given, train_dataset=examples(), **optimizer)
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return made
+
+    factory: Any = {"optimizer_cls_and_kwargs": (FloraFactory, {**RATES, **OPTIONS})}
+    whole = run(**factory)
+    groups = whole.optimizer.optimizer.param_groups
+    assert [(group["kind"], group["initial_lr"], group["weight_decay"]) for group in groups] == [
+        ("matrix", 1e-2, 0.1),
+        ("vocabulary", 3e-2, 0.1),
+        ("vector", 1e-2, 0.0),
+    ]
+    assert torch.equal(flat(run(resume=True, **factory).model), flat(whole.model))
+    model = llama()
+    by_hand = kind(model, given, train_dataset=examples(), optimizers=(flora(model), None))
+    by_hand.train()
+    assert torch.equal(flat(model), flat(whole.model))
+
+
 def test_gradients_are_compressed_and_the_model_is_given_back(tmp_path: Path) -> None:
     held, bits = [], []
 
@@ -294,6 +321,10 @@ def test_refusals_name_the_way_out(tmp_path: Path) -> None:
     run = FloraTrainer(model, arguments(tmp_path), train_dataset=examples(), optimizers=(part, None))
     with pytest.raises(ValueError, match="freeze what is not trained"):
         run.train()
+
+    factory = (FloraFactory, {"lr": 1e-2})
+    with pytest.raises(RuntimeError, match="give one of them"):
+        FloraTrainer(model, arguments(tmp_path), optimizers=(flora(model), None), optimizer_cls_and_kwargs=factory)
 
     class Own(Trainer):
         def create_accelerator_and_postprocess(self) -> None:

@@ -1,13 +1,16 @@
-"""Integration with Hugging Face's Trainer: each window's gradients are kept as sketches."""
+"""Integration with Hugging Face's Trainer: its optimizer, and windows whose gradients are kept as sketches."""
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from floragrad._extras import require
 from floragrad.torch.accumulation import GradientAccumulator
 from floragrad.torch.accumulation.remedies import Remedies
+from floragrad.torch.groups import param_groups
 from floragrad.torch.integrations import AccumulationOptions, checked_options
+from floragrad.torch.optimizer import Flora
 
 require("transformers", "transformers")
 require("accelerate", "transformers")
@@ -20,6 +23,41 @@ from floragrad.torch.integrations.accelerated_optimizer import (  # noqa: E402
     AcceleratedAccumulator,
     AccumulatingOptimizer,
 )
+
+
+class FloraFactory:
+    """Factory of :class:`floragrad.Flora` for ``Trainer(optimizer_cls_and_kwargs=(FloraFactory, {"lr": 1e-3}))``.
+
+    The Trainer (transformers 5.2 or newer) calls it with the model once its adapters are there and it is placed. The
+    parameters are grouped by :func:`floragrad.param_groups`: embeddings and output heads may have a rate of their own,
+    vectors have no weight decay. The Trainer passes on neither ``learning_rate`` nor ``weight_decay`` of its arguments:
+    name them here; its scheduler and ``max_grad_norm`` apply as ever.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(1000, 64), torch.nn.Linear(64, 64))
+        >>> optimizer = FloraFactory()(model, lr=1e-3, embedding_lr=1e-2, weight_decay=0.1, rank=8)
+        >>> [(group["kind"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [('matrix', 0.001, 0.1), ('vocabulary', 0.01, 0.1), ('vector', 0.001, 0.0)]
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        lr: float,
+        embedding_lr: float | None = None,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> Flora:
+        """Return the optimizer of a model.
+
+        Args:
+            model: The model.
+            lr: Learning rate.
+            embedding_lr: Of embeddings and output heads; None: ``lr``.
+            weight_decay: Of everything but vectors.
+            **options: Of :class:`floragrad.Flora`.
+        """
+        return Flora(param_groups(model, lr, embedding_lr, weight_decay), **options)
 
 
 class _TrainerAccumulator(AcceleratedAccumulator):
@@ -66,20 +104,33 @@ class FloraTrainerMixin:
     Args:
         *args: Of the Trainer.
         accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`.
+        optimizer_cls_and_kwargs: As of ``transformers.Trainer``, for Trainers without that argument too (TRL's
+            ``DPOTrainer`` and ``GRPOTrainer``); with :class:`FloraFactory`.
         **kwargs: Of the Trainer.
 
     Raises:
-        RuntimeError: The Trainer makes an accelerator of a class of its own.
+        RuntimeError: The Trainer makes an accelerator of a class of its own, or was given an optimizer twice.
         TypeError: ``accumulation`` is no dictionary.
         ValueError: There is no such option; when training begins, the optimizer lacks trained parameters.
     """
 
     accelerator: Any
     args: Any
+    optimizer: Any
 
-    def __init__(self, *args: Any, accumulation: AccumulationOptions | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        accumulation: AccumulationOptions | None = None,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._accumulation = checked_options(accumulation)
         super().__init__(*args, **kwargs)
+        if optimizer_cls_and_kwargs is not None:
+            if self.optimizer is not None:
+                raise RuntimeError("optimizers and optimizer_cls_and_kwargs: give one of them")
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as the Trainer does, with accumulation."""
@@ -122,7 +173,6 @@ class FloraTrainer(FloraTrainerMixin, Trainer):  # type: ignore[misc]
 
     Example:
         >>> import tempfile
-        >>> from floragrad import Flora, param_groups
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
         >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
@@ -134,7 +184,7 @@ class FloraTrainer(FloraTrainerMixin, Trainer):  # type: ignore[misc]
         ...     )
         ...     trainer = FloraTrainer(
         ...         model, arguments, train_dataset=[{"input_ids": tokens, "labels": tokens}] * 8,
-        ...         optimizers=(Flora(param_groups(model, lr=1e-3), rank=8), None),
+        ...         optimizer_cls_and_kwargs=(FloraFactory, {"lr": 1e-3, "rank": 8}),
         ...     )
         ...     trainer.train().global_step  # doctest: +ELLIPSIS
         {...}

@@ -1,0 +1,5 @@
+"""Flora in Accelerate: ``FloraAccelerator``."""
+
+from floragrad.torch.integrations.accelerate import FloraAccelerator
+
+__all__ = ["FloraAccelerator"]
