@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from inspect import signature
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, Final, ParamSpec, TypeVar, get_args
@@ -141,7 +142,7 @@ def check_renamed(given: Iterable[str], renamed: Mapping[str, str]) -> None:
 
 
 def refuse_renamed(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function with :func:`check_renamed`; its signature stays."""
+    """Decorate a function with :func:`check_renamed`; its signature stays, with a plain number as default rank."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -149,6 +150,13 @@ def refuse_renamed(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             check_renamed(kwargs, renamed)
             return function(*args, **kwargs)
 
+        # Command lines that are made of signatures, as LightningCLI, write defaults as YAML, which has no DefaultRank.
+        given = signature(function)
+        parameters = [
+            each.replace(default=int(each.default)) if isinstance(each.default, DefaultRank) else each
+            for each in given.parameters.values()
+        ]
+        checked.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
         return checked
 
     return decorate

@@ -1,6 +1,6 @@
 """FloraAccelerator against accelerate.Accelerator: the same loop, the same numbers where nothing is rounded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ import accelerate
 import pytest
 import torch
 from accelerate import DistributedType
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
@@ -19,14 +18,6 @@ from tests.torch.accumulation_cases import MAX_NORM, STEPS, Net, adamw, flat, fl
 
 EXACT = {"state_dtype": "float32"}
 BATCHES = 10  # two windows of four and one of two
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Accelerate keeps its settings in objects of the process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def with_scaler(accelerator: accelerate.Accelerator) -> accelerate.Accelerator:

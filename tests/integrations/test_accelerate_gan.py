@@ -1,12 +1,11 @@
 """Several models and optimizers in one accumulate(): as with accelerate.Accelerator, whatever the optimizers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from floragrad.torch.integrations.accelerate import FloraAccelerator
@@ -14,13 +13,6 @@ from tests.torch.accumulation_cases import MAX_NORM, adamw, flat, flora
 
 EXACT = {"state_dtype": "float32"}
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def nets() -> tuple[nn.Module, nn.Module]:

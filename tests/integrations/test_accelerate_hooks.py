@@ -1,12 +1,10 @@
 """Options, ownership, advice and lost accelerators of FloraAccelerator."""
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from floragrad import Flora, GradientAccumulator
@@ -14,13 +12,6 @@ from floragrad.torch.integrations.accelerate import FloraAccelerator
 from tests.torch.accumulation_cases import adamw, flora
 
 STEPS = 2
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def net() -> nn.Module:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 
-from floragrad.torch.integrations.lightning import FloraAccumulation
+from floragrad import Flora
+from floragrad.lightning import FloraAccumulation
 from tests.torch.accumulation_cases import MAX_NORM, STEPS, Net, adamw, flat, flora
 
 EXACT = {"state_dtype": "float32"}
@@ -72,20 +74,23 @@ def fp16() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
 
 
+OPTIONS = {
+    "max_epochs": 2,
+    "accumulate_grad_batches": STEPS,
+    "gradient_clip_val": MAX_NORM,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+
+
 def trainer(callbacks: list[Callback], **options: Any) -> Trainer:
-    given = {
-        "max_epochs": 2,
-        "accumulate_grad_batches": STEPS,
-        "gradient_clip_val": MAX_NORM,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
+    saves = any(isinstance(each, ModelCheckpoint) for each in callbacks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what Lightning thinks of this machine
-        return Trainer(callbacks=callbacks, **{**given, **options})
+        return Trainer(callbacks=callbacks, **{**OPTIONS, "enable_checkpointing": saves, **options})
 
 
 @dataclass(frozen=True)
@@ -285,3 +290,32 @@ def test_strategies_that_accumulate_themselves_are_refused() -> None:
     run.strategy.__class__ = type("Two", (type(run.strategy),), {"handles_gradient_accumulation": True})
     with pytest.raises(RuntimeError, match="devices=1"):
         FloraAccumulation().on_train_start(run, Module(flora))
+
+
+class Plain(LightningModule):
+    """Leaves its optimizer to LightningCLI."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Net()
+
+    def training_step(self, tokens: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(tokens)
+
+
+def test_lightning_cli_makes_both_by_class_path() -> None:
+    callback = {"class_path": "floragrad.lightning.FloraAccumulation", "init_args": {"accumulation": EXACT}}
+    options = {"lr": 1e-2, "rank": None, "ratio": 2}
+    config = {
+        "trainer": {**OPTIONS, "callbacks": [callback]},
+        "optimizer": {"class_path": "floragrad.Flora", "init_args": options},
+    }
+    cli = LightningCLI(Plain, args=config, run=False, save_config_callback=None)
+    by_hand = Plain()
+    by_hand.configure_optimizers = lambda: Flora(by_hand.parameters(), **options)
+    for module, run in ((cli.model, cli.trainer), (by_hand, trainer([FloraAccumulation(EXACT)]))):
+        run.fit(module, torch.stack(Batches().data))
+        assert run.callbacks[0].accumulator.releases
+    assert torch.equal(flat(cli.model), flat(by_hand))
+    assert not torch.equal(flat(by_hand), flat(Plain()))

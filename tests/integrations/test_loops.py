@@ -1,12 +1,10 @@
 """What the Trainer and Lightning say in their own words: reports, ownership, options, habits."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from floragrad import Flora
 from floragrad.torch.integrations.lightning import FloraAccumulation
@@ -15,13 +13,6 @@ from tests.integrations.test_lightning import Batches, Module, trainer
 from tests.integrations.test_transformers import arguments, examples, flora, llama
 from tests.torch.accumulation_cases import adamw, flat
 from tests.torch.accumulation_cases import flora as flora_of
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def made(folder: Path, model: torch.nn.Module, optimizer: Any, kind: type = FloraTrainer, **given: Any) -> FloraTrainer:

@@ -1,13 +1,12 @@
 """FloraTrainer against transformers.Trainer: the same losses, norms and parameters where nothing is rounded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from floragrad import Flora, param_groups
@@ -17,13 +16,6 @@ from tests.torch.accumulation_cases import flat
 EXACT = {"state_dtype": "float32"}
 STEPS = 4
 EXAMPLES = 20  # ten micro-batches of two: windows of 4, 4 and 2
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def llama() -> LlamaForCausalLM:

@@ -183,7 +183,7 @@ class _Declared(NamedTuple):
 
     Attributes:
         inputs: The input embedding; for images and sounds it may be any module.
-        outputs: The output heads.
+        outputs: The output heads, or wrappers around them.
     """
 
     inputs: nn.Module | None
@@ -194,7 +194,15 @@ class _Declared(NamedTuple):
         if not name.startswith("weight"):
             return False
         is_table = module is self.inputs and not isinstance(module, _MATRIX_MODULES)
-        return is_table or any(module is head for head in self.outputs)
+        return is_table or any(module is head or _is_copy(module, head) for head in self.outputs)
+
+
+def _is_copy(module: nn.Module, head: nn.Module) -> bool:
+    """Return whether a wrapper of a head, such as peft's for ``modules_to_save``, trains ``module`` in its place."""
+    weight, own = getattr(head, "weight", None), getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not isinstance(own, Tensor):
+        return False
+    return own.shape == weight.shape and any(module is each for each in head.modules())
 
 
 def _declared(model: nn.Module) -> _Declared:
