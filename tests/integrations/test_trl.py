@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
@@ -17,8 +18,6 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from floragrad.transformers import FloraFactory, FloraTrainerMixin
 from tests.integrations.test_transformers import EXACT, OPTIONS, RATES, llama, logged
 from tests.torch.accumulation_cases import flat
-
-trl = pytest.importorskip("trl", reason="TRL has no release for Python 3.10")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
