@@ -21,6 +21,7 @@ class AccumulationOptions(TypedDict, total=False):
     seed: int
     release: bool | None
     drop_nonfinite: bool
+    check_replicas_every: int | None
 
 
 def checked_options(given: Any) -> AccumulationOptions:
