@@ -16,7 +16,7 @@ SUFFIXES = {".md", ".png", ".svg"}
 PUBLIC = ("", "torch", "torch.accumulation", "torch.integrations", "jax")
 """Modules of floragrad whose ``__all__`` is the public interface."""
 
-SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\.py\)")
+SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\.(?:py|ipynb)\)")
 ROLE = re.compile(r":\w+:`~?([\w.]+)`")
 
 log = logging.getLogger("mkdocs.hooks.floragrad")

@@ -45,7 +45,7 @@ def test_every_package_is_pinned_for_the_oldest_python_unless_it_has_no_release_
     site_needs = {"backrefs", "griffelib", "markdown", "platformdirs", "watchdog", "pymdown-extensions"} | {
         *("mkdocs-autorefs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python")
     }
-    others = {"annotated-doc", "httpcore2", "httpx2"}
+    others = {"annotated-doc", "diffusers", "httpcore2", "httpx2", "importlib_metadata"}
     assert set(pins(USUAL)) - set(pins(OLDEST)) <= flax_needs | site_needs | others
 
 
@@ -58,9 +58,9 @@ def test_the_archive_of_the_sources_has_docs_tests_and_benchmarks(tmp_path: Path
         packed = {name.partition("/")[2] for name in file.getnames()}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("src", "dev", "docs", "tests", "benchmarks", "replication")
+        for folder in ("src", "dev", "docs", "examples", "tests", "benchmarks", "replication")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".png", ".svg", ".json", ".cpp", ".hpp", ".typed")
+        if path.suffix in (".py", ".ipynb", ".md", ".png", ".svg", ".json", ".cpp", ".hpp", ".typed")
     }
     assert len(wanted) > 200
     assert wanted <= packed
