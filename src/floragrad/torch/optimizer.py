@@ -27,6 +27,7 @@ from floragrad.torch.options import (
 )
 from floragrad.torch.param_info import ParamInfo, TensorIdCache, ensure_state, group_infos, next_tensor_id
 from floragrad.torch.report import group_warning, make_report
+from floragrad.torch.stats import StatsCollector
 from floragrad.torch.step import step
 from floragrad.torch.validation import check_shape
 
@@ -107,6 +108,8 @@ class Flora(torch.optim.Optimizer):
 
     _warned_of_lr = False
     """True once the user was told that ``relative_step`` ignores a scheduler's learning rate."""
+    _collector: StatsCollector | None = None
+    """Measures updates for :meth:`stats`; None unless asked for."""
 
     @refuse_renamed(**RENAMED)
     def __init__(
@@ -270,6 +273,59 @@ class Flora(torch.optim.Optimizer):
         self._sync_groups()
         return make_report(self._infos, self.state)
 
+    def collect_stats(self, every: int = 1) -> None:
+        """Measure the updates of every n-th step from now on, for :meth:`stats`.
+
+        A measured step takes about the time of one more step in PyTorch operations, and the memory of one tensor's
+        update. Nothing is measured, and nothing kept, unless this is called. Parameters and state are the same with and
+        without. Of sharded parameters all devices must call this.
+
+        Args:
+            every: n; 0 ends it.
+
+        Raises:
+            ValueError: It is negative.
+        """
+        self._collector = StatsCollector(every) if every else None
+
+    def stats(self, *, by_group: bool = False) -> dict[str, float]:
+        r"""Return metrics of the last measured update of every parameter, to be logged; see :meth:`collect_stats`.
+
+        With the gradient G, the normalised gradient U, the direction D and the step size α of each tensor W, before
+        the step::
+
+            grad_norm      √Σ‖G‖²
+            param_norm     √Σ‖W‖²
+            update_norm    √Σ‖α' D‖²        α' = α / max(1, rms(D) / clip_threshold); without weight decay
+            update_rms     √(Σ‖D‖² / Σ numel(D)), before α and clipping: ``clip_threshold`` bounds it for each tensor
+            clipped        share of the tensors with rms(D) > clip_threshold
+            sketch_energy  Σ‖U Pᵀ (P Pᵀ)⁻¹ P‖² / Σ‖U‖², the share of the updates that lies in the sketched subspaces;
+                           1/ρ for random signs and gradients without structure
+
+        ``sketch_energy`` is of tensors with a sketch of signs or learned weights, and left out where there is none.
+
+        Args:
+            by_group: Add the same for each group, as ``"group0/update_rms"``.
+
+        Returns:
+            Metrics by name; empty before the first measured step.
+
+        Raises:
+            RuntimeError: :meth:`collect_stats` was not called.
+
+        Example:
+            >>> model = torch.nn.Linear(256, 256)
+            >>> optimizer = Flora(model.parameters(), lr=1e-3, rank=32)
+            >>> optimizer.collect_stats(every=100)
+            >>> model(torch.randn(8, 256)).square().mean().backward()
+            >>> optimizer.step()
+            >>> sorted(optimizer.stats())
+            ['clipped', 'grad_norm', 'param_norm', 'sketch_energy', 'update_norm', 'update_rms']
+        """
+        if self._collector is None:
+            raise RuntimeError("no updates are measured: call optimizer.collect_stats() before the step")
+        return self._collector.summary(self.param_groups, by_group=by_group)
+
     def tensor_ids(self) -> dict[Tensor, int]:
         """Return the id of each parameter: the key of its random streams, saved with its state."""
         self._sync_groups()
@@ -395,6 +451,8 @@ class Flora(torch.optim.Optimizer):
 
     def _update(self, updates: Mapping[Tensor, ParamUpdate]) -> None:
         """Run a step that has begun."""
+        if self._collector is not None:
+            self._collector.collect(updates)
         step(list(updates.values()))
         for param, update in updates.items():
             param_info.write_back(param, update.param, update.ctx.plan)

@@ -7,18 +7,22 @@ further mesh dimension; and for tensors split along their columns one for the sk
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from floragrad.torch.backends import passes_of
 from floragrad.torch.context import ParamUpdate
 from floragrad.torch.distributed.collectives import all_reduce_shards
+from floragrad.torch.part import Passes
 
 
-def step(updates: Sequence[ParamUpdate]) -> None:
+def step(
+    updates: Sequence[ParamUpdate], passes_of: Callable[[Sequence[ParamUpdate]], Iterable[Passes]] = passes_of
+) -> None:
     """Update parameters and their states in place.
 
     Args:
         updates: At most one for each parameter; of shards, of the same parameters on every device.
+        passes_of: Yields the passes of updates; by default those of the backends.
     """
     for passes in passes_of([update for update in updates if not update.ctx.part.split and update.param.numel()]):
         deque(passes, maxlen=0)  # the sums of a whole tensor are complete

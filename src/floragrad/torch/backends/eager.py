@@ -58,12 +58,18 @@ def passes(updates: Sequence[ParamUpdate]) -> Iterator[Passes]:
 
     Each yields sums, to be added up over all parts of the tensor before it resumes.
     """
+    for update, words in with_words(updates):
+        yield EagerStep(update, words).run()
+
+
+def with_words(updates: Sequence[ParamUpdate]) -> Iterator[tuple[ParamUpdate, Words]]:
+    """Yield each update with its random words, which are drawn for many tensors together on an accelerator."""
     for chunk in _chunks(updates):
         requests = [request for _, named in chunk for request in named.values()]
         drawn = iter(draw_words(requests, chunk[0][0].ctx.device))
         words = [dict(zip(named, drawn, strict=False)) for _, named in chunk]
         for (update, _), its_words in zip(chunk, words, strict=True):
-            yield _EagerStep(update, its_words).run()
+            yield update, its_words
 
 
 def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[list[tuple[ParamUpdate, dict[str, Request]]]]:
@@ -82,7 +88,7 @@ def _chunks(updates: Sequence[ParamUpdate]) -> Iterator[list[tuple[ParamUpdate, 
         yield chunk
 
 
-class _EagerStep:
+class EagerStep:
     """One step of one tensor.
 
     The second pass updates a sketched momentum and keeps its correction of the direction for the third: 1/ρ of the
