@@ -25,6 +25,12 @@ SMALL = {
 FAST = ("--optimizers", "adamw,flora")
 
 
+@pytest.fixture(autouse=True)
+def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``test_recipe.py`` has what is searched for with ``--fits``; it takes several traces."""
+    monkeypatch.setattr("floragrad.cli.plan.recipe.find_recipe", lambda *_: None)
+
+
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a small Llama's configuration."""

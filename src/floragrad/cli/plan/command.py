@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from floragrad.cli.plan.presets import MODELS
 from floragrad.cli.plan.result import DEVICE, MemoryPlan, PlanSettings
 from floragrad.cli.plan.sizes import Size, parse_size
 from floragrad.cli.plan.verdict import verdict_json
+
+if TYPE_CHECKING:
+    from floragrad.cli.plan.recipe import Recipe
 
 __all__ = ["app", "plan"]
 
@@ -50,8 +53,8 @@ class Request:
         argument=True,
     )
     fits: Size | None = option(
-        "Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare. The exit code is 1 where "
-        "no optimizer does.",
+        "Memory of a device, like 24GB or 80GiB: says what fits, and with how much to spare, and prints the code of a "
+        "step of Flora that does. The exit code is 1 where no optimizer of the table does.",
         DEVICE,
         default=None,
         metavar="SIZE",
@@ -81,22 +84,28 @@ def plan(given: dict[str, Any]) -> None:
     machine.prepare("torch", hub=model not in MODELS and not Path(model).exists())
     from floragrad.cli.plan.engine import plan_subject
     from floragrad.cli.plan.models import find_model
+    from floragrad.cli.plan.recipe import NOTHING, find_recipe
 
     subject = find_model(model)
     sketched = any(name.startswith("flora") for name in settings.optimizers) and settings.ratio is None
     settings = replace(
         settings, sequence=subject.sequence(given.get("sequence")), rank=subject.rank(given.get("rank"), sketched)
     )
+    with_flora = any(name.startswith("flora") for name in settings.optimizers)
+    device = fits if with_flora and settings.ddp == settings.fsdp == 1 else None
     with display.progress(Console(stderr=True)) as report:
         planned = plan_subject(subject, settings, report)
+        recipe = None if device is None else find_recipe(subject, settings, device)
     heading = display.title(planned, subject.reads_text)
     if request.as_json:
-        print(json.dumps(_as_json(planned, fits), indent=2))
+        print(json.dumps(_as_json(planned, fits, recipe), indent=2))
     else:
         screen = display.screen()
         screen.print(display.plan_table(planned, heading))
         if fits is not None:
             screen.print(display.fits_table(planned, fits, subject.reads_text))
+        if device is not None:
+            print(f"\n{recipe.describe(device, subject.reads_text)}\n\n{recipe.code()}" if recipe else f"\n{NOTHING}")
     if picture is not None:
         _draw(planned, heading, fits, picture)
     if fits is not None and not any(row.peak <= fits.nbytes for row in planned.optimizers.values()):
@@ -118,13 +127,14 @@ def _check_picture(path: Path) -> None:
         )
 
 
-def _as_json(planned: MemoryPlan, device: Size | None) -> dict[str, Any]:
+def _as_json(planned: MemoryPlan, device: Size | None, recipe: "Recipe | None") -> dict[str, Any]:
     """Return the plan in plain types, with the verdicts on devices."""
     plain = planned.to_json()
     if device is not None:
         plain["fits"] = {
             "memory": device.nbytes,
             "optimizers": {name: verdict_json(row, device) for name, row in planned.optimizers.items()},
+            "recipe": recipe.to_json() if recipe else None,
         }
     return plain
 

@@ -115,17 +115,23 @@ class Planner:
     """
 
     def __init__(self, subject: PlannedModel, settings: PlanSettings) -> None:
-        self._subject, self._settings = subject, settings
+        self.subject, self.settings = subject, settings
         self._tracers: dict[bool, tuple[nn.Module, Tracer]] = {}
 
-    def row(self, row: Row) -> OptimizerPlan:
-        """Plan one row, whose packages are there."""
-        settings = self._settings
+    def row(self, row: Row, accumulate: int | None = None) -> OptimizerPlan:
+        """Plan one row, whose packages are there.
+
+        Args:
+            row: The row.
+            accumulate: Micro-batches of a step, on which no pass depends; None: of the settings.
+        """
+        settings = self.settings
+        accumulate = settings.accumulate if accumulate is None else accumulate
         model, tracer = self._traced(row)
         if row.peer is None:
-            trace = flora_trace(tracer, row.flora(model, settings), settings.accumulate, row.clip)
+            trace = flora_trace(tracer, row.flora(model, settings), accumulate, row.clip)
         else:
-            trace = tracer.peer_trace(partial(row.optimizer, settings=settings), settings.accumulate)
+            trace = tracer.peer_trace(partial(row.optimizer, settings=settings), accumulate)
         if settings.fsdp > 1:
             trace = sharded(trace, model, settings.fsdp)
         if settings.ddp > 1:
@@ -139,13 +145,13 @@ class Planner:
     def _traced(self, row: Row) -> tuple[nn.Module, Tracer]:
         """Return the model that a row trains, on the meta device, and its tracer."""
         if row.lora not in self._tracers:
-            settings = self._settings
+            settings = self.settings
             dtype: torch.dtype = getattr(torch, settings.dtype)
             with torch.device("meta"):
-                model = row.adapted(self._subject.build(dtype), settings)
+                model = row.adapted(self.subject.build(dtype), settings)
             if settings.checkpointing:
                 recompute_activations(model)
-            inputs = partial(self._subject.inputs, settings.batch, settings.sequence, dtype)
+            inputs = partial(self.subject.inputs, settings.batch, settings.sequence, dtype)
             self._tracers[row.lora] = model, Tracer(model, inputs)
         return self._tracers[row.lora]
 
