@@ -60,13 +60,21 @@ class Job:
         self.alone = [distributed.new_group([each]) for each in range(4)][rank]
 
     def build(
-        self, optimizer: Callable[[nn.Module], Any], steps: int = STEPS, *, shards: bool = True, **options: Any
+        self,
+        optimizer: Callable[[nn.Module], Any],
+        steps: int = STEPS,
+        *,
+        shards: bool = True,
+        deferred: bool = False,
+        **options: Any,
     ) -> tuple[Net, GradientAccumulator]:
         model = Net()
         if shards:
             for module in (model.first, model.second, model):
                 fully_shard(module, mesh=self.mesh["shard"])
         group = self.replicas if shards else self.alone
+        if deferred:
+            options["defer_reduction"] = model
         return model, GradientAccumulator(optimizer(model), steps, **{"process_group": group, **options})
 
     def go(self, model: Net, accumulator: GradientAccumulator, numbers: range, sources: Sequence[int]) -> list[float]:
@@ -79,6 +87,11 @@ class Job:
                 norms.append(accumulator.clip_grad_norm_(MAX_NORM).item())
                 assert accumulator.step()
         return norms
+
+    def trained(self, **options: Any) -> tuple[Net, list[float]]:
+        """A model after a few windows, and their norms."""
+        model, accumulator = self.build(flora, **options)
+        return model, self.go(model, accumulator, range(6 * STEPS), [self.rank])
 
     def assert_alike(self, model: Net, norms: list[float]) -> None:
         """The same bits of each shard in both replicas, and the same norms everywhere."""
@@ -108,10 +121,11 @@ def trains(rank: int) -> None:
         assert len(norms) == windows
         job.assert_alike(model, norms)
         assert (full(model.first.weight) - start).abs().max() > 1e-3, "and they have moved"
-    for options in ({}, {"ratio": 2}):
+    job.assert_alike(*job.trained(deferred=True))
+    for options in ({}, {"ratio": 2}, {"deferred": True}):
         found = job.build(sgd, state_dtype="float32", **options)
         norms = job.go(*found, range(6 * STEPS), [rank])
-        whole = job.build(sgd, 4 * STEPS, shards=False, state_dtype="float32", **options)
+        whole = job.build(sgd, 4 * STEPS, shards=False, state_dtype="float32", **{**options, "deferred": False})
         assert norms == pytest.approx(job.go(*whole, range(6 * STEPS), range(4)), rel=1e-5)
         assert max(norms) > MAX_NORM, "it was clipped"
         assert_near(found[0], whole[0])

@@ -36,6 +36,8 @@ from floragrad.torch.dynamo import disable_dynamo
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from floragrad.torch.accumulation.deferred import DeferredReduction
+
 
 class GradientAccumulator(MicroBatches):
     r"""Mean gradient of a window of micro-batches, kept as low-bit sketches.
@@ -85,6 +87,9 @@ class GradientAccumulator(MicroBatches):
             made alike. None: the default group, or this process alone where there is none; with sharded parameters
             nobody, for their gradients are summed already. Shards that are replicated (HSDP) give the group of their
             replicas, and FSDP2 the mesh of the shards alone.
+        defer_reduction: Model under ``fully_shard`` whose gradients are not reduced in each micro-batch. Each process
+            folds the gradients of whole tensors into sketches, which are reduced to the shards when a window ends.
+            None: FSDP2 reduces every micro-batch.
         check_replicas_every: Compare checksums of the weights over the processes of the group every so many windows,
             the first included, and raise on all of them where one differs. None: never.
 
@@ -129,6 +134,7 @@ class GradientAccumulator(MicroBatches):
         scaler: GradScaler | None = None,
         drop_nonfinite: bool = False,
         process_group: "ProcessGroup | None" = None,
+        defer_reduction: nn.Module | None = None,
         check_replicas_every: int | None = None,
     ) -> None:
         self._settings = Settings.checked(
@@ -139,7 +145,7 @@ class GradientAccumulator(MicroBatches):
         release = can_release(optimizers) if release is None else release
         if release:
             check_release(optimizers)
-        check_clip(clip, release, scaler, self._ranks)
+        check_clip(clip, release, scaler, self._ranks, is_deferred=defer_reduction is not None)
         check_interval(check_replicas_every)
         self._check_replicas_every = check_replicas_every
         if drop_nonfinite:
@@ -147,11 +153,13 @@ class GradientAccumulator(MicroBatches):
         self._drops_nonfinite = drop_nonfinite
         self._finite: list[Tensor] = []
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        shared = self._ranks is not None
+        self._deferred = None if defer_reduction is None else _deferred(defer_reduction)
+        shared = self._ranks is not None or self._deferred is not None
         folds_last = steps > 1 or self._scaler is not None or shared or drop_nonfinite
         needs_norm = folds_last if clip is None else clip
         sketched = steps > 1 or (release and needs_norm) or shared
-        self._entries = ParamEntries(optimizers, self._settings, sketched, self, self._ranks.rank if self._ranks else 0)
+        rank = self._ranks.rank if self._ranks else 0
+        self._entries = ParamEntries(optimizers, self._settings, sketched, self, rank, self._deferred)
         self._window = self._fresh(0)
         self._folded_grads = FoldedGradCheck(self._entries, shared)
         self._stepper: Stepper = (
@@ -179,7 +187,7 @@ class GradientAccumulator(MicroBatches):
         """True if more gradients can be added in ``.grad`` to the sum of a complete window."""
         self._begin_window_if_freed()
         window = self._window
-        cannot = self.releases or self._ranks is not None or window.unscaled or self._drops_nonfinite
+        cannot = self.releases or not self._stepper.keeps_last or window.unscaled or self._drops_nonfinite
         return window.ended and not cannot
 
     @property
@@ -325,7 +333,13 @@ class GradientAccumulator(MicroBatches):
             return self._last_report
         return AccumulatorReport(
             tuple(
-                accumulator_row(entry.name, entry.plan, entry.sketch is not None, self._drops_nonfinite)
+                accumulator_row(
+                    entry.name,
+                    entry.plan,
+                    entry.sketch is not None,
+                    self._drops_nonfinite,
+                    None if entry.unreduced is None else entry.unreduced.plan,
+                )
                 for entry in self._entries
             )
         )
@@ -371,8 +385,8 @@ class GradientAccumulator(MicroBatches):
     def _next_window(self) -> None:
         for entry in self._entries:
             entry.updated = False
-            if entry.sketch is not None:
-                entry.sketch.folds = 0
+            for sketch in entry.sketches:
+                sketch.folds = 0
         self._window = self._fresh(self._window.index + 1)
 
     def _fresh(self, number: int) -> Window:
@@ -381,9 +395,12 @@ class GradientAccumulator(MicroBatches):
     def _end(self) -> None:
         """End the window, together with the other ranks; nothing where none has had a micro-batch."""
         with no_grad_no_autocast(self._entries.device):
-            difference = shard_difference(self._window, self._entries, self._settings, same_weights=True)
+            same_weights = self._deferred is None
+            difference = shard_difference(self._window, self._entries, self._settings, same_weights=same_weights)
             if difference and self._ranks is None:
                 raise RuntimeError(difference)
+            if self._deferred is not None and not difference:
+                self._deferred.reduce(self._entries, self._window.index)
             if self._window.kept if self._ranks is None else self._share(difference):
                 self._note_received()
                 if self.expects_gradients:
@@ -406,6 +423,12 @@ class GradientAccumulator(MicroBatches):
             self._last_report = self.report()
         self._closed = True
         self._remove_hooks()
+
+
+def _deferred(model: nn.Module) -> "DeferredReduction":
+    from floragrad.torch.accumulation.deferred import DeferredReduction
+
+    return DeferredReduction(model)
 
 
 def _remove_hooks(entries: ParamEntries, stepper: Stepper) -> None:

@@ -1,24 +1,16 @@
 """All-reduce of sketches and windows over processes; sketches are sent in their storage format."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Final
 from zlib import crc32
 
-import torch
-from torch import Tensor
-
 from floragrad.torch.accumulation.entries import ParamEntries
+from floragrad.torch.accumulation.packing import PackedSketch, Piece, byte_count, packed, split
 from floragrad.torch.accumulation.replicas import check_alike
 from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.accumulation.window import Window
 from floragrad.torch.distributed.collectives import BUCKET_BYTES, Ranks
-from floragrad.torch.storage import Block, StoredRows
-
-REDUCE_ELEMENTS: Final = 2**18
-"""Elements of each rank that are float32 at a time while they are summed."""
+from floragrad.torch.storage import Block
 
 
 def all_reduce_window(
@@ -91,44 +83,13 @@ def all_reduce_sketches(sketches: Sequence[GradientSketch], window: int, ranks: 
 def all_reduce_rounded(sketches: Sequence[GradientSketch], window: int, ranks: Ranks) -> None:
     """Sum the low-bit sketches alone over all ranks, without their noise."""
     rounded = [
-        _RoundedSketch(each, each.stored_for_sum(window)) for each in sketches if each.plan.state_dtype != "float32"
+        PackedSketch(each, each.stored_for_sum(window)) for each in sketches if each.plan.state_dtype != "float32"
     ]
     for bucket in _buckets(rounded):
         _sum_rows(bucket, ranks)
 
 
-@dataclass(frozen=True)
-class _RoundedSketch:
-    """Low-bit sketch, and its rows with the random bits that round their sums."""
-
-    sketch: GradientSketch
-    stored: StoredRows
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(buffer.shape[-1] * buffer.element_size() for buffer in self.stored.buffers)
-
-    def pack(self, where: Block) -> list[Tensor]:
-        """Return the storage of some rows as bytes."""
-        return [part.contiguous().view(torch.uint8).flatten() for part in self.stored.read(where)]
-
-    def unpack(self, sent: Tensor, where: Block) -> tuple[Tensor, ...]:
-        """Return the tensors that :meth:`pack` has sent, in their dtypes and shapes."""
-        parts, first = [], 0
-        for buffer in self.stored.buffers:
-            shape = (1, where[1].stop - where[1].start, buffer.shape[-1])
-            last = first + prod(shape) * buffer.element_size()
-            # A copy: wider elements must be aligned.
-            parts.append(sent[first:last].clone().view(buffer.dtype).view(shape))
-            first = last
-        return tuple(parts)
-
-
-Piece = tuple[_RoundedSketch, Block]
-"""Rows of one matrix of a sketch."""
-
-
-def _buckets(rounded: Sequence[_RoundedSketch]) -> Iterator[list[Piece]]:
+def _buckets(rounded: Sequence[PackedSketch]) -> Iterator[list[Piece]]:
     """Yield all rows in buckets of at most ``BUCKET_BYTES``, each on one device."""
     bucket: list[Piece] = []
     filled, device = 0, None
@@ -158,43 +119,12 @@ def _share(where: Block, rank: int, size: int) -> Block:
 def _sum_rows(bucket: list[Piece], ranks: Ranks) -> None:
     """Sum one bucket's rows over the ranks."""
     shares = [[(each, _share(where, rank, ranks.size)) for each, where in bucket] for rank in range(ranks.size)]
-    local = shares[ranks.rank]
-    received = ranks.all_to_all([_packed(share) for share in shares], [_bytes(local)] * ranks.size)
-    for each, where, sent in _split(local, received):
-        for block, parts in _blocks(each, where, [each.unpack(part, where) for part in sent]):
-            each.sketch.write_sum(block, parts, each.stored)
-    received = ranks.all_to_all([_packed(local)] * ranks.size, [_bytes(share) for share in shares])
+    local, device = shares[ranks.rank], bucket[0][0].stored.buffers[0].device
+    received = ranks.all_to_all([packed(share, device) for share in shares], [byte_count(local)] * ranks.size)
+    for each, where, sent in split(local, received):
+        each.write_sum(where, sent)
+    received = ranks.all_to_all([packed(local, device)] * ranks.size, [byte_count(share) for share in shares])
     for rank, share in enumerate(shares):
         if rank != ranks.rank:
-            for each, where, (whole,) in _split(share, [received[rank]]):
+            for each, where, (whole,) in split(share, [received[rank]]):
                 each.stored.write(where, each.unpack(whole, where))
-
-
-def _packed(share: list[Piece]) -> Tensor:
-    return torch.cat([part for each, where in share for part in each.pack(where)])
-
-
-def _bytes(share: list[Piece]) -> int:
-    return sum((where[1].stop - where[1].start) * each.row_bytes for each, where in share)
-
-
-def _split(share: list[Piece], received: list[Tensor]) -> Iterator[tuple[_RoundedSketch, Block, list[Tensor]]]:
-    """Yield each piece with the bytes that every rank sent for it."""
-    first = 0
-    for each, where in share:
-        last = first + _bytes([(each, where)])
-        if last > first:
-            yield each, where, [sent[first:last] for sent in received]
-        first = last
-
-
-def _blocks(
-    each: _RoundedSketch, where: Block, parts: list[tuple[Tensor, ...]]
-) -> Iterator[tuple[Block, list[tuple[Tensor, ...]]]]:
-    """Yield a few rows at a time, which bounds the float32 memory."""
-    matrix, rows = where
-    height = max(1, REDUCE_ELEMENTS // each.stored.width)
-    for top in range(rows.start, rows.stop, height):
-        block = slice(top, min(top + height, rows.stop))
-        local = slice(top - rows.start, block.stop - rows.start)
-        yield (matrix, block), [tuple(buffer[:, local] for buffer in part) for part in parts]

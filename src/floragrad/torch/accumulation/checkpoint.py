@@ -5,7 +5,8 @@ from typing import Any, Final
 
 from floragrad.torch.accumulation.entries import ParamEntries
 from floragrad.torch.accumulation.settings import Settings
-from floragrad.torch.accumulation.window import Window
+from floragrad.torch.accumulation.sketch import GradientSketch
+from floragrad.torch.accumulation.window import ParamEntry, Window
 from floragrad.torch.distributed.collectives import Ranks
 from floragrad.torch.storage import repacked_int4
 
@@ -15,7 +16,7 @@ _PACKING: Final = "pairs"
 
 def window_state(window: Window, entries: ParamEntries, settings: Settings, ranks: Ranks | None) -> dict[str, Any]:
     """Return the state of a window; between two windows its position, and the sizes of the columns."""
-    sketches = {entry.tensor_id: entry.sketch.state_dict() for entry in entries if entry.sketch}
+    sketches = {entry.tensor_id: entry.held.state_dict() for entry in entries if entry.held}
     return {
         "settings": settings.saved(entries.device),
         "window": window.index,
@@ -49,7 +50,7 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
     # Sizes of columns, which are saved between two windows, are loaded where they fit and ignored elsewhere.
     gradients = {tensor_id: saved for tensor_id, saved in state["sketches"].items() if saved["folds"]}
     for tensor_id, saved in gradients.items():
-        sketch = by_id[tensor_id].sketch if tensor_id in by_id else None
+        sketch = _holder(state, by_id[tensor_id]) if tensor_id in by_id else None
         if sketch is None:
             raise ValueError(
                 f"the saved window holds a gradient of parameter {tensor_id}, which is not trained here: "
@@ -61,13 +62,20 @@ def check_window(state: dict[str, Any], entries: ParamEntries, settings: Setting
 def load_window(state: dict[str, Any], entries: ParamEntries, fresh: Window) -> Window:
     """Load the sketches from a checked state, and return its window in place of a fresh one."""
     for entry in entries:
-        if entry.sketch is not None and entry.tensor_id in state["sketches"]:
+        sketch = _holder(state, entry)
+        if sketch is not None and entry.tensor_id in state["sketches"]:
             saved = state["sketches"][entry.tensor_id]
-            if "int4_packing" not in state and "data" in saved and entry.sketch.plan.state_dtype == "int4":
-                saved = {**saved, "data": repacked_int4(saved["data"], entry.sketch.plan.width)}  # of version 0.1
-            entry.sketch.load_state_dict(saved)
+            if "int4_packing" not in state and "data" in saved and sketch.plan.state_dtype == "int4":
+                saved = {**saved, "data": repacked_int4(saved["data"], sketch.plan.width)}  # of version 0.1
+            sketch.load_state_dict(saved)
     kept = {key: state[key] for key in ("seen", "weighted", "ended", "total")}
     return replace(fresh, index=state["window"], dropped=state.get("dropped", 0), **kept)
+
+
+def _holder(state: dict[str, Any], entry: ParamEntry) -> GradientSketch | None:
+    """Return the sketch that the saved one is loaded into."""
+    is_reduced = state["ended"] or not state["seen"]
+    return entry.sketch if is_reduced or entry.unreduced is None else entry.unreduced
 
 
 def _place(ranks: Ranks | None, entries: ParamEntries) -> list[int]:

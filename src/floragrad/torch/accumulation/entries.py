@@ -24,6 +24,8 @@ from floragrad.torch.part import Part
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+    from floragrad.torch.accumulation.deferred import DeferredReduction
+
 _owners: Any = WeakTensorKeyDictionary()
 """The accumulator of each parameter, by weak reference."""
 
@@ -35,6 +37,10 @@ class Owner(Protocol):
 
     def fold(self, entry: ParamEntry) -> None:
         """Fold a gradient that has been added to the parameter's ``.grad``."""
+        ...
+
+    def fold_unreduced(self, entry: ParamEntry, unsharded: Tensor) -> None:
+        """Fold a gradient of the whole tensor, from the parameter that FSDP2 puts in its place."""
         ...
 
     def close(self) -> None:
@@ -59,6 +65,7 @@ class ParamEntries:
         sketched: False if no gradient is kept.
         owner: The accumulator; it is called whenever a gradient has been added to ``.grad``.
         rank: This process among those that train together.
+        deferred: FSDP2's reduction where it is deferred to the end of the window.
 
     Raises:
         RuntimeError: A parameter is in other entries already.
@@ -72,12 +79,14 @@ class ParamEntries:
         sketched: bool,
         owner: Owner,
         rank: int,
+        deferred: "DeferredReduction | None" = None,
     ) -> None:
         self._optimizers = optimizers
         self._settings = settings
         self._sketched = sketched
         self._owner = weakref.ref(owner)
         self._rank = rank
+        self._deferred = deferred
         self._entries: dict[Tensor, ParamEntry] = {}
         self.sync()
 
@@ -98,14 +107,17 @@ class ParamEntries:
         listed = {each.param: each for each in self.listed()}
         new = [each for param, each in listed.items() if param.requires_grad and param not in self._entries]
         _check_free(new)
-        if not any(entry.sketch is not None and entry.sketch.folds for entry in self):
+        if not any(entry.is_held for entry in self):
             for param in [param for param in self._entries if param not in listed]:
                 self._remove(param)
             for param, entry in self._entries.items():
                 entry.renumber(listed[param].tensor_id)
         for entry in [self._make_entry(each) for each in new]:
             hook = partial(_call, self._owner, entry)
-            entry.handle = entry.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            entry.handles.append(entry.param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            if self._deferred is not None:
+                unreduced = partial(_call_unreduced, self._owner, entry)
+                entry.handles.append(self._deferred.attach(entry, unreduced))
             self._entries[entry.param] = entry
             _owners[entry.param] = self._owner
 
@@ -130,21 +142,23 @@ class ParamEntries:
 
     def _remove(self, param: Tensor) -> None:
         entry = self._entries.pop(param)
-        if entry.handle is not None:
-            entry.handle.remove()
+        for handle in entry.handles:
+            handle.remove()
         _owners.pop(param, None)
 
     def _make_entry(self, each: ListedParam) -> ParamEntry:
         settings = self._settings
-        param, plan, part = each.param, settings.plan(each.param.shape, each.kind), None
+        param, whole, part = each.param, settings.plan(each.param.shape, each.kind), None
+        plan, sketch, unreduced = whole, None, None
         if is_sharded(param):
             plan, part = _share(each.name, param, plan, each.kind)
-        sketch = None
+        options = settings.projection, settings.seed, each.tensor_id, param.device
         if self._sketched:
-            sketch = GradientSketch(
-                plan, settings.projection, settings.seed, each.tensor_id, param.device, self._rank, part, each.name
-            )
-        return ParamEntry(each.tensor_id, each.name, param, each.optimizer, plan, sketch, part)
+            sketch = GradientSketch(plan, *options, self._rank, part, each.name)
+        if self._deferred is not None:
+            ranks = self._deferred.ranks
+            unreduced = GradientSketch(whole, *options, self._rank * ranks.size + ranks.rank, None, each.name)
+        return ParamEntry(each.tensor_id, each.name, param, each.optimizer, plan, sketch, unreduced, part)
 
 
 def _check_free(new: list[ListedParam]) -> None:
@@ -183,3 +197,10 @@ def _call(owner: "weakref.ref[Owner]", entry: ParamEntry, _: Tensor) -> None:
     accumulator = owner()
     if accumulator is not None:
         accumulator.fold(entry)
+
+
+@disable_dynamo
+def _call_unreduced(owner: "weakref.ref[Owner]", entry: ParamEntry, unsharded: Tensor) -> None:
+    accumulator = owner()
+    if accumulator is not None:
+        accumulator.fold_unreduced(entry, unsharded)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from floragrad.torch.accumulation.settings import Settings
 from floragrad.torch.accumulation.steppers import Stepper, late_gradient_error
 from floragrad.torch.accumulation.window import ParamEntry, Window, no_grad_no_autocast
 from floragrad.torch.dynamo import disable_dynamo
+
+if TYPE_CHECKING:
+    from floragrad.torch.accumulation.deferred import DeferredReduction
 
 
 class MicroBatches:
@@ -28,6 +32,7 @@ class MicroBatches:
     _stepper: Stepper
     _scaler: GradScaler | None
     _closed: bool
+    _deferred: "DeferredReduction | None"
     _drops_nonfinite: bool
     _has_received: bool
     _finite: list[Tensor]
@@ -101,6 +106,8 @@ class MicroBatches:
             raise RuntimeError("the window is complete: step() before the next micro-batch, or zero_grad() to drop it")
         if window.seen == 0:
             self._entries.sync()
+            if self._deferred is not None:
+                self._deferred.begin(self._entries)
         self._check_no_gradients()
         given = weight is not None
         if window.weighted not in (None, given):
@@ -175,16 +182,16 @@ class MicroBatches:
         window, grad = self._window, entry.local_grad()
         if grad is None or window.is_late:
             return
+        if self._deferred is not None:
+            raise RuntimeError(
+                f"{entry.name} has a gradient in .grad, reduced by FSDP2 or put there by hand, and defer_reduction "
+                "folds gradients before they are reduced: run backward passes through the model that it was given, or "
+                "leave it out"
+            )
         if window.is_dropped:
             entry.param.grad = None
             return
-        if window.weight is None:
-            raise RuntimeError(f"a gradient of {entry.name} outside a micro-batch: {self.remedies.backward}")
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"the gradient of {entry.name} is sparse: the accumulator takes dense gradients; "
-                "give sparse=False to its embedding"
-            )
+        weight = self._checked_weight(entry, grad)
         with no_grad_no_autocast(grad.device):
             if self._drops_nonfinite:
                 self._finite.append(grad.isfinite().all())
@@ -194,8 +201,37 @@ class MicroBatches:
             assert entry.sketch is not None
             if self._drops_nonfinite and not entry.folded:
                 entry.sketch.snapshot()
-            entry.sketch.add(grad, window.weight, window.index, measure_noise=not self._stepper.keeps_last)
+            entry.sketch.add(grad, weight, window.index, measure_noise=not self._stepper.keeps_last)
             self._folded_grads.free(entry)
+
+    def fold_unreduced(self, entry: ParamEntry, unsharded: Tensor) -> None:
+        """Fold the gradient of a whole tensor under FSDP2 before it is reduced; a hook calls this."""
+        window, grad = self._window, unsharded.grad
+        if grad is None:
+            return
+        if not window.is_dropped:
+            assert self._deferred is not None
+            assert entry.unreduced is not None
+            weight = self._checked_weight(entry, grad) / self._deferred.ranks.size
+            with no_grad_no_autocast(grad.device):
+                entry.unreduced.add(grad, weight, window.index, measure_noise=True)
+            entry.folded = True
+        unsharded.grad = None
+
+    def _checked_weight(self, entry: ParamEntry, grad: Tensor) -> float:
+        """Return the weight of the open micro-batch for a gradient.
+
+        Raises:
+            RuntimeError: No micro-batch is open, or the gradient is sparse.
+        """
+        if self._window.weight is None:
+            raise RuntimeError(f"a gradient of {entry.name} outside a micro-batch: {self.remedies.backward}")
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"the gradient of {entry.name} is sparse: the accumulator takes dense gradients; "
+                "give sparse=False to its embedding"
+            )
+        return self._window.weight
 
     def _fold_remaining(self) -> None:
         """Fold gradients that were put into ``.grad`` by hand; drop the micro-batch if one is not finite."""

@@ -62,7 +62,9 @@ class AccumulatorReport(TableReport[AccumulatorRow]):
         return [total]
 
 
-def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool) -> AccumulatorRow:
+def accumulator_row(
+    name: str, plan: AccumulatorPlan, sketched: bool, held: bool, unreduced: AccumulatorPlan | None = None
+) -> AccumulatorRow:
     """Return the row of one parameter.
 
     Args:
@@ -70,14 +72,16 @@ def accumulator_row(name: str, plan: AccumulatorPlan, sketched: bool, held: bool
         plan: Of its sketch.
         sketched: False where no gradient is ever kept.
         held: True with a second copy of the sum, to drop a micro-batch.
+        unreduced: Of the sketch of the whole tensor, beside that of the shard.
     """
     copy = sum(buffer.nbytes for key, buffer in plan.buffers.items() if key != "col_var") if held else 0
+    copy += 0 if unreduced is None else unreduced.state_bytes
     return AccumulatorRow(
         name=name,
-        shape=plan.shape,
+        shape=plan.shape if unreduced is None else unreduced.shape,
         ratio=plan.ratio,
         state_dtype=plan.state_dtype,
         state_bytes=plan.state_bytes + copy if sketched else 0,
-        exact_bytes=plan.exact_bytes,
+        exact_bytes=plan.exact_bytes if unreduced is None else unreduced.exact_bytes,
         reason=plan.reason if sketched else "steps=1: nothing is kept",
     )

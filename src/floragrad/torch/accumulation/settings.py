@@ -162,7 +162,9 @@ def check_release(optimizers: tuple[Optimizer, ...]) -> None:
         )
 
 
-def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, ranks: Ranks | None) -> None:
+def check_clip(
+    clip: bool | None, release: bool, scaler: GradScaler | None, ranks: Ranks | None, *, is_deferred: bool = False
+) -> None:
     """Refuse a ``clip`` that contradicts the way a window ends.
 
     Raises:
@@ -182,6 +184,11 @@ def check_clip(clip: bool | None, release: bool, scaler: GradScaler | None, rank
         raise ValueError(
             f"clip=False with {ranks.size} processes: a tensor would be updated before its gradient has been "
             "averaged over them; leave clip out, and the update runs in step()"
+        )
+    if clip is False and is_deferred:
+        raise ValueError(
+            "clip=False with defer_reduction: a tensor would be updated before its gradient is reduced; leave clip "
+            "out, and the update runs in step()"
         )
 
 

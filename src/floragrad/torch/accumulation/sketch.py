@@ -178,10 +178,34 @@ class GradientSketch:
                 self._buffers[key].zero_()
             self.folds = 1
 
-    def stored_for_sum(self, window: int) -> StoredRows:
-        """Return the rows with the bits that round their sums over processes, for :meth:`write_sum`."""
+    def stored(self) -> StoredRows:
+        """Return the rows, to be sent to other processes."""
+        return self._stored(self._buffers["data"].device)
+
+    def begin_sum(self, whole: "GradientSketch", matrices: slice) -> None:
+        """Receive the sum of sketches of the whole tensor, of which this is a shard's, by :meth:`write_sum`.
+
+        The noise of this process's own folds is counted here: all shards together have that of all processes.
+
+        Args:
+            whole: This process's.
+            matrices: Those that the shard has rows of.
+        """
+        self.folds = 1
+        if "noise" in self._buffers:
+            self._buffers["noise"].copy_(whole.buffers["noise"])
+        if "col_var" in self._buffers:
+            self._buffers["col_var"].copy_(whole.buffers["col_var"][matrices])
+
+    def stored_for_sum(self, window: int, *, partial: bool = False) -> StoredRows:
+        """Return the rows with the bits that round their sums over processes, for :meth:`write_sum`.
+
+        Args:
+            window: Index of the window.
+            partial: True for a sum that is summed and rounded once more: it has other bits.
+        """
         device = self._buffers["data"].device
-        return self._stored(device, self._rounding(device, window, 0, Stream.EXCHANGE_ROUNDING))
+        return self._stored(device, self._rounding(device, window, int(partial), Stream.EXCHANGE_ROUNDING))
 
     def write_sum(self, block: Block, parts: list[tuple[Tensor, ...]], stored: StoredRows) -> None:
         """Replace some rows by their sum over several processes, and add its rounding error to the noise.
@@ -196,7 +220,8 @@ class GradientSketch:
         total = torch.stack([load(part, dtype, width) for part in parts]).sum(0)
         kept = save(total, dtype, stored.bits(block))
         stored.write(block, kept)
-        self._add_noise(kept, total, None if columns is None else columns[block[0]])
+        if "noise" in self._buffers:
+            self._add_noise(kept, total, None if columns is None else columns[block[0]])
 
     def squared_norm(self) -> Tensor:
         """Return ‖C‖² less the squared rounding errors: an unbiased estimate of the squared norm of the sum of w·G.

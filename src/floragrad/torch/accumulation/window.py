@@ -91,10 +91,12 @@ class ParamEntry:
         optimizer: Its optimizer.
         plan: Plan of its sketch, for the local part.
         sketch: Its sum of gradients; None where no gradient is ever kept.
+        unreduced: Sum of this process's gradients of the whole tensor, until it is reduced to ``sketch`` when the
+            window ends; None where FSDP2 reduces them.
         part: Local part of a sharded parameter; None for whole ones.
         folded: True if a gradient of the open micro-batch has been folded.
         updated: True if it was updated inside the window's last backward pass.
-        handle: Of its hook.
+        handles: Of its hooks.
     """
 
     tensor_id: int
@@ -103,22 +105,37 @@ class ParamEntry:
     optimizer: Optimizer
     plan: AccumulatorPlan
     sketch: GradientSketch | None
+    unreduced: GradientSketch | None = None
     part: Part | None = None
     folded: bool = False
     updated: bool = False
-    handle: RemovableHandle | None = field(default=None, repr=False)
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False)
+
+    @property
+    def held(self) -> GradientSketch | None:
+        """The sketch that holds the gradients of the window so far."""
+        return self.unreduced if self.unreduced is not None and self.unreduced.folds else self.sketch
+
+    @property
+    def is_held(self) -> bool:
+        """True if a sketch holds a gradient."""
+        return self.held is not None and self.held.folds > 0
+
+    @property
+    def sketches(self) -> list[GradientSketch]:
+        """Those that there are."""
+        return [sketch for sketch in (self.sketch, self.unreduced) if sketch is not None]
 
     @property
     def has_gradient(self) -> bool:
         """True if the window has seen a gradient of it."""
-        is_folded = self.sketch is not None and self.sketch.folds > 0
-        return is_folded or self.updated or self.param.grad is not None
+        return self.is_held or self.updated or self.param.grad is not None
 
     def renumber(self, tensor_id: int) -> None:
         """Draw with another id from the next window on."""
         self.tensor_id = tensor_id
-        if self.sketch is not None:
-            self.sketch.tensor_id = tensor_id
+        for sketch in self.sketches:
+            sketch.tensor_id = tensor_id
 
     def local_grad(self) -> Tensor | None:
         """Return the local part of ``.grad``.
