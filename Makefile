@@ -8,12 +8,14 @@ BENCH_VENV ?= .venv-bench
 BENCH_READY = $(BENCH_VENV)/.ready
 DOCS_VENV ?= .venv-docs
 DOCS_READY = $(DOCS_VENV)/.ready
+TRAINERS_VENV ?= .venv-trainers
+TRAINERS_READY = $(TRAINERS_VENV)/.ready
 # What either environment is made of: the kernels are compiled into it.
 SOURCES = pyproject.toml constraints.txt setup.py $(wildcard src/floragrad/torch/backends/cpu/*.?pp)
 
 SANITIZED = build/sanitized
 
-.PHONY: demo compare bench replicate replicate-smoke test test-slow sanitize lint types docs clean
+.PHONY: demo compare bench replicate replicate-smoke test test-slow test-trainers sanitize lint types docs clean
 
 demo: $(READY)  ## train a small Llama on the standard library's source, with Flora
 	$(BIN)/floragrad train
@@ -42,6 +44,9 @@ test: $(READY)  ## every test, on every core
 test-slow: $(READY)  ## the tests that take minutes, which `make test` leaves out
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
+test-trainers: $(TRAINERS_READY)  ## torchtitan, axolotl, ms-swift, verl, NeMo Automodel and litgpt, which `make test` does without
+	$(TRAINERS_VENV)/bin/python -m pytest -m trainers tests/trainers
+
 sanitize: $(READY)  ## the kernels under AddressSanitizer and UBSan, in a folder of their own, over the kernels' tests
 	FLORAGRAD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
@@ -62,7 +67,7 @@ docs: $(DOCS_READY)  ## the site in build/site: a dead link or a missing docstri
 	$(DOCS_VENV)/bin/python -m pytest -q -m "" -p no:cacheprovider tests/site
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) runs build src/*.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) $(TRAINERS_VENV) runs build src/*.egg-info
 
 # Python compiles the modules that are imported, then; pip would compile thousands that never are.
 QUIETLY = --quiet --disable-pip-version-check --no-compile
@@ -75,6 +80,16 @@ $(READY): $(SOURCES)
 $(BENCH_READY): $(SOURCES)
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install $(QUIETLY) -c constraints.txt -e '.[bench]'
+	touch $@
+
+# On top of the environment of `make test`, whose packages these are tested with.
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(TRAINERS_READY): tests/trainers/requirements.txt $(READY)
+	$(PYTHON) -m venv $(TRAINERS_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > \
+	"$$($(TRAINERS_VENV)/bin/python $(PURELIB))/below.pth"
+	$(TRAINERS_VENV)/bin/python -m pip install $(QUIETLY) --no-deps --ignore-requires-python \
+	-r tests/trainers/requirements.txt
 	touch $@
 
 # Docstrings are read, not imported: floragrad itself is installed without kernels, which take a minute to compile.

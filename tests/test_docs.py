@@ -16,9 +16,15 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:], *sorted((ROOT / "dev").glob("*.md"))]
 COMPILED = "floragrad.torch.backends.cpu._"
+TRAINERS = {"floragrad.axolotl", "floragrad.swift", "floragrad.torchtitan"}
+"""Modules whose library is not in this environment; `make test-trainers` runs them."""
 MODULES = [
     "floragrad",
-    *(m.name for m in pkgutil.walk_packages(floragrad.__path__, "floragrad.") if not m.name.startswith(COMPILED)),
+    *(
+        m.name
+        for m in pkgutil.walk_packages(floragrad.__path__, "floragrad.")
+        if not m.name.startswith(COMPILED) and m.name not in TRAINERS
+    ),
 ]
 
 

@@ -135,6 +135,9 @@ class FloraTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as the Trainer does, with accumulation."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._extend_accelerator()
+
+    def _extend_accelerator(self) -> None:
         if type(self.accelerator) is not Accelerator:
             raise RuntimeError(
                 f"{type(self).__name__} makes a {type(self.accelerator).__name__}: FloraTrainerMixin extends "
@@ -159,6 +162,22 @@ class FloraTrainerMixin:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.accelerator.detach()
+
+
+def extend_trainer(trainer: Any, accumulation: AccumulationOptions | None = None) -> None:
+    """Put :class:`FloraTrainerMixin` in front of the class of a Trainer that was constructed elsewhere.
+
+    Args:
+        trainer: The Trainer, before it trains.
+        accumulation: Options of the windows, as of :class:`floragrad.GradientAccumulator`.
+
+    Raises:
+        RuntimeError: As of the mixin.
+    """
+    kind = type(trainer)
+    trainer.__class__ = type(f"Flora{kind.__name__}", (FloraTrainerMixin, kind), {})
+    trainer._accumulation = checked_options(accumulation)
+    trainer._extend_accelerator()
 
 
 class FloraTrainer(FloraTrainerMixin, Trainer):  # type: ignore[misc]
