@@ -34,5 +34,5 @@ def test_torch_alone_loads_none_of_them_and_names_the_extra_of_what_is_missing()
 def test_the_options_are_the_accumulators() -> None:
     options = integrations.AccumulationOptions.__annotations__
     defaults = GradientAccumulator.__init__.__kwdefaults__
-    # A loop with a norm to log never updates before the norm is known, and has a scaler and processes of its own.
-    assert set(options) == set(defaults) - {"clip", "scaler", "process_group"}
+    # A loop with a norm to log never updates before the norm is known; model, scaler and processes are its own.
+    assert set(options) == set(defaults) - {"clip", "scaler", "process_group", "defer_reduction"}
