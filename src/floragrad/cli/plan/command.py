@@ -82,7 +82,7 @@ def plan(given: dict[str, Any]) -> None:
     if picture is not None:
         _check_picture(picture)
     machine.prepare("torch", hub=model not in MODELS and not Path(model).exists())
-    from floragrad.cli.plan.engine import plan_subject
+    from floragrad.cli.plan.engine import Planner
     from floragrad.cli.plan.models import find_model
     from floragrad.cli.plan.recipe import NOTHING, find_recipe
 
@@ -93,9 +93,10 @@ def plan(given: dict[str, Any]) -> None:
     )
     with_flora = any(name.startswith("flora") for name in settings.optimizers)
     device = fits if with_flora and settings.ddp == settings.fsdp == 1 else None
+    planner = Planner(subject, settings)
     with display.progress(Console(stderr=True)) as report:
-        planned = plan_subject(subject, settings, report)
-        recipe = None if device is None else find_recipe(subject, settings, device)
+        planned = planner.plan(report)
+        recipe = None if device is None else find_recipe(planner, device)
     heading = display.title(planned, subject.reads_text)
     if request.as_json:
         print(json.dumps(_as_json(planned, fits, recipe), indent=2))

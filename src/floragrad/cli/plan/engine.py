@@ -71,20 +71,7 @@ def plan_subject(subject: PlannedModel, settings: PlanSettings, progress: Progre
         settings: The step.
         progress: As in :func:`plan`.
     """
-    rows: dict[OptimizerName, OptimizerPlan] = {}
-    unavailable: dict[OptimizerName, str] = {}
-    planner = Planner(subject, settings)
-    for index, name in enumerate(settings.optimizers):
-        if progress is not None:
-            progress(name, index / len(settings.optimizers))
-        reason = why_not(name, settings)
-        if reason is None:
-            rows[name] = planner.row(ROWS[name])
-        else:
-            unavailable[name] = reason
-    if progress is not None:
-        progress("done", 1.0)
-    return MemoryPlan(subject.name, settings, rows, unavailable)
+    return Planner(subject, settings).plan(progress)
 
 
 def _subject(model: Any) -> PlannedModel:
@@ -111,12 +98,29 @@ class Planner:
 
     Args:
         subject: The model.
-        settings: The step; its ``optimizers`` are not read.
+        settings: The step.
     """
 
     def __init__(self, subject: PlannedModel, settings: PlanSettings) -> None:
         self.subject, self.settings = subject, settings
         self._tracers: dict[bool, tuple[nn.Module, Tracer]] = {}
+
+    def plan(self, progress: Progress | None = None) -> MemoryPlan:
+        """Plan all rows; see :func:`plan_subject`."""
+        settings = self.settings
+        rows: dict[OptimizerName, OptimizerPlan] = {}
+        unavailable: dict[OptimizerName, str] = {}
+        for index, name in enumerate(settings.optimizers):
+            if progress is not None:
+                progress(name, index / len(settings.optimizers))
+            reason = why_not(name, settings)
+            if reason is None:
+                rows[name] = self.row(ROWS[name])
+            else:
+                unavailable[name] = reason
+        if progress is not None:
+            progress("done", 1.0)
+        return MemoryPlan(self.subject.name, settings, rows, unavailable)
 
     def row(self, row: Row, accumulate: int | None = None) -> OptimizerPlan:
         """Plan one row, whose packages are there.

@@ -6,7 +6,6 @@ from typing import Any, Final
 
 from floragrad._text import format_bytes
 from floragrad.cli.plan.engine import Planner
-from floragrad.cli.plan.models import PlannedModel
 from floragrad.cli.plan.optimizers import ROWS
 from floragrad.cli.plan.result import Dtype, OptimizerName, OptimizerPlan, PlanSettings
 from floragrad.cli.plan.sizes import Size
@@ -19,14 +18,8 @@ NOTHING: Final = (
     "No dtype, checkpointing, micro-batch or way to accumulate makes Flora's step small enough: see the remedies above."
 )
 
-_HEAD = """\
-from floragrad import Flora, {names}param_groups
-"""
-_OPTIMIZER = """\
-optimizer = Flora(param_groups(model, lr=1e-4), {options})
-"""
 _TRAINER = """\
-from floragrad.torch.integrations.transformers import FloraTrainer
+from floragrad.transformers import FloraFactory, FloraTrainer
 from transformers import TrainingArguments
 
 {prepared}arguments = TrainingArguments(
@@ -34,7 +27,10 @@ from transformers import TrainingArguments
     per_device_train_batch_size={batch},
     gradient_accumulation_steps={accumulate},
 {checkpointing})
-{optimizer}trainer = FloraTrainer(model, arguments, train_dataset=train_dataset, optimizers=(optimizer, None))
+options = {{"lr": 1e-4, {width}, "state_dtype": "{state_dtype}"}}
+trainer = FloraTrainer(
+    model, arguments, train_dataset=train_dataset, optimizer_cls_and_kwargs=(FloraFactory, options)
+)
 trainer.train()
 """
 _CHECKPOINTING = """\
@@ -42,8 +38,10 @@ _CHECKPOINTING = """\
     gradient_checkpointing_kwargs={"use_reentrant": False},
 """
 _RELEASE = """\
+from floragrad import Flora, GradientAccumulator, param_groups
 
-{prepared}{checkpointing}{optimizer}with GradientAccumulator(optimizer, steps=1) as accumulator:
+{prepared}{checkpointing}optimizer = Flora(param_groups(model, lr=1e-4), {width}, state_dtype="{state_dtype}")
+with GradientAccumulator(optimizer, steps=1) as accumulator:
     for batch in loader:  # of batch_size=1; each tensor is updated inside the backward pass
         accumulator.backward(model(**batch).loss)
         accumulator.step()
@@ -75,22 +73,25 @@ class Recipe:
 
     def code(self) -> str:
         """Return the code, for a model, a ``train_dataset`` or a ``loader`` of one's own."""
-        settings, releases = self.settings, self.name == "flora+release"
-        width = f"rank={settings.rank}" if settings.ratio is None else f"ratio={settings.ratio}"
+        settings = self.settings
+        name, value = ("rank", settings.rank) if settings.ratio is None else ("ratio", settings.ratio)
         prepared = "model.bfloat16()\n" if settings.dtype == "bfloat16" else ""
-        optimizer = _OPTIMIZER.format(options=f'{width}, state_dtype="{settings.state_dtype}"')
-        if releases:
-            checkpointing = "model.gradient_checkpointing_enable()\nmodel.train()\n" if settings.checkpointing else ""
-            body = _RELEASE.format(prepared=prepared, checkpointing=checkpointing, optimizer=optimizer)
-        else:
-            body = _TRAINER.format(
+        if self.name == "flora+release":
+            checkpointing = "model.gradient_checkpointing_enable()\nmodel.train()\n"
+            return _RELEASE.format(
                 prepared=prepared,
-                batch=settings.batch,
-                accumulate=settings.accumulate,
-                checkpointing=_CHECKPOINTING if settings.checkpointing else "",
-                optimizer=optimizer,
+                checkpointing=checkpointing if settings.checkpointing else "",
+                width=f"{name}={value}",
+                state_dtype=settings.state_dtype,
             )
-        return _HEAD.format(names="GradientAccumulator, " if releases else "") + body
+        return _TRAINER.format(
+            prepared=prepared,
+            batch=settings.batch,
+            accumulate=settings.accumulate,
+            checkpointing=_CHECKPOINTING if settings.checkpointing else "",
+            width=f'"{name}": {value}',
+            state_dtype=settings.state_dtype,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return it in plain types."""
@@ -99,7 +100,7 @@ class Recipe:
         return {"optimizer": self.name, **chosen, "peak": self.row.peak, "code": self.code()}
 
 
-def find_recipe(subject: PlannedModel, settings: PlanSettings, device: Size) -> Recipe | None:
+def find_recipe(planner: Planner, device: Size) -> Recipe | None:
     """Return the training step that fits a device and changes least of what was asked for; None if none does.
 
     The sequences of an update stay: ``batch`` times ``accumulate``, or :data:`DEFAULT_UPDATE` where that is 1. Tried in
@@ -108,21 +109,21 @@ def find_recipe(subject: PlannedModel, settings: PlanSettings, device: Size) -> 
     accumulation.
 
     Args:
-        subject: The model.
-        settings: The step that was asked for, on one device.
+        planner: Of the step that was asked for, on one device; what it has traced is used.
         device: The device, of which :data:`MARGIN` is left.
     """
-    limit = device.nbytes * (1 - MARGIN)
+    limit, settings = device.nbytes * (1 - MARGIN), planner.settings
     asked = settings.batch * settings.accumulate
-    planners = [Planner(subject, base) for base in _bases(settings)]
-    for planner in planners:
-        found = _largest_micro_batch(planner, asked if asked > 1 else DEFAULT_UPDATE, limit)
+    traced = replace(settings, accumulate=1)
+    tried = [(base, planner if base == traced else Planner(planner.subject, base)) for base in _bases(settings)]
+    for _, first in tried:
+        found = _largest_micro_batch(first, asked if asked > 1 else DEFAULT_UPDATE, limit)
         if found is not None:
             return found
-    for planner in planners:
-        row = planner.row(ROWS["flora+release"])
+    for base, first in tried:
+        row = first.row(ROWS["flora+release"], base.accumulate)
         if row.peak <= limit:
-            return Recipe("flora+release", planner.settings, row)
+            return Recipe("flora+release", base, row)
     return None
 
 
