@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from floragrad import Flora, param_groups
-from floragrad.torch.integrations.lightning import FloraAccumulation
+from floragrad.lightning import FloraAccumulation
 
 LENGTH = 32
 

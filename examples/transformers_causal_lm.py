@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, TrainingArguments
 
-from floragrad import Flora, param_groups
-from floragrad.torch.integrations.transformers import FloraTrainer
+from floragrad.transformers import FloraFactory, FloraTrainer
 
 LENGTH = 128
 
@@ -57,7 +56,7 @@ def main(steps: int, name: str | None) -> None:
                 report_to="none",
             ),
             train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-            optimizers=(Flora(param_groups(model, **rates), rank=32), None),
+            optimizer_cls_and_kwargs=(FloraFactory, {**rates, "rank": 32}),
         )
         trainer.train()
     for entry in trainer.state.log_history:

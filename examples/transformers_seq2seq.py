@@ -23,8 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from floragrad import Flora, param_groups
-from floragrad.torch.integrations.transformers import FloraTrainerMixin
+from floragrad.transformers import FloraFactory, FloraTrainerMixin
 
 
 class FloraSeq2SeqTrainer(FloraTrainerMixin, Seq2SeqTrainer):
@@ -46,7 +45,6 @@ def main(steps: int) -> None:
     sizes = {"d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_layers": 2}
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes))
-    optimizer = Flora(param_groups(model, lr=1e-3, embedding_lr=1e-2), rank=16)
 
     with tempfile.TemporaryDirectory() as folder:  # yours: a folder that stays
         trainer = FloraSeq2SeqTrainer(
@@ -62,7 +60,7 @@ def main(steps: int) -> None:
             ),
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=(FloraFactory, {"lr": 1e-3, "embedding_lr": 1e-2, "rank": 16}),
         )
         trainer.train()
     for entry in trainer.state.log_history:

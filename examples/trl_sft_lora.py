@@ -1,7 +1,7 @@
 """Fine-tune LoRA adapters on prompts and completions with TRL's SFTTrainer.
 
-Shows ``FloraTrainerMixin`` in front of SFTTrainer, with adapters of peft, and what Flora does with adapters: their
-matrices are small, so that their momentum is compressed little, and the report names the reason.
+Shows ``FloraTrainerMixin`` in front of SFTTrainer, and ``FloraFactory``, which is called once the adapters of peft are
+there. An adapter's smaller side is its rank, so that there is little to compress: ``rank`` has to be below half of it.
 
 Needs ``floragrad[transformers]``, ``trl`` and ``peft``. ``--model NAME`` fine-tunes a model of the Hugging Face hub;
 without it a small Llama is made, and nothing is downloaded. The prompts are functions of Python's standard library, the
@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
-from floragrad import Flora, param_groups
-from floragrad.torch.integrations.transformers import FloraTrainerMixin
+from floragrad.transformers import FloraFactory, FloraTrainerMixin
 
 
 class FloraSFTTrainer(FloraTrainerMixin, SFTTrainer):
@@ -46,9 +45,6 @@ def main(steps: int, name: str | None) -> None:
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     else:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
-    model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", modules_to_save=["lm_head"]))
-    optimizer = Flora(param_groups(model, lr=2e-3), rank=8)  # after the adapters are there
-    print(optimizer.report())
 
     with tempfile.TemporaryDirectory() as folder:  # yours: a folder that stays
         arguments = SFTConfig(
@@ -62,9 +58,13 @@ def main(steps: int, name: str | None) -> None:
             save_strategy="no",
             report_to="none",
         )
-        data, optimizers = Dataset.from_list(list(examples())), (optimizer, None)
         trainer = FloraSFTTrainer(
-            model, arguments, train_dataset=data, processing_class=tokenizer, optimizers=optimizers
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(list(examples())),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=32, target_modules="all-linear", modules_to_save=["lm_head"]),
+            optimizer_cls_and_kwargs=(FloraFactory, {"lr": 2e-3, "rank": 8}),
         )
         trainer.train()
     for entry in trainer.state.log_history:
