@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 
 from floragrad.cli.errors import UserError
-from floragrad.cli.train.corpus import Blocks, Corpus, prepare_corpus, split
-from floragrad.cli.train.order import sampled
+from floragrad.cli.train.corpus import Corpus, blocks, prepare_corpus, split
+from floragrad.cli.train.data import Examples, sampled
 from floragrad.cli.train.sources import Documents, read_documents
 from tests.cli.train.support import fast_config, load_tokenizer, newest, run
 
 
-def served(blocks: Blocks) -> list[list[int]]:
+def served(blocks: Examples) -> list[list[int]]:
     return [blocks[position]["input_ids"].tolist() for position in range(len(blocks))]
 
 
 def test_validation_blocks_come_in_order_and_once() -> None:
-    assert served(Blocks(np.arange(11, dtype=np.uint16), 4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert served(Examples(blocks(np.arange(11, dtype=np.uint16), 4), 2)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_the_validation_sample_comes_from_everywhere() -> None:
@@ -43,8 +43,8 @@ def test_validation_blocks_are_drawn_from_all_held_out_documents(texts: Path, tm
 
 def test_every_pass_serves_every_block_once_in_another_order() -> None:
     tokens = np.arange(80, dtype=np.uint16)
-    blocks = served(Blocks(tokens, 4, seed=3, total=3 * 80))
-    passes = [blocks[start : start + 20] for start in (0, 20, 40)]
+    read = served(Examples(blocks(tokens, 4), 20, seed=3, total=60))
+    passes = [read[start : start + 20] for start in (0, 20, 40)]
     for one in passes:
         assert sorted(one) == tokens.reshape(20, 4).tolist()
     assert passes[0] != passes[1] != passes[2]
@@ -52,15 +52,15 @@ def test_every_pass_serves_every_block_once_in_another_order() -> None:
 
 def test_the_order_depends_on_seed_and_position_alone() -> None:
     tokens = np.arange(80, dtype=np.uint16)
-    whole = served(Blocks(tokens, 4, seed=3, total=160))
-    started_late = Blocks(tokens, 4, seed=3, total=160)
+    whole = served(Examples(blocks(tokens, 4), 20, seed=3, total=40))
+    started_late = Examples(blocks(tokens, 4), 20, seed=3, total=40)
     assert [started_late[position]["input_ids"].tolist() for position in range(25, 40)] == whole[25:]
     assert started_late[2]["input_ids"].tolist() == whole[2], "going back to an earlier pass"
-    assert served(Blocks(tokens, 4, seed=4, total=160)) != whole
+    assert served(Examples(blocks(tokens, 4), 20, seed=4, total=40)) != whole
 
 
 def test_labels_are_the_tokens() -> None:
-    block = Blocks(np.arange(8, dtype=np.uint32), 4)[1]
+    block = blocks(np.arange(8, dtype=np.uint32), 4)(1)
     assert np.array_equal(block["labels"], block["input_ids"])
     assert block["input_ids"].dtype == np.int64
 

@@ -8,8 +8,7 @@ from PIL import Image as Picture
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.train.tasks import images
-from floragrad.cli.train.tasks.images import Labelled, read_idx, read_images
-from floragrad.cli.train.tasks.vision import ImageBlocks, ImageProcessor, Order
+from floragrad.cli.train.tasks.images import ImageProcessor, Labelled, read_idx, read_images
 from tests.cli.train.task_data import task_config, write_idx, write_mnist
 
 
@@ -78,7 +77,7 @@ def test_a_checkpoints_processor_prepares_images_as_training_does(tmp_path: Path
 
     ImageProcessor().save_pretrained(tmp_path)
     pixels = np.arange(784, dtype=np.uint8).reshape(1, 28, 28)
-    block = ImageBlocks(Labelled(pixels, np.array([3])), Order(1))[0]
+    block = Labelled(pixels, np.array([3])).read(0)
     assert block["labels"] == 3
     assert (block["pixel_values"].min(), block["pixel_values"].max()) == (-1, 1)
     processor = ViTImageProcessorPil.from_pretrained(tmp_path)

@@ -16,8 +16,8 @@ from floragrad.cli.train.corpus import train_tokenizer
 from floragrad.cli.train.models import trained_model
 from floragrad.cli.train.run import begin
 from floragrad.cli.train.tasks import TASKS, pairs
-from floragrad.cli.train.tasks.descriptions import read_descriptions
 from floragrad.cli.train.tasks.pair_data import END, PADDING, PairData
+from floragrad.cli.train.tasks.pairs import read_descriptions
 from tests.cli.train.support import assert_same_run, interrupt, newest, run
 from tests.cli.train.task_data import WORDS, made_up, write_descriptions, write_dictionary
 
@@ -182,7 +182,7 @@ def test_descriptions_come_mixed_and_compressed_ones_through_apt(
     helper = tmp_path / "apt-helper"
     helper.write_text('#!/bin/sh\ntest "$1" = cat-file && cat "$2"\n')
     helper.chmod(0o755)
-    monkeypatch.setattr("floragrad.cli.train.tasks.descriptions._READER", str(helper))
+    monkeypatch.setattr("floragrad.cli.train.tasks.pairs._READER", str(helper))
     assert list(read_descriptions(folder)) == found
     helper.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(UserError, match=r"Translation-en\.lz4 is no list of apt's \(.*\): write it again with apt-get"):

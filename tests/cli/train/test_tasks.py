@@ -13,10 +13,10 @@ from rich.console import Console
 from floragrad.cli.compare.compare import Plan, begin, compare
 from floragrad.cli.errors import UserError
 from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.data import Examples
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.measures import format_measure
 from floragrad.cli.train.tasks import TASKS, images, pairs
-from floragrad.cli.train.tasks.task import Blocks
 from tests.cli.train.support import (
     Here,
     assert_same_run,
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("made_up")
 EVERY_TASK = pytest.mark.parametrize("task", FAST)
 
 
-def served(blocks: Blocks) -> list[dict[str, Any]]:
+def served(blocks: Examples) -> list[dict[str, Any]]:
     return [{name: value.tolist() for name, value in blocks[place].items()} for place in range(len(blocks))]
 
 

@@ -1,8 +1,8 @@
 """Text to numbers: the tokenizer, the held-out part, and blocks of one length."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from floragrad.cli.errors import UserError
 from floragrad.cli.presets import PRESETS
-from floragrad.cli.train import manifest
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.order import HELD_OUT, Order, divide, sampled
+from floragrad.cli.train.data import HELD_OUT, Data, Example, divide
 from floragrad.cli.train.sources import MEGABYTE, Documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,35 +52,19 @@ class CorpusFacts:
     validation_source: str = ""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared text: its folder, and its facts."""
+class Corpus(Data):
+    """A prepared text."""
 
-    folder: Path
-    facts: CorpusFacts
+    facts_type = CorpusFacts
 
-    @classmethod
-    def load(cls, folder: Path) -> "Corpus":
-        """Open the output of :func:`prepare_corpus`."""
-        return cls(folder, CorpusFacts(**manifest.read_facts(folder)))
+    def counts(self, config: RunConfig) -> tuple[int, int]:
+        """Count the blocks to train on, and those held out."""
+        length = config.sequence_length
+        return self.facts.train_tokens // length, self.facts.validation_tokens // length
 
-    @property
-    def processor(self) -> Any:
-        """The tokenizer, as transformers loads it."""
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
-
-    def train_blocks(self, config: RunConfig) -> "Blocks":
-        """Return the blocks that the run trains on, in order, to its end."""
-        return Blocks(self._tokens("train"), config.sequence_length, config.seed, config.tokens_per_step * config.steps)
-
-    def validation_blocks(self, config: RunConfig) -> "Blocks":
-        """Return a sample of the held-out blocks, the same whatever the seed, the backend and the processes."""
-        chosen = sampled(self.held_out_blocks(config), config.eval_blocks)
-        return Blocks(self._tokens("validation"), config.sequence_length, chosen=chosen)
-
-    def held_out_blocks(self, config: RunConfig) -> int:
-        """Count the held-out blocks, of which :meth:`validation_blocks` is a sample."""
-        return self.facts.validation_tokens // config.sequence_length
+    def reader(self, part: str, config: RunConfig) -> Callable[[int], Example]:
+        """Return a function that reads a block of a part."""
+        return blocks(np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r"), config.sequence_length)
 
     def describe(self) -> str:
         """Return the source and the sizes of the text."""
@@ -94,39 +77,16 @@ class Corpus:
             f"vocabulary {facts.vocab_size:,}"
         )
 
-    def _tokens(self, part: str) -> NDArray[Any]:
-        return np.memmap(self.folder / f"{part}.bin", dtype=self.facts.dtype, mode="r")
 
+def blocks(tokens: NDArray[Any], length: int) -> Callable[[int], Example]:
+    """Return a function that reads a block of ``length`` tokens; a rest that fills no block is left out."""
+    rows = tokens[: len(tokens) // length * length].reshape(-1, length)
 
-class Blocks:
-    """Blocks of ``length`` tokens, in an :class:`Order`.
-
-    Args:
-        tokens: All tokens in one row; a rest that fills no block is left out.
-        length: Tokens of a block.
-        seed: Of the shuffling; None keeps the order.
-        total: Tokens to serve; more than there are begin a further pass. None serves each block once.
-        chosen: Indices of the blocks to serve, in their order; None serves all.
-    """
-
-    def __init__(
-        self,
-        tokens: NDArray[Any],
-        length: int,
-        seed: int | None = None,
-        total: int | None = None,
-        chosen: NDArray[np.int64] | None = None,
-    ) -> None:
-        blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
-        self._blocks = blocks if chosen is None else blocks[chosen]
-        self._order = Order(len(self._blocks), seed, None if total is None else total // length)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, position: int) -> dict[str, NDArray[np.int64]]:
-        block = self._blocks[self._order[position]].astype(np.int64)
+    def read(index: int) -> Example:
+        block = rows[index].astype(np.int64)
         return {"input_ids": block, "labels": block}
+
+    return read
 
 
 def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: int | None = None) -> Corpus:
@@ -176,8 +136,7 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
         sha256=digest.hexdigest(),
         validation_source="" if held_out is None else held_out.source,
     )
-    manifest.write_facts(folder, asdict(facts))
-    return Corpus(folder, facts)
+    return Corpus(folder, facts).saved()
 
 
 def check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +10,6 @@ from floragrad.cli.disk import read_object, write_text
 from floragrad.cli.errors import UserError
 
 MANIFEST: Final = "manifest.json"
-_FACTS: Final = "corpus.json"
 _CHUNK: Final = 1 << 20
 
 
@@ -41,18 +40,6 @@ def write(folder: Path, paths: Iterable[Path], **facts: Any) -> None:
     kept = (path for path in sorted(paths) if path.is_file() and path != own)
     files = {path.relative_to(folder).as_posix(): digest(path) for path in kept}
     write_text(own, json.dumps({**facts, "files": files}, indent=2) + "\n")
-
-
-def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts of prepared data beside them, and the manifest of all."""
-    write_text(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
-    write(folder, folder.rglob("*"))
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Read the facts of prepared data, as :func:`write_facts` writes them."""
-    values: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    return values
 
 
 def read(folder: Path) -> dict[str, Any]:

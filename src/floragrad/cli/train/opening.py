@@ -1,23 +1,23 @@
 """Opening of a run: the optimizer's state before the first step."""
 
 import re
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 from floragrad._text import format_bytes, format_table
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.engine import Engine
 
 
-def opening(config: RunConfig, report: Any, engine: Engine) -> str:
+def opening(config: RunConfig, report: Any, sizes: Mapping[str, int]) -> str:
     """Describe the optimizer's state, and how gradients are gathered where they are.
 
     Args:
         config: Of the run.
         report: Flora's; None for the other optimizers.
-        engine: Counts the bytes.
+        sizes: In bytes, by their names in the summary.
     """
-    whole = engine.adamw_state_bytes
+    whole = sizes["adamw_state_bytes"]
     if report is not None:
         said = _condensed(report)
     elif config.optimizer == "adamw":
@@ -29,12 +29,12 @@ def opening(config: RunConfig, report: Any, engine: Engine) -> str:
         )
     else:
         said = f"{config.optimizer} trains; AdamW's state for the same parameters is {format_bytes(whole)}"
-    return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, engine)}"
+    return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, sizes)}"
 
 
-def _accumulation_line(config: RunConfig, engine: Engine) -> str:
+def _accumulation_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
     """Describe how the gradients of several micro-batches are gathered, and in how many bytes."""
-    kept, exact = engine.accumulation_bytes, engine.gradient_bytes
+    kept, exact = sizes["accumulation_bytes"], sizes["gradient_bytes"]
     if config.accumulator == "exact":
         return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"
     projected = "" if config.accumulator_ratio == 1 else f" of one element for {config.accumulator_ratio} columns"

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from floragrad.cli import machine
 from floragrad.cli.disk import write_text
@@ -13,18 +13,23 @@ from floragrad.cli.methods import METHODS
 from floragrad.cli.presets import TASKS as SIZES
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Corpus
+from floragrad.cli.train.data import Data
 from floragrad.cli.train.display import Display
-from floragrad.cli.train.engine import Engine
 from floragrad.cli.train.folder import CONFIG, CORPUS, FIGURE, RunFolder, check_free, new_folder
 from floragrad.cli.train.interrupt import StopRequest
 from floragrad.cli.train.measures import measures_of
 from floragrad.cli.train.processes import ALONE, Processes
 from floragrad.cli.train.recorder import Recorder, Schedule, perplexity
 from floragrad.cli.train.tasks import TASKS
-from floragrad.cli.train.tasks.task import Data
+
+if TYPE_CHECKING:
+    from floragrad.cli.train.jax.loop import JaxEngine
+    from floragrad.cli.train.trainer import TrainerEngine
+
+    Engine: TypeAlias = TrainerEngine | JaxEngine
 
 
-def start(config: RunConfig, folder: RunFolder, data: Data, step: int, processes: Processes) -> Engine:
+def start(config: RunConfig, folder: RunFolder, data: Data, step: int, processes: Processes) -> "Engine":
     """Return the engine of ``--backend``, at the step of the newest checkpoint, or at 0 with new weights."""
     if config.backend == "jax":
         from floragrad.cli.train.jax.loop import JaxEngine
@@ -59,9 +64,9 @@ def check_model(config: RunConfig) -> None:
     if config.backend == "torch" and (remedy := how_to_install(config.optimizer)):
         raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
     if config.report_to != ("none",):
-        from floragrad.cli.train.callbacks import check_reporters
+        from floragrad.cli.train.trainer import reporters
 
-        check_reporters(config.report_to)
+        reporters(config.report_to, Path())
     preset = SIZES[config.task].get(config.model)
     if preset is not None:
         widest = preset.hidden_size
@@ -134,7 +139,7 @@ def _take(folder: RunFolder, held: contextlib.ExitStack) -> int:
     return step
 
 
-def _introduce(engine: Engine, data: Data, config: RunConfig, step: int, display: Display) -> None:
+def _introduce(engine: "Engine", data: Data, config: RunConfig, step: int, display: Display) -> None:
     """Show the model, the data and the validation blocks."""
     task, held_out = TASKS[config.task], data.held_out_blocks(config)
     display.say(
@@ -148,7 +153,7 @@ def _introduce(engine: Engine, data: Data, config: RunConfig, step: int, display
 
 
 def _finish(
-    folder: RunFolder, config: RunConfig, data: Data, engine: Engine, recorder: Recorder, processes: Processes
+    folder: RunFolder, config: RunConfig, data: Data, engine: "Engine", recorder: Recorder, processes: Processes
 ) -> dict[str, Any]:
     """Write the figure and the summary of a run that has made all its steps."""
     metrics = folder.metrics()
@@ -177,11 +182,7 @@ def _finish(
         "held_out_blocks": data.held_out_blocks(config),
         "accumulator": config.accumulator,
         "micro_batches": config.micro_batches,
-        "accumulation_bytes": engine.accumulation_bytes,
-        "gradient_bytes": engine.gradient_bytes,
-        "optimizer_state_bytes": engine.optimizer_state_bytes,
-        **engine.hidden,
-        "adamw_state_bytes": engine.adamw_state_bytes,
+        **engine.sizes(),
         "peak_memory_bytes": machine.peak_memory_bytes(engine.gpu),
         "peak_memory_of": "process" if engine.gpu is None else "GPU",
         "seconds": recorder.seconds,

@@ -11,7 +11,8 @@ from flax import nnx
 from floragrad.cli.machine import Gpu, configure_jax
 from floragrad.cli.train.architecture import llama_config
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.corpus import Blocks, Corpus
+from floragrad.cli.train.corpus import Corpus
+from floragrad.cli.train.data import Examples
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.jax.checkpoint import restore, save
 from floragrad.cli.train.jax.model import DTYPES, Llama, abstract_llama, next_token_losses
@@ -22,7 +23,7 @@ from floragrad.cli.train.recorder import Recorder, Schedule
 
 
 class JaxEngine:
-    """A run with flax NNX, optax and orbax; see :class:`floragrad.cli.train.engine.Engine`.
+    """A run with flax NNX, optax and orbax.
 
     Args:
         config: Of the run.
@@ -54,7 +55,7 @@ class JaxEngine:
 
     @property
     def gpu(self) -> Gpu | None:
-        """The GPU that JAX computes on."""
+        """The GPU that the run uses; None on a CPU."""
         (device, *_) = jax.devices()
         if device.platform != "gpu":
             return None
@@ -69,37 +70,22 @@ class JaxEngine:
         """Number of elements of all parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._params))
 
-    @property
-    def optimizer_state_bytes(self) -> int:
-        """Bytes of the optimizer's state, measured from its arrays."""
-        return _bytes(self._state if self._config.micro_batches == 1 else self._state.inner_opt_state)
-
-    @property
-    def hidden(self) -> dict[str, int]:
-        """Nothing: comparisons run in PyTorch."""
-        return {}
-
-    @property
-    def adamw_state_bytes(self) -> int:
-        """Bytes of optax's AdamW's state."""
-        return _bytes(jax.eval_shape(optax.adamw(1.0).init, self._params))
-
-    @property
-    def gradient_bytes(self) -> int:
-        """One gradient of every parameter."""
-        return _bytes(self._params)
-
-    @property
-    def accumulation_bytes(self) -> int:
-        """Bytes of the gradients of earlier micro-batches, measured from their arrays."""
-        return 0 if self._config.micro_batches == 1 else _bytes(self._state.acc_grads)
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes in the summary, measured from the arrays; of AdamW's state, as optax has it."""
+        once = self._config.micro_batches == 1
+        return {
+            "accumulation_bytes": 0 if once else _bytes(self._state.acc_grads),
+            "gradient_bytes": _bytes(self._params),
+            "optimizer_state_bytes": _bytes(self._state if once else self._state.inner_opt_state),
+            "adamw_state_bytes": _bytes(jax.eval_shape(optax.adamw(1.0).init, self._params)),
+        }
 
     def run(self, schedule: Schedule, recorder: Recorder) -> int:
         """Train until the last step, a signal, or a loss that is not finite. Returns the steps made."""
         steps = np.arange(self._config.steps)
         rates = {kind: np.asarray(rate(steps)) for kind, rate in learning_rates(self._config).items()}
         found = report(self._config, self._params) if self._config.optimizer == "flora" else None
-        recorder.begin(opening(self._config, found, self), self._step)
+        recorder.begin(opening(self._config, found, self.sizes()), self._step)
         if self._step == 0:
             recorder.evaluation(0, self._validate())
         while self._step < self._config.steps and recorder.diverged_at is None:
@@ -150,7 +136,7 @@ class JaxEngine:
         return losses
 
 
-def _stacked(blocks: Blocks, first: int, count: int) -> jax.Array:
+def _stacked(blocks: Examples, first: int, count: int) -> jax.Array:
     """Return a batch of ``count`` blocks from ``first`` on."""
     rows = [blocks[position]["input_ids"] for position in range(first, first + count)]
     return jnp.asarray(np.stack(rows), jnp.int32)

@@ -2,11 +2,10 @@
 
 from typing import Final
 
+from floragrad.cli.train.tasks.images import Vision
 from floragrad.cli.train.tasks.lm import LanguageModeling
-from floragrad.cli.train.tasks.scores import bleu, rouge
-from floragrad.cli.train.tasks.seq2seq import Seq2Seq
+from floragrad.cli.train.tasks.seq2seq import Seq2Seq, bleu, rouge
 from floragrad.cli.train.tasks.task import Task
-from floragrad.cli.train.tasks.vision import Vision
 
 TASKS: Final[dict[str, Task]] = {
     "lm": LanguageModeling(),

@@ -1,25 +1,47 @@
-"""Labelled images: Fashion-MNIST from files in the IDX format, or a dataset; small, gray and square."""
+"""The task ``vision``: a small ViT that classifies Fashion-MNIST or the images of a dataset, small, gray and square."""
 
 import gzip
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from floragrad.cli.disk import write_text
 from floragrad.cli.errors import UserError
+from floragrad.cli.presets import TASKS
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.order import HELD_OUT, divide
+from floragrad.cli.train.data import HELD_OUT, Data, Example, divide
 from floragrad.cli.train.sources import MEGABYTE, dataset_name, dataset_rows
+from floragrad.cli.train.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZE: Final = 28
 """Rows and columns of an image."""
 FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE: Final = "apt-get install dataset-fashion-mnist"
 _UNSIGNED_BYTES: Final = 0x08
+PATCH: Final = 7
+"""Rows and columns of a patch."""
+_PARTS: Final = ("train", "validation")
+_PROCESSOR: Final = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5],
+    "image_std": [0.5],
+}
+"""What :meth:`Labelled.read` does to pixels, in transformers' terms."""
 
 
 class Labelled(NamedTuple):
@@ -27,6 +49,117 @@ class Labelled(NamedTuple):
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
+
+    def read(self, index: int) -> Example:
+        """Return an image, its pixels between -1 and 1, and its class."""
+        pixels = self.pixels[index].astype(np.float32)[None]
+        return {"pixel_values": pixels / 127.5 - 1, "labels": np.asarray(self.labels[index])}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts of prepared images, for the summary and for readers of the folder.
+
+    Attributes:
+        source: Where the images come from.
+        train_images: Images to train on.
+        held_out_images: Images held out.
+        classes: How many classes there are.
+        sha256: Of all pixels and classes.
+    """
+
+    source: str
+    train_images: int
+    held_out_images: int
+    classes: int
+    sha256: str
+
+
+class ImageProcessor:
+    """Settings of transformers' processor that prepares images for the model."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write them into a folder."""
+        write_text(folder / "preprocessor_config.json", json.dumps(_PROCESSOR, indent=2) + "\n")
+
+
+class ImageData(Data):
+    """Prepared images."""
+
+    facts_type = ImageFacts
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """What prepares images for the model."""
+        return ImageProcessor()
+
+    def counts(self, _config: RunConfig) -> tuple[int, int]:
+        """Count the images to train on, and those held out."""
+        return self.facts.train_images, self.facts.held_out_images
+
+    def reader(self, part: str, _config: RunConfig) -> Callable[[int], Example]:
+        """Return a function that reads an image of a part and its class."""
+        return Labelled(*(np.load(self.folder / f"{part}_{name}.npy", mmap_mode="r") for name in Labelled._fields)).read
+
+    def describe(self) -> str:
+        """Return the source and the number of the images."""
+        facts = self.facts
+        return (
+            f"{facts.source}: {facts.train_images:,} images of {facts.classes} classes to train on, "
+            f"{facts.held_out_images:,} held out"
+        )
+
+
+class Vision(Task):
+    """A ViT, newly drawn, on gray images."""
+
+    data = ImageData
+    auto_class = "AutoModelForImageClassification"
+    blocks, everything = "held-out images", "all of them"
+
+    def prepare(self, config: RunConfig, folder: Path) -> ImageData:
+        """Read the images of a run and write them to a new folder."""
+        images, digest = read_images(config), hashlib.sha256()
+        folder.mkdir()
+        for part, labelled in zip(_PARTS, (images.train, images.held_out), strict=True):
+            for name, values in labelled._asdict().items():
+                np.save(folder / f"{part}_{name}.npy", values)
+                digest.update(values.tobytes())
+        facts = ImageFacts(
+            source=images.source,
+            train_images=len(images.train.labels),
+            held_out_images=len(images.held_out.labels),
+            classes=int(max(images.train.labels.max(), images.held_out.labels.max())) + 1,
+            sha256=digest.hexdigest(),
+        )
+        return ImageData(folder, facts).saved()
+
+    def build(self, config: RunConfig, data: ImageData) -> Any:
+        """Return a new ViT."""
+        from transformers import ViTConfig
+
+        from floragrad.cli.train.models import new_model
+
+        preset = TASKS["vision"][config.model]
+        architecture = ViTConfig(
+            image_size=SIZE,
+            patch_size=PATCH,
+            num_channels=1,
+            num_labels=data.facts.classes,
+            hidden_size=preset.hidden_size,
+            intermediate_size=preset.intermediate_size,
+            num_attention_heads=preset.heads,
+            num_hidden_layers=preset.layers,
+        )
+        return new_model(self.auto_class, architecture, config)
+
+    def examine(self, model: Any, batch: Mapping[str, Any]) -> "dict[str, Tensor]":
+        """Return each image's cross-entropy, in nats and float32, and 1 where the class is right."""
+        from torch.nn.functional import cross_entropy
+
+        logits, labels = model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"]
+        right = (logits.argmax(1) == labels).float()
+        return {"loss": cross_entropy(logits, labels, reduction="none"), "accuracy": right}
 
 
 class Images(NamedTuple):

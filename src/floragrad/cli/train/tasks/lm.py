@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class LanguageModeling(Task):
     """A Llama by size, or a model of Hugging Face, on blocks of tokens."""
 
+    data = Corpus
     auto_class = "AutoModelForCausalLM"
     blocks, everything = "held-out blocks", "all held-out documents"
 
@@ -29,10 +30,6 @@ class LanguageModeling(Task):
         from floragrad.cli.train.models import embedding_rows
 
         return prepare_corpus(config, documents, folder, embedding_rows(config))
-
-    def load(self, folder: Path) -> Corpus:
-        """Open a prepared text."""
-        return Corpus.load(folder)
 
     def build(self, config: RunConfig, data: Corpus) -> Any:
         """Return the model to train."""

@@ -1,16 +1,14 @@
 """Pairs of texts as tokens: prepared data of the tasks on pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.order import Order, sampled
+from floragrad.cli.train.data import Data, Example
 
 PADDING: Final = -100
 """Token of a label that does not count, as transformers has it; in the folder's files it fills sources too."""
@@ -43,34 +41,6 @@ class PairFacts:
     end: int = END
 
 
-class PairBlocks:
-    """Pairs in an order.
-
-    Args:
-        tokens: int32 (n, source length + target length), each filled up with :data:`PADDING`.
-        source_length: Tokens of a source.
-        start: See :class:`PairFacts`.
-        order: Of the pairs.
-    """
-
-    def __init__(self, tokens: NDArray[np.int32], source_length: int, start: int | None, order: Order) -> None:
-        self._tokens, self._source_length, self._start, self._order = tokens, source_length, start, order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, position: int) -> dict[str, NDArray[Any]]:
-        tokens = self._tokens[self._order[position]].astype(np.int64)
-        source, target = tokens[: self._source_length], tokens[self._source_length :]
-        if self._start is None:
-            return _in_a_row(source, target)
-        return {
-            **masked(source),
-            "decoder_input_ids": masked(np.concatenate([[self._start], target[:-1]]))["input_ids"],
-            "labels": target,
-        }
-
-
 def masked(tokens: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     """Return tokens with their padding masked."""
     known = tokens != PADDING
@@ -90,31 +60,14 @@ def _in_a_row(source: NDArray[np.int64], target: NDArray[np.int64]) -> dict[str,
     }
 
 
-@dataclass(frozen=True)
-class PairData:
-    """Prepared pairs: their folder, and their facts."""
+class PairData(Data):
+    """Prepared pairs: int32 tokens (n, source length + target length), each filled up with :data:`PADDING`."""
 
-    folder: Path
-    facts: PairFacts
+    facts_type = PairFacts
 
-    @property
-    def processor(self) -> Any:
-        """The tokenizer, as transformers loads it."""
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
-
-    def train_blocks(self, config: RunConfig) -> PairBlocks:
-        """Return the pairs that the run trains on, in order, to its end."""
-        order = Order(self.facts.train_pairs, config.seed, config.steps * config.units_per_step)
-        return self._blocks(self._read("train"), config, order)
-
-    def validation_blocks(self, config: RunConfig) -> PairBlocks:
-        """Return a sample of the held-out pairs."""
-        chosen = sampled(self.facts.held_out_pairs, config.eval_blocks)
-        return self._blocks(self._read("validation")[chosen], config, Order(len(chosen)))
-
-    def held_out_blocks(self, _config: RunConfig) -> int:
-        """Count the held-out pairs."""
-        return self.facts.held_out_pairs
+    def counts(self, _config: RunConfig) -> tuple[int, int]:
+        """Count the pairs to train on, and those held out."""
+        return self.facts.train_pairs, self.facts.held_out_pairs
 
     def describe(self) -> str:
         """Return the source and the number of the pairs."""
@@ -125,12 +78,19 @@ class PairData:
             f"vocabulary {facts.vocab_size:,}"
         )
 
-    def _blocks(self, tokens: NDArray[np.int32], config: RunConfig, order: Order) -> PairBlocks:
-        return PairBlocks(tokens, config.sequence_length, self.facts.start, order)
+    def reader(self, part: str, config: RunConfig) -> Callable[[int], Example]:
+        """Return a function that reads a pair of a part."""
+        rows = np.load(self.folder / f"{part}.npy", mmap_mode="r")
+        rows, start = rows.reshape(len(rows), -1), self.facts.start  # earlier versions kept (n, 2, length)
 
-    def _read(self, part: str) -> NDArray[np.int32]:
-        tokens: NDArray[np.int32] = np.load(self.folder / f"{part}.npy", mmap_mode="r")
-        return tokens.reshape(len(tokens), -1)  # earlier versions kept (n, 2, length)
+        def read(index: int) -> Example:
+            source, target = np.split(rows[index].astype(np.int64), [config.sequence_length])
+            if start is None:
+                return _in_a_row(source, target)
+            read_so_far = masked(np.concatenate([[start], target[:-1]]))["input_ids"]
+            return {**masked(source), "decoder_input_ids": read_so_far, "labels": target}
+
+        return read
 
 
 def tokenize(

@@ -2,28 +2,28 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from floragrad._extras import require
 from floragrad.cli.errors import UserError
 from floragrad.cli.presets import TASKS
-from floragrad.cli.train import manifest
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import check_known, own_tokenizer, train_tokenizer
-from floragrad.cli.train.order import divide
+from floragrad.cli.train.data import Example, Examples, divide
 from floragrad.cli.train.tasks.pair_data import END, PADDING, PairData, PairFacts, masked, tokenize
 from floragrad.cli.train.tasks.pairs import read_pairs
-from floragrad.cli.train.tasks.task import Blocks, Task
+from floragrad.cli.train.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GENERATED_AT_ONCE: Final = 32
+ROUGES: Final = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Seq2Seq(Task):
         cuts: Whether texts that are too long are cut; else their pairs are left out.
     """
 
+    data = PairData
     auto_class = "AutoModelForSeq2SeqLM"
     blocks, everything = "held-out pairs", "all of them"
     name: str
@@ -74,8 +75,7 @@ class Seq2Seq(Task):
             start=start,
             end=tokenizer.eos_token_id,
         )
-        manifest.write_facts(folder, asdict(facts))
-        return PairData(folder, facts)
+        return PairData(folder, facts).saved()
 
     def _tokenizer(self, config: RunConfig, pairs: Sequence[tuple[str, str]]) -> tuple[Any, int | None, int | None]:
         """Return the tokenizer, the rows of the model's embedding if it is not new, and the token before a target."""
@@ -96,7 +96,7 @@ class Seq2Seq(Task):
     def load(self, folder: Path) -> PairData:
         """Open prepared pairs."""
         self._require_package()
-        return PairData(folder, PairFacts(**manifest.read_facts(folder)))
+        return PairData.load(folder)
 
     def build(self, config: RunConfig, data: PairData) -> Any:
         """Return the model. In a new T5 the embedding and the output head are one, and there is no dropout."""
@@ -121,7 +121,7 @@ class Seq2Seq(Task):
         )
         return new_model(self.auto_class, architecture, config)
 
-    def collate(self, blocks: list[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    def collate(self, blocks: list[Example]) -> dict[str, Any]:
         """Return a batch of tensors, as long as its longest texts: what is masked costs time."""
         batch = super().collate(blocks)
         source = int(batch["attention_mask"].sum(1).max())
@@ -144,7 +144,7 @@ class Seq2Seq(Task):
             "token_accuracy": right.sum(1) / counted.sum(1),
         }
 
-    def measure(self, model: Any, config: RunConfig, blocks: Blocks, processor: Any, move: Any) -> dict[str, float]:
+    def measure(self, model: Any, config: RunConfig, blocks: Examples, processor: Any, move: Any) -> dict[str, float]:
         """Return scores of the likeliest targets, token by token, of the first pairs of the sample."""
         chosen = [blocks[position] for position in range(min(config.generate_blocks, len(blocks)))]
         parts = [chosen[start : start + GENERATED_AT_ONCE] for start in range(0, len(chosen), GENERATED_AT_ONCE)]
@@ -152,9 +152,7 @@ class Seq2Seq(Task):
         references = [block["labels"][block["labels"] != PADDING] for block in chosen]
         return self.score(texts, _decoded(processor, references))
 
-    def _generated(
-        self, model: Any, config: RunConfig, blocks: list[Mapping[str, NDArray[Any]]], processor: Any, move: Any
-    ) -> list[str]:
+    def _generated(self, model: Any, config: RunConfig, blocks: list[Example], processor: Any, move: Any) -> list[str]:
         """Return a text for each of the sources."""
         if model.config.is_encoder_decoder:
             batch = self.collate(blocks)
@@ -183,7 +181,7 @@ class Seq2Seq(Task):
             raise UserError(str(error)) from error
 
 
-def prompts(blocks: Sequence[Mapping[str, NDArray[Any]]]) -> list[Mapping[str, NDArray[Any]]]:
+def prompts(blocks: Sequence[Example]) -> list[Example]:
     """Return the sources of blocks that hold source and target in a row, padded on the left to one length."""
     rows = [block["input_ids"][: int((block["labels"] != PADDING).argmax()) + 1] for block in blocks]
     length = max(map(len, rows))
@@ -192,3 +190,19 @@ def prompts(blocks: Sequence[Mapping[str, NDArray[Any]]]) -> list[Mapping[str, N
 
 def _decoded(processor: Any, rows: Any) -> list[str]:
     return [text.strip() for text in processor.batch_decode(rows, skip_special_tokens=True)]
+
+
+def bleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return sacreBLEU's BLEU of a corpus, in percent."""
+    import sacrebleu
+
+    return {"bleu": sacrebleu.corpus_bleu(texts, [references]).score}
+
+
+def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, in percent."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(ROUGES, use_stemmer=True)
+    found = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    return {name: 100 * fmean(each[name].fmeasure for each in found) for name in ROUGES}
