@@ -39,17 +39,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def parse_object(text: str, tuples: bool = False) -> dict[str, Any]:
+    """Return a JSON object, with tuples for the lists in it where they are wanted.
 
     Raises:
-        ValueError: The file holds none.
-        OSError: It cannot be read.
+        ValueError: It is none.
     """
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(text, object_hook=_with_tuples if tuples else None)
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
     return values
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def read_object(path: Path, tuples: bool = False) -> dict[str, Any]:
+    """Read the JSON object in a file. See :func:`parse_object`."""
+    return parse_object(path.read_text(encoding="utf-8"), tuples)
 
 
 def put_on_disk(*paths: Path) -> None:

@@ -39,6 +39,13 @@ class Method:
         """Whether Flora trains."""
         return self.flora is not None
 
+    @property
+    def remedy(self) -> str:
+        """The command that installs the method's package; empty where it is installed."""
+        from floragrad.cli.peers import PEERS
+
+        return PEERS[self.peer].remedy if self.peer else ""
+
     def takes(self, option: str) -> bool:
         """Return whether an option of Flora can be chosen: it is neither fixed nor without effect."""
         if option == "rank" and self.ranked:

@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from floragrad.cli.compare import worker
-from floragrad.cli.compare.compare import Plan, begin, compare, extend
-from floragrad.cli.compare.picture import picture, state_figure
+from floragrad.cli.compare.compare import begin, compare, extend
+from floragrad.cli.compare.picture import comparison_figure, picture, state_figure
+from floragrad.cli.compare.plan import Plan
 from floragrad.cli.compare.table import Best, difference
 from floragrad.cli.errors import StoppedError, UserError
 from floragrad.cli.train import adopt
@@ -213,6 +214,35 @@ def test_the_picture_has_room_for_no_state_at_all() -> None:
     assert labels.keys() == {"adamw", "sinkgd"}
     lines = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_xdata())) == 2]
     assert 5.25 in lines
+
+
+def drawn(folder: Path, state: int, gathered: int = 0, **options: Any) -> Best:
+    """A row whose run has lost little in three steps."""
+    folder.mkdir()
+    metrics = [{"step": 0, "validation_loss": 7.0}, {"step": 1, "loss": 7.0}, {"step": 2, "loss": 5.0}]
+    metrics += [{"step": 3, "loss": None}, {"step": 3, "validation_loss": 4.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    summary = {"validation_loss": 4.0, "optimizer_state_bytes": state, "accumulation_bytes": gathered}
+    return Best(RunConfig.resolve(**options), folder, (0,), [summary], [])
+
+
+def test_the_bars_are_the_bytes_and_the_lines_the_losses(tmp_path: Path) -> None:
+    sizes = {"flora": 430_460, "adamw": 16_919_160}
+    rows = [drawn(tmp_path / name, size, optimizer=name) for name, size in sizes.items()]
+    losses, bars = comparison_figure(rows, "title").axes
+    assert [bar.get_height() for bar in bars.patches] == [0.43046, 16.91916]
+    assert [label.get_text() for label in losses.get_legend().get_texts()] == ["flora", "adamw"]
+    dotted = [line for line in losses.lines if line.get_marker() == "o"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in dotted] == [([0, 3], [7.0, 4.0])] * 2
+
+
+def test_gathered_gradients_stand_on_the_state(tmp_path: Path) -> None:
+    ways = {"exact": 8_000_000, "flora": 1_000_000}
+    rows = [drawn(tmp_path / way, 500_000, size, accumulate=2, accumulator=way) for way, size in ways.items()]
+    losses, bars = comparison_figure(rows, "title").axes
+    assert [(bar.get_y(), bar.get_height()) for bar in bars.patches] == [(0, 0.5), (0, 0.5), (0.5, 8), (0.5, 1)]
+    assert [text.get_text() for text in bars.texts] == ["8.5 MB", "1.5 MB"]
+    assert [line.get_linestyle() for line in losses.lines if line.get_marker() == "o"] == ["--", "-"]
 
 
 def test_differences_are_paired_by_validation_block(texts: Path, tmp_path: Path, here: Here) -> None:

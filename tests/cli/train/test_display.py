@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from floragrad.cli.figures import Drawn, comparison_figure, run_figure, save
+from floragrad.cli.figures import run_figure, save
 from floragrad.cli.train.display import Display, duration
 
 METRICS = [
@@ -51,25 +51,6 @@ def test_brackets_in_names_are_text() -> None:
     screen = io.StringIO()
     Display(Console(file=screen)).say("runs/[red]x")
     assert screen.getvalue() == "runs/[red]x\n"
-
-
-def test_the_bars_are_the_bytes_and_the_lines_the_losses() -> None:
-    sizes = {"flora": 430_460, "adamw": 16_919_160}
-    drawn = [Drawn(name, name, "none", METRICS, size, 0) for name, size in sizes.items()]
-    losses, bars = comparison_figure(drawn, "title").axes
-    assert [bar.get_height() for bar in bars.patches] == [0.43046, 16.91916]
-    assert [label.get_text() for label in losses.get_legend().get_texts()] == ["flora", "adamw"]
-    dotted = [line for line in losses.lines if line.get_marker() == "o"]
-    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in dotted] == [([0, 3], [7.0, 4.0])] * 2
-
-
-def test_gathered_gradients_stand_on_the_state() -> None:
-    ways = {"exact": 8_000_000, "flora": 1_000_000}
-    drawn = [Drawn(f"flora, {way}", "flora", way, METRICS, 500_000, size) for way, size in ways.items()]
-    losses, bars = comparison_figure(drawn, "title").axes
-    assert [(bar.get_y(), bar.get_height()) for bar in bars.patches] == [(0, 0.5), (0, 0.5), (0.5, 8), (0.5, 1)]
-    assert [text.get_text() for text in bars.texts] == ["8.5 MB", "1.5 MB"]
-    assert [line.get_linestyle() for line in losses.lines if line.get_marker() == "o"] == ["--", "-"]
 
 
 def test_a_runs_figure_shows_what_was_measured(tmp_path: Path) -> None:

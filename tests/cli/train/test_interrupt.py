@@ -15,7 +15,8 @@ from rich.console import Console
 
 from floragrad import cli
 from floragrad.cli.compare import compare as comparison
-from floragrad.cli.compare.compare import Plan, begin, compare
+from floragrad.cli.compare.compare import begin, compare
+from floragrad.cli.compare.plan import Plan
 from floragrad.cli.errors import StoppedError
 from floragrad.cli.train.folder import METRICS, RunFolder
 from floragrad.cli.train.interrupt import StopRequest

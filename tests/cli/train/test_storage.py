@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from floragrad.cli.compare.compare import Plan, compare
 from floragrad.cli.compare.compare import begin as begin_comparison
+from floragrad.cli.compare.compare import compare
+from floragrad.cli.compare.plan import Plan
 from floragrad.cli.disk import refusal, whole_file
 from floragrad.cli.errors import StoppedError, StorageError, UserError
 from floragrad.cli.train import folder as folders

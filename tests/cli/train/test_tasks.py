@@ -10,7 +10,8 @@ import torch
 import transformers
 from rich.console import Console
 
-from floragrad.cli.compare.compare import Plan, begin, compare
+from floragrad.cli.compare.compare import begin, compare
+from floragrad.cli.compare.plan import Plan
 from floragrad.cli.errors import UserError
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.data import Examples

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from floragrad.cli import machine
 from floragrad.cli.app import app
-from floragrad.cli.compare.grid import DEFAULTS, Grid, comparison_options
+from floragrad.cli.compare.plan import DEFAULTS, Grid, Plan, comparison_options
 from floragrad.cli.options import command, options_of, take
 from floragrad.cli.train.config import OPTIONS, RunConfig
 from floragrad.cli.train.place import Place, new_name, refuse_beside_resume, run_fields
@@ -52,7 +52,7 @@ def compare(given: dict[str, Any]) -> None:
         comparison.compare(place.resume, Console())
         return
     assert config is not None
-    plan = comparison.Plan(
+    plan = Plan(
         **grid,
         options={**DEFAULTS, "threads": machine.default_threads(), **fields},
         command=written,

@@ -1,13 +1,18 @@
-"""The picture of a comparison: validation loss over bytes of state per hidden parameter."""
+"""The pictures of a comparison: losses over steps beside bytes of state, and loss over bytes of state."""
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from math import floor, log10
 from typing import Any, Final, NamedTuple
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from floragrad._text import format_bytes
 from floragrad.cli.compare.table import Best
+from floragrad.cli.figures import COLOUR, finish, points_of, smoothed
 from floragrad.cli.methods import METHODS
 from floragrad.cli.options import LARGEST_INTEGER
 
@@ -17,6 +22,13 @@ LABEL_GAP: Final = 0.035
 """Least distance of two labels, as a share of the picture's height."""
 NEAR: Final = 0.16
 """Labels of points that are closer than this share of the width may meet."""
+COLOURS = {"flora": COLOUR, "adamw": "#c4572e", "adafactor": "#4464ad"}
+OTHER_COLOURS = [matplotlib.colormaps["tab20"](index) for index in range(20)]
+"""Of other methods, in turn."""
+ACCUMULATORS = {"flora": "-", "exact": "--", "none": ":"}
+"""By accumulator, where gradients are gathered."""
+MOST_UPRIGHT = 4
+"""Beyond so many bars their names and sizes are written from bottom to top, and the legend is small."""
 
 
 class Point(NamedTuple):
@@ -48,7 +60,7 @@ def picture(bests: Sequence[Best]) -> Picture:
     for best in bests:
         if best.loss is None or best.bytes_per_hidden_parameter is None:
             continue
-        point = Point(best.config.label, best.bytes_per_hidden_parameter, best.loss, best.spread or 0.0)
+        point = Point(best.label, best.bytes_per_hidden_parameter, best.loss, best.spread or 0.0)
         if best.optimizer in LINES:
             found.lines.append(point)
         elif METHODS[best.optimizer].is_flora:
@@ -85,11 +97,8 @@ def state_figure(found: Picture, title: str) -> Figure:
     axes.set_xlim(left=-0.3 * min(positive, default=1.0), right=3 * max(positive, default=1.0))
     axes.margins(y=0.08)
     _label(axes, found.rivals)
-    axes.set_xlabel("bytes of optimizer state per element of the hidden matrices")
-    axes.set_ylabel("validation loss (nats)")
+    finish(axes, "bytes of optimizer state per element of the hidden matrices", "validation loss (nats)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
     axes.set_title(title, loc="left", fontsize=10)
     if found.curves or found.lines:
         axes.legend(frameon=False, fontsize=8)
@@ -120,3 +129,47 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
             va="center",
             arrowprops=arrow,
         )
+
+
+def comparison_figure(bests: Sequence[Best], title: str) -> Figure:
+    """Draw each row's losses over the steps, and beside them a bar of its state between micro-batches."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    losses, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
+    gathers = any(each.about["accumulation_bytes"] for each in bests)
+    many = len(bests) > MOST_UPRIGHT
+    colours = _colours(bests)
+    for each, colour in zip(bests, colours, strict=True):
+        line, metrics = ACCUMULATORS[each.config.accumulator] if gathers else "-", each.metrics
+        steps, values = points_of(metrics, "loss")
+        losses.plot(steps, smoothed(values), line, color=colour, alpha=0.35, linewidth=1)
+        points = points_of(metrics, "validation_loss")
+        losses.plot(*points, f"o{line}", color=colour, markersize=4, linewidth=1.4, label=each.label)
+    losses.set_title("validation loss (dots), training loss (pale)", loc="left", fontsize=10)
+    finish(losses)
+    losses.legend(frameon=False, **({"fontsize": 7, "ncols": 3, "loc": "upper right"} if many else {}))
+    names = [each.label.replace(", ", ",\n") for each in bests]
+    sizes = [(each.about["optimizer_state_bytes"], each.about["accumulation_bytes"]) for each in bests]
+    states, gathered = ([size / 1e6 for size in part] for part in zip(*sizes, strict=True))
+    drawn = bars.bar(names, states, color=colours)
+    if gathers:
+        drawn = bars.bar(names, gathered, bottom=states, color=colours, alpha=0.4)
+    labels: dict[str, Any] = {"fontsize": 7, "rotation": 90} if many else {"fontsize": 9}
+    bars.bar_label(drawn, [format_bytes(sum(size)) for size in sizes], **labels, padding=2)
+    what = "optimizer state, and gathered gradients (pale)" if gathers else "optimizer state, measured"
+    bars.set_title(what, loc="left", fontsize=10)
+    bars.tick_params(axis="x", labelsize=8, labelrotation=90 if many else 0)
+    bars.margins(y=0.25 if many else 0.05)
+    bars.set_ylabel("MB")
+    bars.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _colours(bests: Sequence[Best]) -> list[Any]:
+    """Return a colour for each: the method's own where no other row has it, else the next free one."""
+    others, found = cycle(OTHER_COLOURS), []
+    known = Counter((each.optimizer, each.config.accumulator) for each in bests)
+    for each in bests:
+        own = COLOURS.get(each.optimizer) if known[each.optimizer, each.config.accumulator] == 1 else None
+        found.append(own or next(others))
+    return found

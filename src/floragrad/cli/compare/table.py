@@ -11,6 +11,7 @@ from rich.table import Table
 
 from floragrad._text import format_bytes
 from floragrad.cli.train.config import RunConfig
+from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.measures import format_measure, measure_name, measures_of
 from floragrad.cli.train.recorder import standard_error
 from floragrad.cli.train.tasks import TASKS
@@ -49,6 +50,11 @@ class Best:
         return self.config.optimizer
 
     @property
+    def label(self) -> str:
+        """The method with its settings, and how gradients are gathered."""
+        return self.config.label
+
+    @property
     def title(self) -> str:
         """The job in a few words."""
         config = self.config
@@ -57,9 +63,19 @@ class Best:
         return f"{config.job}, {config.steps} steps of {count:,} {config.unit}{batches}"
 
     @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of the run with the first seed."""
+        return RunFolder(self.first_run).metrics()
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The summaries of the seeds that did not diverge."""
+        return [summary for summary in self.summaries if summary["validation_loss"] is not None]
+
+    @property
     def losses(self) -> list[float]:
         """The validation losses of the seeds that did not diverge."""
-        return [summary["validation_loss"] for summary in self._finished]
+        return [summary["validation_loss"] for summary in self.finished]
 
     @property
     def loss(self) -> float | None:
@@ -74,19 +90,13 @@ class Best:
     @property
     def block_losses(self) -> list[float]:
         """The loss of each validation block, averaged over the seeds; empty where a run did not record them."""
-        blocks = [summary.get("block_losses") or [] for summary in self._finished]
+        blocks = [summary.get("block_losses") or [] for summary in self.finished]
         return [fmean(block) for block in zip(*blocks, strict=True)] if all(blocks) else []
 
     @property
-    def measures(self) -> dict[str, float]:
-        """The task's measures beside the loss, averaged over the seeds."""
-        found = [measures_of(summary) for summary in self._finished]
-        return {name: fmean(each[name] for each in found) for name in found[0]}
-
-    @property
-    def state_bytes(self) -> int:
-        """Measured bytes of the optimizer's state."""
-        return int(self._finished[0]["optimizer_state_bytes"])
+    def about(self) -> dict[str, Any]:
+        """A summary, with what is the same for all seeds."""
+        return self.finished[0]
 
     @property
     def bytes_per_hidden_parameter(self) -> float | None:
@@ -95,33 +105,9 @@ class Best:
         return about["hidden_state_bytes"] / about["hidden_parameters"] if about.get("hidden_parameters") else None
 
     @property
-    def accumulation_bytes(self) -> int:
-        """Bytes that the gradients of earlier micro-batches take."""
-        return int(self._finished[0]["accumulation_bytes"])
-
-    @property
-    def adamw_bytes(self) -> int:
-        """Bytes of AdamW's state for the same parameters."""
-        return int(self._finished[0]["adamw_state_bytes"])
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """The most memory that any of the seeds used."""
-        return max(int(summary["peak_memory_bytes"]) for summary in self._finished)
-
-    @property
     def step_seconds(self) -> float:
         """The median time of a step, averaged over the seeds."""
-        return float(mean(summary["step_seconds"] for summary in self._finished))
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """A summary with the machine and the versions."""
-        return self._finished[0]
-
-    @property
-    def _finished(self) -> list[dict[str, Any]]:
-        return [summary for summary in self.summaries if summary["validation_loss"] is not None]
+        return float(mean(summary["step_seconds"] for summary in self.finished))
 
 
 def as_json(bests: Sequence[Best], commands: Sequence[str]) -> dict[str, Any]:
@@ -143,7 +129,7 @@ def as_json(bests: Sequence[Best], commands: Sequence[str]) -> dict[str, Any]:
             for best in bests
             for config, summary in best.grid
         ],
-        "step_time_of": baseline.config.label if baseline else None,
+        "step_time_of": baseline.label if baseline else None,
         "machine": baseline.about["machine"] if baseline else None,
         "versions": baseline.about["versions"] if baseline else None,
     }
@@ -160,7 +146,7 @@ def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
         "task": best.config.task,
         "optimizer": best.optimizer,
         "accumulator": best.config.accumulator,
-        "label": best.config.label,
+        "label": best.label,
         "lr": best.config.lr,
         "embedding_lr": best.config.embedding_lr,
         "seeds": list(best.seeds),
@@ -180,12 +166,12 @@ def _row(best: Best, baseline: Best | None) -> dict[str, Any]:
         "held_out_blocks": best.about.get("held_out_blocks"),
         "standard_error": standard_error(best.block_losses),
         **_difference(best, baseline),
-        **best.measures,
+        **{name: fmean(each[name] for each in best.finished) for name in measures_of(best.about)},
         "bytes_per_hidden_parameter": best.bytes_per_hidden_parameter,
-        "optimizer_state_bytes": best.state_bytes,
-        "state_of_adamw": best.state_bytes / best.adamw_bytes,
-        "accumulation_bytes": best.accumulation_bytes,
-        "peak_memory_bytes": best.peak_memory_bytes,
+        "optimizer_state_bytes": best.about["optimizer_state_bytes"],
+        "state_of_adamw": best.about["optimizer_state_bytes"] / best.about["adamw_state_bytes"],
+        "accumulation_bytes": best.about["accumulation_bytes"],
+        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in best.finished),
         "step_seconds": best.step_seconds,
         "step_time_ratio": best.step_seconds / baseline.step_seconds,
     }
@@ -204,7 +190,7 @@ def _seeds(bests: Sequence[Best]) -> str:
     """Name the seeds of most rows, and the rows that have others."""
     written = [", ".join(map(str, best.seeds)) for best in bests]
     most = max(written, key=written.count)
-    others = [f"{best.config.label}: {each}" for best, each in zip(bests, written, strict=True) if each != most]
+    others = [f"{best.label}: {each}" for best, each in zip(bests, written, strict=True) if each != most]
     return "; ".join([f"seed(s) {most}", *others])
 
 
@@ -215,14 +201,10 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
         bests: Best setting of each method.
         numbers: Result of :func:`as_json`.
     """
-    of, measured = numbers["step_time_of"] or "adamw", _measured(numbers["rows"])
-    heads = [
-        "method", "lr", "embedding lr", "validation loss", "min – max", "error over blocks", f"minus {of}'s",
-        *map(measure_name, measured), "state / hidden parameter", "optimizer state", "of AdamW's",
-        "gathered gradients", "peak memory", f"step time / {of}'s",
-    ]  # fmt: skip
-    config = bests[0].config
-    lines = [*_table(heads, [_cells(row, measured) for row in numbers["rows"]]), ""]
+    of, config = numbers["step_time_of"] or "adamw", bests[0].config
+    rows = _cells(numbers["rows"])
+    named = {"minus": f"minus {of}'s", "step time": f"step time / {of}'s"}
+    lines = [*_table([named.get(head, head) for head in rows[0]], [list(row.values()) for row in rows]), ""]
     lines += [
         f"- {bests[0].title}; {_seeds(bests)}; {config.dtype}; the loss is the mean ± standard deviation over the "
         "seeds, the state is measured from its tensors; adapters count as state",
@@ -233,18 +215,29 @@ def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
     if numbers["machine"] is not None:
         versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
         lines.append(f"- {numbers['machine']}; {versions}")
-    grid = [
-        [
-            tried["label"],
-            f"{tried['lr']:g}",
-            f"{tried['embedding_lr']:g}",
-            _number(tried["validation_loss"]),
-        ]
-        for tried in numbers["grid"]
-    ]
     heads = ["method", "lr", "embedding lr", f"validation loss, seed {config.seed}"]
-    lines += ["", "Everything that was tried:", "", *_table(heads, grid)]
-    return "\n".join(lines) + "\n"
+    grid = [[*_setting(tried).values(), _number(tried["validation_loss"])] for tried in numbers["grid"]]
+    return "\n".join([*lines, "", "Everything that was tried:", "", *_table(heads, grid)]) + "\n"
+
+
+def show(console: Console, rows: Sequence[Mapping[str, Any]], baseline: str | None) -> None:
+    """Show the table of a comparison, as wide as a terminal."""
+    minus, step = ("difference", "step time") if baseline is None else (f"minus {baseline}'s", f"step / {baseline}'s")
+    named = {
+        **{"method": "method", "rates": "lr, embedding", "validation loss": "validation loss", "minus": minus},
+        **{measure_name(name): measure_name(name) for name in _measured(rows)},
+        **{"state / hidden parameter": "state / hidden", "optimizer state": "state"},
+        **{"gathered gradients": "gradients kept", "step time": step},
+    }
+    table = Table()
+    for head in named.values():
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for cells in _cells(rows):
+        cells["rates"] = f"{cells['lr']}, {cells['embedding lr']}"
+        table.add_row(*(cells[name] for name in named))
+    console.print(table)
+    for line in validation_notes(rows, baseline or "adamw"):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -252,38 +245,43 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list({name: None for row in rows for name in measures_of(row)})
 
 
-def _cells(row: dict[str, Any], measured: list[str]) -> list[str]:
-    first = [row["label"], f"{row['lr']:g}", f"{row['embedding_lr']:g}"]
-    if row["validation_loss"] is None:
-        return [*first, _failure(row), *[NOTHING] * (9 + len(measured))]
-    return [
-        *first,
-        _loss(row),
-        f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
-        NOTHING if row["standard_error"] is None else _number(row["standard_error"]),
-        difference(row),
-        *[format_measure(name, row[name]) for name in measured],
-        _per_parameter(row),
-        format_bytes(row["optimizer_state_bytes"]),
-        f"{100 * row['state_of_adamw']:.1f}%",
-        format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,
-        format_bytes(row["peak_memory_bytes"]),
-        f"{row['step_time_ratio']:.2f}",
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return each row's cells by the names of their columns."""
+    measures = {name: measure_name(name) for name in _measured(rows)}
+    columns = [
+        *("method", "lr", "embedding lr", "validation loss", "min – max", "error over blocks", "minus"),
+        *measures.values(),
+        *("state / hidden parameter", "optimizer state", "of AdamW's", "gathered gradients", "peak memory"),
+        "step time",
     ]
+    found = []
+    for row in rows:
+        cells = {**dict.fromkeys(columns, NOTHING), **_setting(row)}
+        if row["validation_loss"] is None:
+            cells["validation loss"] = f"not installed: {row['remedy']}" if "remedy" in row else "diverged"
+        else:
+            spread, error, state = (
+                row[name] for name in ("validation_loss_stdev", "standard_error", "bytes_per_hidden_parameter")
+            )
+            cells |= {
+                "validation loss": _number(row["validation_loss"]) + ("" if spread is None else f" ± {spread:.4f}"),
+                "min – max": f"{row['validation_loss_min']:.4f} – {row['validation_loss_max']:.4f}",
+                "error over blocks": NOTHING if error is None else _number(error),
+                "minus": difference(row),
+                **{head: format_measure(name, row[name]) for name, head in measures.items()},
+                "state / hidden parameter": NOTHING if state is None else f"{state:.3g} B",
+                "optimizer state": format_bytes(row["optimizer_state_bytes"]),
+                "of AdamW's": f"{100 * row['state_of_adamw']:.1f}%",
+                "gathered gradients": format_bytes(row["accumulation_bytes"]) if row["accumulation_bytes"] else NOTHING,
+                "peak memory": format_bytes(row["peak_memory_bytes"]),
+                "step time": f"{row['step_time_ratio']:.2f}",
+            }
+        found.append(cells)
+    return found
 
 
-def _failure(row: Mapping[str, Any]) -> str:
-    return f"not installed: {row['remedy']}" if "remedy" in row else "diverged"
-
-
-def _loss(row: Mapping[str, Any]) -> str:
-    spread = row["validation_loss_stdev"]
-    return _number(row["validation_loss"]) + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def _per_parameter(row: Mapping[str, Any]) -> str:
-    found = row["bytes_per_hidden_parameter"]
-    return NOTHING if found is None else f"{found:.3g} B"
+def _setting(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"method": row["label"], "lr": f"{row['lr']:g}", "embedding lr": f"{row['embedding_lr']:g}"}
 
 
 def _number(value: float | None) -> str:
@@ -292,29 +290,6 @@ def _number(value: float | None) -> str:
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
-
-
-def show(console: Console, rows: list[dict[str, Any]], baseline: str | None) -> None:
-    """Show the table of a comparison, as wide as a terminal."""
-    table = Table()
-    step = "step time" if baseline is None else f"step / {baseline}'s"
-    minus = "difference" if baseline is None else f"minus {baseline}'s"
-    measured = _measured(rows)
-    heads = ["method", "lr, embedding", "validation loss", minus, *map(measure_name, measured)]
-    for head in (*heads, "state / hidden", "state", "gradients kept", step):
-        table.add_column(head, justify="left" if head == "method" else "right")
-    for row in rows:
-        cells = [row["label"], f"{row['lr']:g}, {row['embedding_lr']:g}"]
-        if row["validation_loss"] is None:
-            table.add_row(*cells, _failure(row))
-            continue
-        sizes = (format_bytes(row["optimizer_state_bytes"]), format_bytes(row["accumulation_bytes"]))
-        others = [format_measure(name, row[name]) for name in measured]
-        cells += [_loss(row), difference(row), *others, _per_parameter(row), *sizes]
-        table.add_row(*cells, f"{row['step_time_ratio']:.2f}")
-    console.print(table)
-    for line in validation_notes(rows, baseline or "adamw"):
-        console.print(line, soft_wrap=True, highlight=False)
 
 
 def difference(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
+from floragrad.cli.disk import parse_object
 from floragrad.cli.errors import UserError
 from floragrad.cli.machine import default_threads
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
@@ -483,13 +484,14 @@ class RunConfig:
             UserError: It is no such object, or a value is out of range.
         """
         try:
-            config = cls(**json.loads(text))
-            several = [name for name, each in OPTIONS.items() if kinds(each.annotation)[0] is tuple]
-            lists: dict[str, Any] = {
-                name: tuple(value) for name in several if isinstance(value := getattr(config, name), list)
-            }
-            config = replace(config, **lists)
-            _check_types(config)
+            values = parse_object(text)
+            for name, declared in get_type_hints(cls).items():
+                allowed, value = kinds(declared), values.get(name)
+                if tuple in allowed and isinstance(value, list):
+                    values[name] = tuple(value)
+                elif name in values and type(value) not in allowed:  # True is no number
+                    raise TypeError(f"{name} is {value!r}")
+            config = cls(**values)
         except (ValueError, TypeError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise UserError(f"config.json is not a run's configuration ({error}); its fields are {names}") from error
@@ -521,11 +523,3 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _values(settings: Iterable[str]) -> dict[str, Any]:
     return {name: setting_value(value) for name, _, value in (text.partition("=") for text in settings)}
-
-
-def _check_types(config: RunConfig) -> None:
-    """Find a field that holds another type than it is declared with."""
-    for name, declared in get_type_hints(RunConfig).items():
-        allowed, value = kinds(declared), getattr(config, name)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise TypeError(f"{name} is {value!r}")

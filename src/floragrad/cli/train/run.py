@@ -61,7 +61,7 @@ def check_model(config: RunConfig) -> None:
     Raises:
         UserError: There is no such model, a package is not installed, or the rank compresses nothing.
     """
-    if config.backend == "torch" and (remedy := how_to_install(config.optimizer)):
+    if config.backend == "torch" and (remedy := METHODS[config.optimizer].remedy):
         raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
     if config.report_to != ("none",):
         from floragrad.cli.train.trainer import reporters
@@ -79,14 +79,6 @@ def check_model(config: RunConfig) -> None:
             f"--rank {config.rank} compresses nothing: the smaller side of the hidden matrices of --model "
             f"{config.model} is {widest}, and a sketch needs half of it or less: give at most {widest // 2}"
         )
-
-
-def how_to_install(optimizer: str) -> str:
-    """Return the command that installs a method's package; empty where it is installed."""
-    from floragrad.cli.peers import PEERS
-
-    peer = METHODS[optimizer].peer
-    return PEERS[peer].remedy if peer else ""
 
 
 def write_corpus(config: RunConfig, folder: Path) -> Data:
