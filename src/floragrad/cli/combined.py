@@ -12,16 +12,11 @@ Make: TypeAlias = Callable[[Groups], Optimizer]
 
 
 class CombinedOptimizer(Optimizer):
-    """Step several optimizers as one.
-
-    ``param_groups`` are the parts' own groups, so that schedulers act on them.
+    """Step several optimizers as one. Its groups are the parts' own, so that schedulers act on them.
 
     Args:
         params: The groups of each part, with their ``kind``.
         makes: The constructor of each part.
-
-    Attributes:
-        parts: The optimizers.
     """
 
     def __init__(self, params: Sequence[Groups], makes: Sequence[Make]) -> None:
@@ -57,11 +52,7 @@ class CombinedOptimizer(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of every part.
-
-        Raises:
-            ValueError: It is of another number of parts.
-        """
+        """Load the state of every part."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._join()

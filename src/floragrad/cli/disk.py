@@ -40,11 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parse_object(text: str, tuples: bool = False) -> dict[str, Any]:
-    """Return a JSON object, with tuples for the lists in it where they are wanted.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Return a JSON object, with tuples for the lists in it where wanted. Other JSON raises ValueError."""
     values = json.loads(text, object_hook=_with_tuples if tuples else None)
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")

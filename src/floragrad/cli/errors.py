@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """The request cannot be met. The message is one line: the value, the allowed values, the remedy."""
+    """The request cannot be met. The message is one line: the value, the allowed values, the remedy.
+
+    Functions that "refuse" something raise it.
+    """
 
 
 class StorageError(UserError):
@@ -13,11 +16,7 @@ class StorageError(UserError):
 
 
 class DivergenceError(Exception):
-    """The training loss stopped being a finite number.
-
-    Attributes:
-        step: The step at which it did.
-    """
+    """The training loss stopped being a finite number, at ``step``."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not a finite number any more at step {step}: give a lower --lr")

@@ -12,9 +12,6 @@ def find_config(name: str, model: str, allowed: str) -> Any:
         name: The option that named the model, in messages.
         model: A configuration file, a folder with one, or a name on the hub.
         allowed: The files, folders and presets that are allowed, in words.
-
-    Raises:
-        UserError: There is none.
     """
     from transformers import AutoConfig
 
@@ -28,11 +25,7 @@ def find_config(name: str, model: str, allowed: str) -> Any:
 
 
 def refuse_remote_code(name: str, error: Exception) -> None:
-    """Explain an error where transformers would have to execute code of the model's own.
-
-    Raises:
-        UserError: That is the error.
-    """
+    """Refuse a model that transformers would have to execute code of the model's own for, if that is the error."""
     if "trust_remote_code" in str(error):
         raise UserError(
             f"{name} brings code of its own (auto_map), which is not executed here: give a model that transformers "
@@ -41,11 +34,7 @@ def refuse_remote_code(name: str, error: Exception) -> None:
 
 
 def refuse_quantized(name: str, config: Any) -> None:
-    """Refuse a configuration whose weights are stored in a low-bit format, which no step trains.
-
-    Raises:
-        UserError: It is one.
-    """
+    """Refuse a configuration whose weights are stored in a low-bit format, which no step trains."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -24,13 +24,7 @@ MOST_THREADS = 8
 
 
 class Gpu(NamedTuple):
-    """A GPU, as the framework that uses it sees it.
-
-    Attributes:
-        name: The device's.
-        allocated: Bytes in use now.
-        peak: The most bytes that ever were.
-    """
+    """A GPU, as the framework sees it: the device's name, and functions for the bytes in use now and at most."""
 
     name: str
     allocated: Callable[[], int]
@@ -68,12 +62,9 @@ def prepare(backend: str, hub: bool, several: bool = False) -> None:
     """Make the process ready to train, before a framework is imported: one device, no foreign output.
 
     Args:
-        backend: ``"torch"`` or ``"jax"``.
+        backend: ``"torch"`` or ``"jax"``, whose extra must be installed.
         hub: Whether the Hugging Face hub will be asked for something.
         several: Whether the process may be one of several.
-
-    Raises:
-        UserError: An extra is missing, or the process is one of several and may not be.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not several:

@@ -102,12 +102,7 @@ class Option:
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def fault(self, name: str, value: Any) -> str | None:
-        """Return why a value is not allowed and the allowed ones, or None where it is.
-
-        Args:
-            name: How to call the option.
-            value: Its value; every part of a tuple is checked.
-        """
+        """Return why a value, or a part of a tuple, is not allowed, with the allowed ones; None where it is."""
         for part in value if isinstance(value, tuple) else (value,):
             if self.choices and part not in self.choices:
                 return f"{name} {part!r} is unknown: choose one of {', '.join(self.choices)}"
@@ -136,11 +131,7 @@ class Option:
         return None
 
     def read(self, value: Any) -> Any:
-        """Convert the value that typer has read to the field's type.
-
-        Raises:
-            UserError: It is a list that cannot be read.
-        """
+        """Convert the value that typer has read to the field's type."""
         if self.example is None:
             return tuple(value) if isinstance(value, list) else value
         wrong = UserError(f"{self.flags} {value!r} cannot be read: give a list with commas, like {self.example}")
@@ -189,11 +180,7 @@ def needing(options: Mapping[str, Option], needed: str) -> list[Option]:
 
 
 def check_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
-    """Refuse values that are not allowed; None is.
-
-    Raises:
-        UserError: A value is out of range.
-    """
+    """Refuse values that are not allowed; None is."""
     for name, each in options.items():
         fault = each.fault(each.flags.partition("/")[0], values[name]) if values.get(name) is not None else None
         if fault is not None:
@@ -201,11 +188,7 @@ def check_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> No
 
 
 def check_requirements(options: Mapping[str, Option], given: Mapping[str, Any]) -> None:
-    """Refuse options beside values of others with which they have no effect.
-
-    Raises:
-        UserError: One is given.
-    """
+    """Refuse options beside values of others with which they have no effect."""
     for each in options.values():
         for other, values in each.requires.items():
             chosen = given.get(other, options[other].default)
@@ -229,11 +212,11 @@ def take(source: Callable[..., T], given: Mapping[str, Any]) -> T:
 def command(
     app: "typer.Typer", options: Mapping[str, Option], *, help: str, epilog: str
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
-    """Register a function as a command of typer's.
+    """Register a function as a command of typer's. It gets the values of the options that were given, by name.
 
     Args:
         app: Where to.
-        options: The command's options. The function gets the values of those that were given, by name.
+        options: The command's options.
         help: Description of the command.
         epilog: Examples.
     """

@@ -52,11 +52,7 @@ class Peer:
     projector: str = ""
 
     def load(self) -> None:
-        """Import the package.
-
-        Raises:
-            ImportError: It is not installed; the message names the extra.
-        """
+        """Import the package, or raise an ImportError that names the extra."""
         require(self.module, self.extra)
 
     @property
@@ -141,12 +137,9 @@ PEERS: Final = {
 
 
 def with_adapters(model: nn.Module, rank: int, *, in_place: bool = False) -> nn.Module:
-    """Return a model with LoRA's adapters on all linear layers but the head, the only parameters that are trained.
+    """Return one of transformers' models with LoRA's adapters on all linear layers but the head, all that is trained.
 
-    Args:
-        model: One of transformers'.
-        rank: Of the adapters.
-        in_place: Add them to the model itself, not to peft's wrapper of it.
+    With ``in_place`` they are added to the model itself, not to peft's wrapper of it.
     """
     peft = require("peft", "plan")
     with warnings.catch_warnings():
@@ -159,12 +152,7 @@ def with_adapters(model: nn.Module, rank: int, *, in_place: bool = False) -> nn.
 
 
 def split_hidden(groups: Iterable[Mapping[str, Any]], *, flat: bool) -> tuple[list[Group], list[Group]]:
-    """Return groups of the hidden matrices, and of everything else.
-
-    Args:
-        groups: Parameter groups with a ``kind``.
-        flat: Whether only tensors of two dimensions are wanted.
-    """
+    """Return groups of the hidden matrices (those of two dimensions if ``flat``), and of everything else."""
     hidden: list[Group] = []
     rest: list[Group] = []
     for group in groups:

@@ -27,11 +27,7 @@ TABLE, RESULTS, FIGURE, STATE_FIGURE = "table.md", "table.json", "comparison.png
 
 
 def begin(plan: Plan, out: Path) -> None:
-    """Make the folder of a new comparison: its plan, and the text and tokenizer that all its runs share.
-
-    Raises:
-        UserError: The comparison cannot be done; then there is no folder.
-    """
+    """Make the folder of a new comparison: its plan, and the text and tokenizer that all its runs share."""
     configs = _checked(plan)
     check_free(out)
     with new_folder(out) as folder:
@@ -43,13 +39,12 @@ def begin(plan: Plan, out: Path) -> None:
 def extend(folder: Path, changes: Mapping[str, Any], command: str) -> None:
     """Add rows to the comparison in ``folder``, with the seeds and the learning rates that it began with.
 
+    If they are impossible, nothing changes.
+
     Args:
         folder: Of the comparison.
         changes: Fields of the added grid that differ from the first one's; ``set`` is empty without.
         command: The command that adds them.
-
-    Raises:
-        UserError: There is no comparison, or the rows are impossible; then nothing has changed.
     """
     plan = Plan.load(folder)
     first = {each.name: getattr(plan, each.name) for each in fields(Grid)}
@@ -73,7 +68,6 @@ def compare(folder: Path, console: Console) -> None:
 
     Raises:
         StoppedError: A signal has stopped it; finished work is kept.
-        UserError: A run cannot be done.
     """
     plan, stop = Plan.load(folder), StopRequest()
     runner = _Runner(folder, plan.runs, console, stop)

@@ -144,11 +144,7 @@ class Grid:
             yield from [{**way, "accumulator_dtype": dtype} for dtype in stored] or [way]
 
     def check_grid(self) -> None:
-        """Refuse settings that are not allowed, or given twice.
-
-        Raises:
-            UserError: One of them is.
-        """
+        """Refuse settings that are not allowed, or given twice."""
         check_values(options_of(Grid), vars(self))
         for name in ("methods", "accumulators", "accumulator_dtypes", "seeds"):
             values = getattr(self, name) or ()
@@ -170,11 +166,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Addition(Grid):
-    """Rows that are added to a comparison.
-
-    Attributes:
-        command: The command that added them.
-    """
+    """Rows that are added to a comparison, by a command."""
 
     command: str
 
@@ -205,11 +197,7 @@ class Plan(Grid):
         return list(newest.values())
 
     def settings(self, row: Row) -> list[RunConfig]:
-        """Every setting of one contestant, with the first seed.
-
-        Raises:
-            UserError: One of them is not allowed.
-        """
+        """Return every setting of one contestant, with the first seed."""
         grid, contestant = row
         method = METHODS[contestant["optimizer"]]
         foreign = [each for each in needing(OPTIONS, "optimizer") if not method.takes(each.name)]
@@ -233,11 +221,7 @@ class Plan(Grid):
         return sum(row.grid.runs_of_each for row in self.rows if not METHODS[row.contestant["optimizer"]].remedy)
 
     def check(self) -> list[RunConfig]:
-        """Refuse a comparison that is impossible. Returns every setting of every row, with its first seed.
-
-        Raises:
-            UserError: A method is unknown or named twice, or an option belongs to none of them.
-        """
+        """Return every setting of every row, with its first seed; refuse a comparison that is impossible."""
         for grid in self.grids:
             grid.check_grid()
         methods = [METHODS[name] for grid in self.grids for name in grid.methods]
@@ -253,11 +237,7 @@ class Plan(Grid):
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Return the plan of the comparison in ``folder``.
-
-        Raises:
-            UserError: There is none.
-        """
+        """Return the plan of the comparison in ``folder``."""
         if not (folder / PLAN).is_file():
             raise UserError(f"--resume {folder} holds no comparison: give a folder that floragrad compare has made")
         manifest.check(folder, RESTORE)

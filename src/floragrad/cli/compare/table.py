@@ -195,12 +195,7 @@ def _seeds(bests: Sequence[Best]) -> str:
 
 
 def as_markdown(bests: Sequence[Best], numbers: Mapping[str, Any]) -> str:
-    """Return the table in Markdown, with its settings below it.
-
-    Args:
-        bests: Best setting of each method.
-        numbers: Result of :func:`as_json`.
-    """
+    """Return the table in Markdown, from the output of :func:`as_json`, with its settings below it."""
     of, config = numbers["step_time_of"] or "adamw", bests[0].config
     rows = _cells(numbers["rows"])
     named = {"minus": f"minus {of}'s", "step time": f"step time / {of}'s"}

@@ -8,12 +8,9 @@ _BASE, _ADAPTER = ".base_layer.weight", ".lora_"
 
 
 def add_adapters(model: nn.Module, rank: int, *, others: bool) -> None:
-    """Add LoRA's adapters to all linear layers but the head, in place.
+    """Add LoRA's adapters to all linear layers but the head of one of transformers' models, in place.
 
-    Args:
-        model: One of transformers'. The layers' matrices are frozen.
-        rank: Of the adapters.
-        others: Whether everything but those matrices is trained too.
+    The layers' matrices are frozen; everything else is trained too if ``others``.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
     with_adapters(model, rank, in_place=True)

@@ -16,11 +16,7 @@ from floragrad.cli.train.folder import CONFIG, CORPUS, METRICS, PLAN, RUNS, SUMM
 
 
 def adopt(path: Path) -> None:
-    """Write the manifests that are missing below a run's or a comparison's folder, and nothing else.
-
-    Raises:
-        UserError: The folder holds neither.
-    """
+    """Write the manifests that are missing below a run's or a comparison's folder, and nothing else."""
     if (path / PLAN).is_file():
         _list(path, [path / PLAN])
         for run in (path / RUNS).iterdir():

@@ -383,14 +383,7 @@ class RunConfig:
 
     @classmethod
     def resolve(cls, **given: Any) -> "RunConfig":
-        """Resolve the user's values, with a default for everything else.
-
-        Args:
-            **given: Values by field name; None, or nothing, means the default.
-
-        Raises:
-            UserError: A value is out of range, or two options contradict each other.
-        """
+        """Resolve the user's values by field name; None, or nothing, means the default. Contradictions are refused."""
         given = {name: value for name, value in given.items() if value is not None and value != ()}
         settings = _settings(given)
         given |= {name: value for name, value in settings.items() if name in OPTIONS}
@@ -412,11 +405,7 @@ class RunConfig:
         return config
 
     def launched(self, fsdp: bool | None, timeout: int | None) -> "RunConfig":
-        """Return the same run, its processes started in another way; None leaves things as they were.
-
-        Raises:
-            UserError: It cannot be done in that way.
-        """
+        """Return the same run, its processes started in another way; None leaves things as they were."""
         given: dict[str, Any] = {"fsdp": fsdp, "timeout": timeout}
         given = {name: value for name, value in given.items() if value is not None}
         check_values(OPTIONS, given)
@@ -478,11 +467,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """Read the output of :meth:`to_json`.
-
-        Raises:
-            UserError: It is no such object, or a value is out of range.
-        """
+        """Read the output of :meth:`to_json`; refuse other JSON, and values out of range."""
         try:
             values = parse_object(text)
             for name, declared in get_type_hints(cls).items():
@@ -503,11 +488,7 @@ OPTIONS: Final = options_of(RunConfig)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of ``--set`` and their values.
-
-    Raises:
-        UserError: One has several values, has an option of its own that is given too, or has no effect.
-    """
+    """Return the options of ``--set`` and their values; refuse several values, and options without effect."""
     method = METHODS.get(given.get("optimizer", "flora"))
     for name, values in read_settings(given.get("set", ())).items():
         if len(values) > 1:

@@ -11,11 +11,7 @@ from floragrad.cli.train import defaults
 
 
 def check_sharding(backend: str, optimizer: str, vocabulary: str) -> None:
-    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole.
-
-    Raises:
-        UserError: The backend or the optimizer does not.
-    """
+    """Refuse ``--fsdp`` where something does not take a part of a tensor for the whole."""
     if backend == "jax":
         raise UserError("--fsdp is PyTorch's: leave it out with --backend jax, which trains on one device")
     if optimizer not in ("flora", "adamw"):
@@ -29,15 +25,7 @@ def check_sharding(backend: str, optimizer: str, vocabulary: str) -> None:
 
 
 def check_conflicts(given: Mapping[str, Any], options: Mapping[str, Option]) -> None:
-    """Refuse options that contradict each other.
-
-    Args:
-        given: The values that were given, by name.
-        options: All options of a run.
-
-    Raises:
-        UserError: Two of them do, with the remedy.
-    """
+    """Refuse given values of a run's options that contradict each other."""
     task = given.get("task", "lm")
     model = given.get("model", "tiny")
     if model not in TASKS[task] and (task not in ("lm", *PAIR_TASKS) or model in PRESETS):

@@ -93,14 +93,10 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
     """Tokenize ``documents`` into ``folder``: two files of tokens, the tokenizer, and their facts.
 
     Args:
-        config: Of the run.
+        config: Of the run. Text too short for one of its blocks to train on and one to validate with is refused.
         documents: The texts.
         folder: An empty one.
         rows: Of the model's embedding; None where it gets as many as the tokenizer has entries.
-
-    Raises:
-        UserError: The text is too short for one block to train on and one to validate with, or has a token that the
-            model does not know.
     """
     held_out = documents.validation
     train, validation = split(documents.texts) if held_out is None else (documents.texts, held_out.texts)
@@ -140,11 +136,7 @@ def prepare_corpus(config: RunConfig, documents: Documents, folder: Path, rows: 
 
 
 def check_known(config: RunConfig, tokenizer: Any, ids: list[int], rows: int | None) -> None:
-    """Refuse tokens that the model's embedding has no rows for.
-
-    Raises:
-        UserError: There is one.
-    """
+    """Refuse tokens that the model's embedding has no rows for."""
     if rows is not None and max(ids, default=0) >= rows:
         raise UserError(
             f"--model {config.model} has an embedding of {rows} rows, and its tokenizer makes token {max(ids)} of "
@@ -193,11 +185,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def own_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a model given by name or folder.
-
-    Raises:
-        UserError: It has none that can be loaded.
-    """
+    """Return the tokenizer of a model given by name or folder."""
     wrong = UserError(
         f"--model {model} has no tokenizer that can be loaded: save one beside its configuration, or choose one of "
         f"{', '.join(PRESETS)}, which train their own"

@@ -28,13 +28,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to prepare things in, which becomes ``out`` at the end; after an error nothing is left.
 
-    The files that lie in it then are listed in its manifest.
-
-    Args:
-        out: Its final name. It may exist if it is empty.
-
-    Raises:
-        UserError: ``out`` holds something already, or cannot be made.
+    The files that lie in it then are listed in its manifest. ``out`` may exist if it is empty.
     """
     check_free(out)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
@@ -72,11 +66,7 @@ def _rename(temporary: Path, out: Path) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        UserError: It does.
-    """
+    """Refuse a folder that holds something."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give the name of a new folder")
     for name, command in ((CONFIG, "train"), (PLAN, "compare")):
@@ -97,11 +87,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Return the run in ``path``.
-
-        Raises:
-            UserError: There is none, or its configuration is damaged.
-        """
+        """Return the run in ``path``; refuse a folder without one, or with a damaged configuration."""
         whole = path.resolve()
         if _CHECKPOINT.fullmatch(whole.name) and (whole.parent / CONFIG).is_file():
             raise UserError(
@@ -139,11 +125,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Report in one line that the folder could not be written, and its content.
-
-        Raises:
-            StorageError: The disk is full, read-only or failing, or a limit is reached.
-        """
+        """Report in one line, as a StorageError, that the folder could not be written, and its content."""
         try:
             yield
         except Exception as error:
@@ -177,9 +159,7 @@ class RunFolder:
     def rewind(self) -> int:
         """Go back to the newest checkpoint, and drop everything after it. Returns its step, or 0.
 
-        Raises:
-            UserError: It is damaged, or the text is, or the metrics up to it.
-            StorageError: The folder cannot be written.
+        A damaged checkpoint, text or file of metrics is refused.
         """
         manifest.check(self.corpus, RESTORE)
         saved = self.checkpoints()
@@ -231,11 +211,7 @@ class RunFolder:
         return next((path for step, path in reversed(older) if self._fault(step, path) is None), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of the metrics. A last line that a crash has cut short is left out.
-
-        Raises:
-            UserError: Another line is no object with a step.
-        """
+        """Return the lines of the metrics, but for a last one that a crash has cut short; refuse damaged ones."""
         path = self.path / METRICS
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         return [_metric(path, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
@@ -253,11 +229,7 @@ class RunFolder:
             write_text(self.path / SUMMARY, text)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run; None before that.
-
-        Raises:
-            UserError: It is damaged, or the metrics are.
-        """
+        """Return the summary of a finished run; None before that. A damaged one, or damaged metrics, is refused."""
         path = self.path / SUMMARY
         if not path.is_file():
             return None
@@ -277,11 +249,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from continuing the same run at the same time.
-
-        Raises:
-            UserError: Another process is at it.
-        """
+        """Keep other processes from continuing the same run at the same time; refuse to be the second one."""
         if os.name != "posix":  # Windows cannot lock a folder; there it goes unguarded
             yield
             return

@@ -14,12 +14,7 @@ _CHUNK: Final = 1 << 20
 
 
 def digest(path: Path, size: int | None = None) -> dict[str, Any]:
-    """Size and SHA-256 of a file, or of its first bytes.
-
-    Args:
-        path: The file.
-        size: How many bytes to read; None reads all.
-    """
+    """Return the size and SHA-256 of a file, or of its first ``size`` bytes."""
     found, count = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK if size is None else min(_CHUNK, size - count)):
@@ -43,12 +38,7 @@ def write(folder: Path, paths: Iterable[Path], **facts: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder.
-
-    Raises:
-        ValueError: It is no manifest.
-        OSError: It cannot be read.
-    """
+    """Read the manifest of a folder. ValueError: it is none; OSError: it cannot be read."""
     values = read_object(folder / MANIFEST)
     if not isinstance(values.get("files"), dict):
         raise ValueError("it lists no files")
@@ -69,15 +59,7 @@ def fault(folder: Path) -> str | None:
 
 
 def check(folder: Path, remedy: str) -> None:
-    """Refuse a folder with a file that differs from its manifest.
-
-    Args:
-        folder: With a manifest.
-        remedy: Remedy for a damaged file.
-
-    Raises:
-        UserError: A file is missing or damaged, or the manifest is.
-    """
+    """Refuse a folder with a file that differs from its manifest, and name the remedy."""
     if folder.is_dir() and not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder} cannot be verified, for {MANIFEST} is missing (older versions wrote none): put it back, or "

@@ -21,11 +21,7 @@ _KINDS = {CAUSAL: "causal language model", ENCODER_DECODER: "encoder-decoder wit
 
 
 def model_config(config: RunConfig, vocab_size: int) -> Any:
-    """Return the architecture of the run's model, in transformers' terms.
-
-    Raises:
-        UserError: There is no such model, or it cannot read blocks of the run's length.
-    """
+    """Return the architecture of the run's model, in transformers' terms; refuse one with too few positions."""
     if config.model in PRESETS:
         return llama_config(config, vocab_size)
     allowed = f"choose one of {', '.join(PRESETS)}, a folder with a model's config.json"
@@ -66,13 +62,7 @@ def _class_for(auto_class: str, architecture: Any) -> str:
 
 
 def new_model(auto_class: str, architecture: Any, config: RunConfig) -> Any:
-    """Return a model of an architecture, drawn from the global generator.
-
-    Args:
-        auto_class: Name of transformers' class for such models.
-        architecture: In transformers' terms.
-        config: Of the run.
-    """
+    """Return a model of an architecture in transformers' terms, drawn from the global generator."""
     auto = getattr(transformers, _class_for(auto_class, architecture))
     return auto.from_config(architecture, dtype=DTYPES[config.dtype], trust_remote_code=False)
 
@@ -95,11 +85,7 @@ def embedding_rows(config: RunConfig) -> int:
 
 
 def widest_matrix(auto_class: str, config: RunConfig) -> int:
-    """Return the largest smaller side of the hidden matrices of a model of Hugging Face.
-
-    Raises:
-        UserError: There is no such model, it is none of the class, or it keeps its activations in any case.
-    """
+    """Return the largest smaller side of the hidden matrices of a model of Hugging Face."""
     with torch.device("meta"):
         model = _from_config(auto_class, model_config(config, 0), config)
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:

@@ -50,12 +50,7 @@ def optimizer_class(config: RunConfig, model: torch.nn.Module) -> tuple[type[tor
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, kinds: Sequence[str] = ()) -> int:
-    """Bytes of the optimizer's state in this process, measured from its tensors.
-
-    Args:
-        optimizer: Any, with groups that have a ``kind``.
-        kinds: Only the state of these kinds of parameters; empty: of all.
-    """
+    """Measure the bytes of the optimizer's state of some kinds of parameters, or of all, in this process."""
     groups = [group for group in optimizer.param_groups if not kinds or group["kind"] in kinds]
     params = [param for group in groups for param in group["params"]]
     apart = [tensor for param in params for tensor in (param, param.grad) if tensor is not None]
@@ -69,11 +64,9 @@ def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def accumulation_bytes(config: RunConfig, optimizer: Any) -> int:
-    """Bytes that the gradients of a window's earlier micro-batches take.
+    """Return the bytes of the gradients of a window's earlier micro-batches.
 
-    Args:
-        config: Of the run.
-        optimizer: As the Trainer has prepared it.
+    ``optimizer`` is as the Trainer has prepared it.
     """
     if config.accumulator == "flora":
         return int(optimizer.window.report().state_bytes)

@@ -96,14 +96,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, folder: Path | None = None) -> Iterator[None]:
-        """Say so where another process is gone, or does not answer.
-
-        Args:
-            folder: The run that can be continued; None where there is none yet.
-
-        Raises:
-            LostError: The processes cannot go on together.
-        """
+        """Raise a LostError where another process is gone, or does not answer. ``folder`` can be continued, if any."""
         try:
             yield
         except RuntimeError as error:
@@ -122,11 +115,7 @@ ALONE: Final = Processes()
 
 
 def join(config: RunConfig) -> Processes:
-    """Meet the other processes, if torchrun has started several.
-
-    Raises:
-        UserError: So many processes cannot train this run.
-    """
+    """Meet the other processes, if torchrun has started several; refuse a number that cannot train this run."""
     size = started()
     if size == 1:
         for name in (*_LAUNCHER, "WORLD_SIZE"):  # or the Trainer would make a group of one

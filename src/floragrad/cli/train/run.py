@@ -42,11 +42,7 @@ def start(config: RunConfig, folder: RunFolder, data: Data, step: int, processes
 
 
 def begin(config: RunConfig, out: Path) -> RunFolder:
-    """Make the folder of a new run: its configuration and its data.
-
-    Raises:
-        UserError: The run cannot be done; then there is no folder.
-    """
+    """Make the folder of a new run: its configuration and its data. There is none if the run cannot be done."""
     check_free(out)
     check_model(config)
     with new_folder(out) as folder:
@@ -56,11 +52,7 @@ def begin(config: RunConfig, out: Path) -> RunFolder:
 
 
 def check_model(config: RunConfig) -> None:
-    """Find out that the model cannot be trained before any data are read.
-
-    Raises:
-        UserError: There is no such model, a package is not installed, or the rank compresses nothing.
-    """
+    """Refuse a model, optimizer, service or rank with which the run cannot be done, before any data are read."""
     if config.backend == "torch" and (remedy := METHODS[config.optimizer].remedy):
         raise UserError(f"--optimizer {config.optimizer} is not installed: {remedy}")
     if config.report_to != ("none",):
@@ -92,15 +84,9 @@ def train(folder: RunFolder, display: Display, processes: Processes = ALONE) -> 
     SIGINT and SIGTERM are caught meanwhile, so it runs in the main thread. Of several processes all call it; the
     leader alone locks the folder and writes to it.
 
-    Args:
-        folder: Of the run.
-        display: Where to show it.
-        processes: Who trains.
-
     Raises:
         StoppedError: A signal has stopped it; everything is saved.
         DivergenceError: The loss is no finite number any more; the newest checkpoint is from before that.
-        UserError: Another process is training the same run.
     """
     stop = StopRequest()
     with contextlib.ExitStack() as held:

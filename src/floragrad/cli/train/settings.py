@@ -13,14 +13,7 @@ _WORDS: Final = {"true": True, "false": False, "none": None, "never": LARGEST_IN
 
 
 def read_settings(given: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the values of each option, as they were written.
-
-    Args:
-        given: ``NAME=VALUE[,VALUE…]``.
-
-    Raises:
-        UserError: One of them is not of that form, is no option of Flora or has a wrong value, or stands there twice.
-    """
+    """Return the values of each option of ``NAME=VALUE[,VALUE…]``, as they were written; refuse wrong ones."""
     found: dict[str, tuple[str, ...]] = {}
     for text in given:
         name, _, rest = text.partition("=")
@@ -71,11 +64,7 @@ def _check(name: str, value: str) -> None:
 
 
 def check_together(options: dict[str, Any]) -> None:
-    """Refuse options of Flora that contradict each other.
-
-    Raises:
-        UserError: Two of them do, with the remedy.
-    """
+    """Refuse options of Flora that contradict each other."""
     from torch import zeros
 
     from floragrad import Flora

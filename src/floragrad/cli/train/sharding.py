@@ -16,15 +16,7 @@ from floragrad.cli.train.processes import Processes
 
 
 def shard(model: Any, processes: Processes) -> None:
-    """Leave each process its part of every block, and of the modules outside them.
-
-    Args:
-        model: One of transformers', whole and the same on all processes.
-        processes: Who shares it.
-
-    Raises:
-        UserError: The model does not name its blocks.
-    """
+    """Leave each process its part of every block of one of transformers' models, and of the modules outside them."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:

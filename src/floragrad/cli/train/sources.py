@@ -39,10 +39,6 @@ def read_documents(config: RunConfig) -> Documents:
 
     Files come in the order of the SHA-256 of their names: the same on every machine, and mixed, so that a
     bounded corpus and the held-out documents are samples of all of them.
-
-    Raises:
-        UserError: A file is missing or unreadable, or to be trained on and validated with, a dataset cannot be loaded,
-            or there is no text.
     """
     files = list(_named_files("--text", config.text))
     held_out = list(_named_files("--validation-text", config.validation_text))
@@ -160,15 +156,7 @@ class Budget:
 
 
 def dataset_rows(config: RunConfig, instead: str = "--text") -> Iterator[dict[str, Any]]:
-    """Stream the rows of ``--dataset``, in its own order.
-
-    Args:
-        config: Of the run.
-        instead: What can be given instead, for the error.
-
-    Raises:
-        UserError: It cannot be loaded.
-    """
+    """Stream the rows of ``--dataset`` in its own order, or refuse it and name what can be given ``instead``."""
     import datasets
 
     try:

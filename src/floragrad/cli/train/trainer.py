@@ -143,15 +143,7 @@ def _seed(*words: int) -> int:
 
 
 def reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """Return the Trainer's callbacks of ``--report-to``.
-
-    Args:
-        names: Of the services.
-        folder: Of the run.
-
-    Raises:
-        UserError: The Trainer does not know one, or its package is missing.
-    """
+    """Return the Trainer's callbacks of ``--report-to``; refuse one that it does not know, or that is not installed."""
     found = []
     for name in names if names != ("none",) else ():
         try:

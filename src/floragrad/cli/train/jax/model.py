@@ -51,9 +51,7 @@ class Llama(nnx.Module):
     def __call__(self, tokens: jax.Array, checkpointing: bool = False) -> jax.Array:
         """Return logits (batch, length, vocabulary) of tokens (batch, length).
 
-        Args:
-            tokens: Of the blocks.
-            checkpointing: Whether the backward pass computes each layer again, instead of keeping its activations.
+        With ``checkpointing`` the backward pass computes each layer again, instead of keeping its activations.
         """
         run = nnx.remat(_Layer.__call__) if checkpointing else _Layer.__call__
         hidden = self.embed_tokens(tokens)

@@ -171,11 +171,7 @@ class Images(NamedTuple):
 
 
 def read_images(config: RunConfig) -> Images:
-    """Read the images of a run, of which those to train on are bounded by ``max_megabytes``.
-
-    Raises:
-        UserError: There are none, or they cannot be read.
-    """
+    """Read the images of a run, of which those to train on are bounded by ``max_megabytes``."""
     if config.dataset is not None:
         return _from_dataset(config)
     if not FASHION_MNIST.is_dir():
@@ -194,11 +190,7 @@ def _most(config: RunConfig) -> int | None:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read a compressed IDX file of unsigned bytes, MNIST's format.
-
-    Raises:
-        UserError: It is none.
-    """
+    """Read a compressed IDX file of unsigned bytes, MNIST's format."""
     try:
         data = gzip.decompress(path.read_bytes())
         zero, kind, dimensions = int.from_bytes(data[:2], "big"), data[2], data[3]

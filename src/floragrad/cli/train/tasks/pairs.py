@@ -33,11 +33,7 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(config: RunConfig) -> Pairs:
-    """Read the pairs of a run, up to its ``max_megabytes``; each source once, with its first target.
-
-    Raises:
-        UserError: There are none, or they cannot be read.
-    """
+    """Read the pairs of a run, up to its ``max_megabytes``; each source once, with its first target."""
     if config.dataset is not None:
         found, name = _from_dataset(config), dataset_name(config)
     elif config.task == "summarization":
@@ -138,14 +134,7 @@ def _names(row: dict[str, Any]) -> list[str]:
 
 
 def read_descriptions(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield each package's long description and its synopsis, in the order of the SHA-256 of the packages' names.
-
-    Args:
-        folder: Of apt's lists.
-
-    Raises:
-        UserError: There are none, or they cannot be read.
-    """
+    """Yield the long description and synopsis of each package of apt's lists, in the order of the names' SHA-256."""
     lists = sorted(path for path in folder.glob("*_i18n_Translation-en*") if path.is_file())
     if not lists:
         raise UserError(

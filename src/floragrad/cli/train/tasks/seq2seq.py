@@ -170,11 +170,7 @@ class Seq2Seq(Task):
         return _decoded(processor, written[:, 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :])
 
     def _require_package(self) -> None:
-        """Refuse to begin what could not be measured.
-
-        Raises:
-            UserError: The package is missing; the message names the extra.
-        """
+        """Refuse to begin what could not be measured; the message names the extra."""
         try:
             require(self.package, "train")
         except ImportError as error:

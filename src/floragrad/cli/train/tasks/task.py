@@ -29,11 +29,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, config: RunConfig, folder: Path) -> Data:
-        """Read the data of a run and write them to a new folder.
-
-        Raises:
-            UserError: There are none, or they cannot be used.
-        """
+        """Read the data of a run and write them to a new folder."""
 
     def load(self, folder: Path) -> Data:
         """Open the output of :meth:`prepare`."""
@@ -68,12 +64,7 @@ class Task(ABC):
     ) -> dict[str, float]:
         """Return measures of the validation sample as a whole, the same in all processes, which all call it.
 
-        Args:
-            model: To measure.
-            config: Of the run.
-            blocks: The sample.
-            processor: Of the data.
-            move: Moves a batch to the model's device.
+        ``move`` moves a batch to the model's device.
         """
         _ = model, config, blocks, processor, move
         return {}
