@@ -12,7 +12,7 @@ MODULES = {
     for path in (SOURCE / "floragrad").rglob("*.py")
 }
 ROOT = (
-    *("app", "combined", "disk", "errors", "figures", "hub"),
+    *("app", "disk", "errors", "figures", "hub"),
     *("machine", "methods", "options", "peers", "presets", "rivals"),
 )
 """What the commands share."""

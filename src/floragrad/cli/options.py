@@ -238,7 +238,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     """Return the parameter from which typer makes the option: None by default."""
     import typer
 
-    parse = {int: _whole_number, float: _number}.get(option.kind, option.parse)
+    parse = {int: _reader(int, "a whole number"), float: _reader(float, "a number")}.get(option.kind, option.parse)
 
     def parser(value: str) -> Any:
         try:
@@ -270,15 +270,11 @@ def _parameter(option: Option) -> inspect.Parameter:
     )
 
 
-def _whole_number(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError as error:
-        raise ValueError(f"{value!r} is not a whole number") from error
+def _reader(kind: type, words: str) -> Callable[[str], Any]:
+    def read(value: str) -> Any:
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ValueError(f"{value!r} is not {words}") from error
 
-
-def _number(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"{value!r} is not a number") from error
+    return read

@@ -9,13 +9,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from floragrad import Flora
-from floragrad.cli.combined import CombinedOptimizer, Groups
 from floragrad.cli.errors import UserError
 from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.peers import HIDDEN, PEERS
-from floragrad.cli.train.adapters import add_adapters
 from floragrad.cli.train.config import RunConfig
-from floragrad.cli.train.optimizers import optimizer_class, state_bytes
+from floragrad.cli.train.optimizers import CombinedOptimizer, Groups, add_adapters, optimizer_class, state_bytes
 from tests.cli.train.support import assert_same_run, fast_config, interrupt, refused, run
 
 Made = tuple[torch.nn.Module, torch.optim.Optimizer]

@@ -224,7 +224,7 @@ def test_two_new_runs_cannot_have_one_folder(tmp_path: Path) -> None:
 
 def test_a_name_is_not_chosen_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even in the second in which another process prepares a run of that name."""
-    from floragrad.cli.train.place import new_name
+    from floragrad.cli.train.command import new_name
 
     monkeypatch.chdir(tmp_path)
     names: list[Any] = []

@@ -11,8 +11,8 @@ from floragrad.cli import machine
 from floragrad.cli.app import app
 from floragrad.cli.compare.plan import DEFAULTS, Grid, Plan, comparison_options
 from floragrad.cli.options import command, options_of, take
+from floragrad.cli.train.command import Place, new_name, refuse_beside_resume, run_fields
 from floragrad.cli.train.config import OPTIONS, RunConfig
-from floragrad.cli.train.place import Place, new_name, refuse_beside_resume, run_fields
 
 HELP = (
     "Do the same training run with several methods, one after another.\n\n"

@@ -12,11 +12,11 @@ from floragrad.cli.errors import UserError
 from floragrad.cli.methods import DEFAULT_METHODS, METHODS
 from floragrad.cli.options import Option, check_values, needing, option, option_name, options_of
 from floragrad.cli.train import manifest
+from floragrad.cli.train.checks import read_settings
 from floragrad.cli.train.config import ACCUMULATION, OPTIMIZER, OPTIONS, TRAINING, RunConfig
 from floragrad.cli.train.defaults import accumulator as default_accumulator
 from floragrad.cli.train.defaults import lr as default_lr
 from floragrad.cli.train.folder import CORPUS, PLAN, RESTORE
-from floragrad.cli.train.settings import read_settings
 
 Contestant: TypeAlias = dict[str, Any]
 ADDITION: Final = "added-{}.json"

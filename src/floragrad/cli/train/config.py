@@ -13,8 +13,7 @@ from floragrad.cli.methods import EMBEDDING_LR, METHODS
 from floragrad.cli.options import check_values, kinds, needing, option, option_name, options_of
 from floragrad.cli.presets import PAIR_TASKS, PRESETS, TASKS, job_name
 from floragrad.cli.train import defaults
-from floragrad.cli.train.conflicts import check_conflicts, check_sharding
-from floragrad.cli.train.settings import check_together, read_settings, setting_value
+from floragrad.cli.train.checks import check_conflicts, check_sharding, check_together, read_settings, setting_value
 from floragrad.policy import Projection, StateDtype
 
 MODEL, OPTIMIZER, ACCUMULATION = "Model and text", "Optimizer", "Gradient accumulation"

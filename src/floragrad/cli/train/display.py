@@ -1,6 +1,8 @@
 """Screen of a run: opening, progress, summary."""
 
+import re
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -8,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from floragrad._text import format_bytes
+from floragrad._text import format_bytes, format_table
 from floragrad.cli.presets import job_name
+from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.measures import format_measure, measure_name, measures_of
 from floragrad.cli.train.tasks import TASKS
 
@@ -94,55 +97,99 @@ class Display:
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the summary; of runs that an earlier version finished, those that they have."""
     first, last = summary["first_validation_loss"], summary["validation_loss"]
     kept, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
-    change = summary["validation_loss_change"]
-    losses = f"{first:.4f} → {last:.4f} ({abs(100 * change):.1f}% {'lower' if change < 0 else 'higher'})"
-    perplexities = f"{summary['first_perplexity']:,.1f} → {summary['perplexity']:,.1f}"
-    return [
-        ("validation loss", losses),
-        *_blocks(summary),
-        ("perplexity", perplexities),
+    change, processes = summary["validation_loss_change"], summary.get("processes", 1)
+    rows = [
+        (
+            "validation loss",
+            f"{first:.4f} → {last:.4f} ({abs(100 * change):.1f}% {'lower' if change < 0 else 'higher'})",
+        )
+    ]
+    if summary.get("standard_error") is not None:
+        counts = f"{len(summary['block_losses']):,} of {summary['held_out_blocks']:,}"
+        blocks = TASKS[summary.get("task", "lm")].blocks
+        rows.append(("standard error", f"{summary['standard_error']:.4f} over {counts} {blocks}"))
+    rows += [
+        ("perplexity", f"{summary['first_perplexity']:,.1f} → {summary['perplexity']:,.1f}"),
         *((measure_name(name), format_measure(name, value)) for name, value in measures_of(summary).items()),
         (
             "optimizer state",
             f"{format_bytes(kept)}, measured; AdamW's: {format_bytes(adamw)} ({adamw / kept:.1f} times)",
         ),
-        *_shared(summary),
-        *_gathered(summary),
+    ]
+    if processes > 1:
+        part = "a part" if summary["fsdp"] else "all"
+        rows.append(("processes", f"{processes}, with {part} of the model each; sizes are one's"))
+    if summary["micro_batches"] > 1:
+        kept, exact = summary["accumulation_bytes"], summary["gradient_bytes"]
+        share = "" if kept == exact else f"; exact: {format_bytes(exact)} ({exact / kept:.1f} times)"
+        over = f"{format_bytes(kept)} over {summary['micro_batches']} micro-batches{share}"
+        rows.append(("gathered gradients", over))
+    unit = next(name for name in ("tokens", "examples") if name in summary)
+    return [
+        *rows,
         ("peak memory", f"{format_bytes(summary['peak_memory_bytes'])} of the {summary['peak_memory_of']}"),
         ("time", f"{duration(summary['seconds'])}, {1000 * summary['step_seconds']:.0f} ms a step"),
-        _read(summary),
+        (unit, f"{summary[unit]:,} in {summary['steps']} steps"),
     ]
 
 
-def _read(summary: dict[str, Any]) -> tuple[str, str]:
-    """Return the row on the tokens or examples that were read."""
-    unit = next(name for name in ("tokens", "examples") if name in summary)
-    return unit, f"{summary[unit]:,} in {summary['steps']} steps"
+def opening(config: RunConfig, report: Any, sizes: Mapping[str, int]) -> str:
+    """Describe the optimizer's state, and how gradients are gathered where they are.
+
+    Args:
+        config: Of the run.
+        report: Flora's; None for the other optimizers.
+        sizes: In bytes, by their names in the summary.
+    """
+    whole = sizes["adamw_state_bytes"]
+    if report is not None:
+        said = _condensed(report)
+    elif config.optimizer == "adamw":
+        said = f"AdamW compresses nothing: two elements for every parameter, {format_bytes(whole)} of state"
+    elif config.optimizer == "adafactor":
+        said = (
+            "Adafactor keeps rows and columns of the second moment, and one element of momentum for every "
+            f"parameter: at least {format_bytes(whole / 2)} of state, AdamW {format_bytes(whole)}"
+        )
+    else:
+        said = f"{config.optimizer} trains; AdamW's state for the same parameters is {format_bytes(whole)}"
+    return said if config.micro_batches == 1 else f"{said}\n{_accumulation_line(config, sizes)}"
 
 
-def _blocks(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows on the error of the validation loss; none for runs that an earlier version finished."""
-    if summary.get("standard_error") is None:
-        return []
-    count, held_out = len(summary["block_losses"]), summary["held_out_blocks"]
-    blocks = TASKS[summary.get("task", "lm")].blocks
-    return [("standard error", f"{summary['standard_error']:.4f} over {count:,} of {held_out:,} {blocks}")]
+def _accumulation_line(config: RunConfig, sizes: Mapping[str, int]) -> str:
+    """Describe how the gradients of several micro-batches are gathered, and in how many bytes."""
+    kept, exact = sizes["accumulation_bytes"], sizes["gradient_bytes"]
+    if config.accumulator == "exact":
+        return f"gradients of {config.micro_batches} micro-batches are gathered exactly: {format_bytes(kept)}"
+    projected = "" if config.accumulator_ratio == 1 else f" of one element for {config.accumulator_ratio} columns"
+    return (
+        f"gradients of {config.micro_batches} micro-batches are gathered as {config.accumulator_dtype} "
+        f"sketches{projected}: {format_bytes(kept)}, {kept / exact:.1%} of the gradients' {format_bytes(exact)}"
+    )
 
 
-def _shared(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows on several processes; none for runs of versions that had one."""
-    count = summary.get("processes", 1)
-    if count == 1:
-        return []
-    return [("processes", f"{count}, with {'a part' if summary['fsdp'] else 'all'} of the model each; sizes are one's")]
+def _condensed(report: Any) -> str:
+    """Flora's report with one line for the tensors that differ in their layer's number only."""
+    like = groupby(sorted(report.rows, key=_likeness), key=_likeness)
+    lines = [("tensors", "shape", "count", "ρ", "state", "momentum")]
+    for (kept, name, shape, ratio), group in like:
+        rows = list(group)
+        size = format_bytes(sum(row.state_bytes for row in rows))
+        sketched = rows[0].momentum == "sketch"
+        dimensions = " x ".join(map(str, shape))
+        lines.append((name, dimensions, str(len(rows)), str(ratio) if sketched else "", size, kept))
+    total = (
+        f"Flora keeps a sketch of the momentum of {report.compressed} of {len(report.rows)} tensors: "
+        f"{format_bytes(report.state_bytes)} of state, {report.state_bytes / report.adamw_bytes:.1%} of AdamW's "
+        f"{format_bytes(report.adamw_bytes)}, {report.state_bytes / report.adafactor_bytes:.1%} of Adafactor's "
+        f"{format_bytes(report.adafactor_bytes)}"
+    )
+    return "\n".join([*format_table(lines), total])
 
 
-def _gathered(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows on the gradients of a window, where there are windows."""
-    if summary["micro_batches"] == 1:
-        return []
-    kept, exact = summary["accumulation_bytes"], summary["gradient_bytes"]
-    share = "" if kept == exact else f"; exact: {format_bytes(exact)} ({exact / kept:.1f} times)"
-    return [("gathered gradients", f"{format_bytes(kept)} over {summary['micro_batches']} micro-batches{share}")]
+def _likeness(row: Any) -> tuple[str, str, tuple[int, ...], int]:
+    kept = "a sketch" if row.momentum == "sketch" else row.reason
+    return kept, re.sub(r"\d+", "*", row.name), row.shape, row.ratio

@@ -42,7 +42,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         manifest.write(temporary, temporary.iterdir())
         temporary.chmod(0o755)  # mkdtemp makes it private
         put_on_disk(*temporary.rglob("*"), temporary)
-        _rename(temporary, out)
+        try:
+            temporary.replace(out)
+        except OSError:
+            check_free(out)  # another process may have been faster
+            raise
         put_on_disk(out.parent)
     except BaseException as error:
         known = isinstance(error, UserError) or not isinstance(error, Exception)
@@ -53,15 +57,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 folder.rmdir()
         if reason is not None:
             raise UserError(f"--out {out} cannot be written ({reason}): make room, or give another folder") from error
-        raise
-
-
-def _rename(temporary: Path, out: Path) -> None:
-    """Give a folder its name, unless another process was faster."""
-    try:
-        temporary.replace(out)
-    except OSError:
-        check_free(out)
         raise
 
 

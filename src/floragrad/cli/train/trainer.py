@@ -15,14 +15,22 @@ from floragrad.cli.machine import Gpu, configure_torch, torch_gpu
 from floragrad.cli.methods import METHODS
 from floragrad.cli.peers import HIDDEN, PEERS
 from floragrad.cli.presets import PRESETS
-from floragrad.cli.train.adapters import adapted_parameters, adapter_parameters, add_adapters
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.data import Data
+from floragrad.cli.train.display import opening
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.huggingface import OrderedTrainer, SketchingTrainer
 from floragrad.cli.train.models import enable_checkpointing, rebuild_model, trained_model
-from floragrad.cli.train.opening import opening
-from floragrad.cli.train.optimizers import accumulation_bytes, adamw_bytes, gradient_bytes, optimizer_class, state_bytes
+from floragrad.cli.train.optimizers import (
+    accumulation_bytes,
+    adamw_bytes,
+    adapted_parameters,
+    adapter_parameters,
+    add_adapters,
+    gradient_bytes,
+    optimizer_class,
+    state_bytes,
+)
 from floragrad.cli.train.processes import Processes
 from floragrad.cli.train.recorder import Recorder, Schedule
 from floragrad.cli.train.tasks.task import Task

@@ -13,12 +13,12 @@ from floragrad.cli.train.architecture import llama_config
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.corpus import Corpus
 from floragrad.cli.train.data import Examples
+from floragrad.cli.train.display import opening
 from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.jax.checkpoint import restore, save
 from floragrad.cli.train.jax.model import DTYPES, Llama, abstract_llama, next_token_losses
 from floragrad.cli.train.jax.optimizers import GRADIENT_NORM, learning_rates, report, transformation, windowed
 from floragrad.cli.train.jax.weights import Params
-from floragrad.cli.train.opening import opening
 from floragrad.cli.train.recorder import Recorder, Schedule
 
 
