@@ -1,9 +1,8 @@
 """Comparison of methods: the same run with each, one after another."""
 
-import contextlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,30 +147,26 @@ class _Runner:
         return summary
 
     def _train(self, path: Path, title: str) -> None:
+        """Train a run in a process and a session of its own: signals reach it through us, once."""
+        exit_code = 0
+        if self._stop.signum is None:
+            with blocked():
+                process = subprocess.Popen(worker.command(path, title), start_new_session=True)
+            try:
+                with self._stop.forwarding(process.send_signal):
+                    exit_code = process.wait()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            if exit_code == 0:
+                return
         if self._stop.signum is not None:
             raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
-        with self._worker(path, title) as process:
-            exit_code = process.wait()
-        if self._stop.signum is not None and exit_code != 0:
-            raise StoppedError(self._folder, "floragrad compare", self._stop.signum)
-        if exit_code != 0:
-            raise UserError(
-                f"the run {path} ended with exit code {exit_code}, and said why above: then continue "
-                f"with floragrad compare --resume {self._folder}"
-            )
-
-    @contextlib.contextmanager
-    def _worker(self, path: Path, title: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """Yield a process that trains the run, in a session of its own: signals reach it through us, once."""
-        with blocked():
-            process = subprocess.Popen(worker.command(path, title), start_new_session=True)
-        try:
-            with self._stop.forwarding(process.send_signal):
-                yield process
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        raise UserError(
+            f"the run {path} ended with exit code {exit_code}, and said why above: then continue "
+            f"with floragrad compare --resume {self._folder}"
+        )
 
 
 def _name(config: RunConfig) -> str:

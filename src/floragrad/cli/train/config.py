@@ -25,6 +25,28 @@ _STEPS: Final = ", ".join(f"{name}: {sizes['tiny'].steps}" for name, sizes in TA
 _GATHERED: Final = {"flora": "sketched gradients", "exact": "exact gradients", "none": "no accumulation"}
 
 
+def _column(help: str, **by_task: str) -> Any:
+    """Declare a column of the dataset, with its default by task."""
+    first, *others = by_task.items()
+    shown = "; ".join([first[1], *(f"{task}: {name}" for task, name in others)])
+    derive, requires = defaults.column(**by_task), {"task": tuple(by_task)}
+    return option(help, MODEL, default=None, derive=derive, shown=shown, needs=("dataset",), requires=requires)
+
+
+def _of_flora(help: str, keyword: str, default: Any, **more: Any) -> Any:
+    """Declare an argument of Flora."""
+    settings = {"shown": str(default), "derive": defaults.with_flora(keyword, default), "keyword": keyword}
+    return option(help, OPTIMIZER, needs=("optimizer",), **{**settings, **more})
+
+
+def _of_sketches(help: str, keyword: str, default: Any, **more: Any) -> Any:
+    """Declare an argument of the accumulator."""
+    derive = defaults.with_sketches(default)
+    return option(
+        help, ACCUMULATION, derive=derive, shown=str(default), needs=("accumulator",), keyword=keyword, **more
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run. Make it with :meth:`resolve`, which fills in the defaults and checks every value.
@@ -78,31 +100,14 @@ class RunConfig:
     dataset_split: str | None = option(
         "Split of the dataset.", MODEL, derive=defaults.with_dataset("train"), shown="train", needs=("dataset",)
     )
-    text_column: str | None = option(
-        "Column of the dataset that holds the text.",
-        MODEL,
-        derive=defaults.column(lm="text"),
-        shown="text",
-        needs=("dataset",),
-        requires={"task": ("lm",)},
-    )
-    source_column: str | None = option(
+    text_column: str | None = _column("Column of the dataset that holds the text.", lm="text")
+    source_column: str | None = _column(
         "Column of the dataset that the model reads: texts (or a part of it: translation.de), or images.",
-        MODEL,
-        default=None,
-        derive=defaults.column(seq2seq="translation.de", summarization="document", vision="image"),
-        shown="translation.de; summarization: document; vision: image",
-        needs=("dataset",),
-        requires={"task": (*PAIR_TASKS, "vision")},
+        **{"seq2seq": "translation.de", "summarization": "document", "vision": "image"},
     )
-    target_column: str | None = option(
+    target_column: str | None = _column(
         "Column of the dataset that the model predicts: texts, or classes, which are whole numbers from 0 on.",
-        MODEL,
-        default=None,
-        derive=defaults.column(seq2seq="translation.en", summarization="summary", vision="label"),
-        shown="translation.en; summarization: summary; vision: label",
-        needs=("dataset",),
-        requires={"task": (*PAIR_TASKS, "vision")},
+        **{"seq2seq": "translation.en", "summarization": "summary", "vision": "label"},
     )
     source_prefix: str = option(
         "Text before each source, like 'summarize: '.", MODEL, default="", requires={"task": PAIR_TASKS}
@@ -165,32 +170,17 @@ class RunConfig:
         shown="flora with --optimizer flora, else exact",
         choices=tuple(_GATHERED),
     )
-    accumulator_ratio: int | None = option(
+    accumulator_ratio: int | None = _of_sketches(
         "Sketched gradients: columns of a hidden matrix that share one element; 1 keeps them all.",
-        ACCUMULATION,
-        derive=defaults.with_sketches(1),
-        shown="1",
+        "ratio",
+        1,
         minimum=1,
-        needs=("accumulator",),
-        keyword="ratio",
     )
-    accumulator_dtype: str | None = option(
-        "Sketched gradients: how they are stored.",
-        ACCUMULATION,
-        derive=defaults.with_sketches("int4"),
-        shown="int4",
-        choices=get_args(StateDtype),
-        needs=("accumulator",),
-        keyword="state_dtype",
+    accumulator_dtype: str | None = _of_sketches(
+        "Sketched gradients: how they are stored.", "state_dtype", "int4", choices=get_args(StateDtype)
     )
-    accumulator_projection: str | None = option(
-        "Sketched gradients: random signs, or the paper's Gaussian.",
-        ACCUMULATION,
-        derive=defaults.with_sketches("sign"),
-        shown="sign",
-        choices=("sign", "gaussian"),
-        needs=("accumulator",),
-        keyword="projection",
+    accumulator_projection: str | None = _of_sketches(
+        "Sketched gradients: random signs, or the paper's Gaussian.", "projection", "sign", choices=("sign", "gaussian")
     )
     release: bool | None = option(
         "Sketched gradients with Flora: decode, update and free one tensor at a time, or leave all of them in .grad "
@@ -247,42 +237,29 @@ class RunConfig:
         minimum=0,
         maximum=1e38,
     )
-    rank: int | None = option(
+    rank: int | None = _of_flora(
         "Flora: the momentum of an m x n matrix is kept as a sketch of about RANK x max(m, n) elements. "
         "galore, apollo, lora: their rank.",
-        OPTIMIZER,
-        derive=defaults.with_flora("rank", defaults.rank),
+        "rank",
+        defaults.rank,
         shown="a quarter of the hidden size; 128 for a model of Hugging Face",
         minimum=1,
-        needs=("optimizer",),
-        keyword="rank",
     )
-    kappa: int | None = option(
+    kappa: int | None = _of_flora(
         "Flora: steps until the projection is drawn anew.",
-        OPTIMIZER,
-        derive=defaults.with_flora("kappa", lambda given: 100 if given.get("projection") == "adaptive" else 1000),
+        "kappa",
+        lambda given: 100 if given.get("projection") == "adaptive" else 1000,
         shown="1000; 100 for adaptive",
         minimum=1,
-        needs=("optimizer",),
-        keyword="kappa",
     )
-    projection: str | None = option(
+    projection: str | None = _of_flora(
         "Flora: random signs, weights that are learnt, or the paper's Gaussian.",
-        OPTIMIZER,
-        derive=defaults.with_flora("projection", "sign"),
-        shown="sign",
+        "projection",
+        "sign",
         choices=get_args(Projection),
-        needs=("optimizer",),
-        keyword="projection",
     )
-    state_dtype: str | None = option(
-        "Flora: how the sketch is stored.",
-        OPTIMIZER,
-        derive=defaults.with_flora("state_dtype", "int8"),
-        shown="int8",
-        choices=get_args(StateDtype),
-        needs=("optimizer",),
-        keyword="state_dtype",
+    state_dtype: str | None = _of_flora(
+        "Flora: how the sketch is stored.", "state_dtype", "int8", choices=get_args(StateDtype)
     )
     set: tuple[str, ...] = option(
         "Flora: any other of its options, by its name in Python; may be given several times.",

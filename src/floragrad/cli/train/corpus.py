@@ -27,17 +27,8 @@ DOCUMENTS_AT_ONCE = 256
 class CorpusFacts:
     """Facts of a prepared corpus, for the summary and for readers of the folder.
 
-    Attributes:
-        source: Where the text comes from.
-        documents: How many texts there are, the held-out ones included.
-        skipped: Files and rows that were left out because they are not text.
-        megabytes: Their size in UTF-8.
-        train_tokens: Tokens to train on.
-        validation_tokens: Tokens held out.
-        vocab_size: Entries of the tokenizer.
-        dtype: How a token is stored.
-        sha256: Of all tokens: two runs with the same one read the same text.
-        validation_source: Where the held-out text comes from; empty where it is a part of the other.
+    ``documents`` and ``megabytes`` (of UTF-8) include those held out, ``skipped`` counts files and rows without
+    text, and ``sha256`` is that of all tokens. ``validation_source`` is empty where the held-out text is a part.
     """
 
     source: str

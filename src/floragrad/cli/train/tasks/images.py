@@ -58,15 +58,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Facts of prepared images, for the summary and for readers of the folder.
-
-    Attributes:
-        source: Where the images come from.
-        train_images: Images to train on.
-        held_out_images: Images held out.
-        classes: How many classes there are.
-        sha256: Of all pixels and classes.
-    """
+    """Facts of prepared images, for the summary and for readers of the folder; ``sha256`` of all pixels and classes."""
 
     source: str
     train_images: int

@@ -20,15 +20,8 @@ END: Final = 0
 class PairFacts:
     """Facts of prepared pairs, for the summary and for readers of the folder.
 
-    Attributes:
-        source: Where the pairs come from.
-        skipped: Pairs that were left out because a text is too long.
-        train_pairs: Pairs to train on.
-        held_out_pairs: Pairs held out.
-        vocab_size: Entries of the tokenizer that sources and targets share.
-        sha256: Of all tokens.
-        start: Token before the first of a target; None where one model reads the source and the target in a row.
-        end: Token that ends a text.
+    ``skipped`` counts pairs with a text that is too long; ``sha256`` is that of all tokens. ``start`` is the token
+    before the first of a target, None where one model reads the source and the target in a row; ``end`` ends a text.
     """
 
     source: str
