@@ -123,15 +123,19 @@ def accelerate_accumulates(rank: int, folder: str) -> None:
     tokens, windows = batches(rank, 2)[: 2 * HALF], {"gradient_accumulation_steps": HALF}
     exactly: dict[str, Any] = {**windows, "accumulation": {"state_dtype": "float32"}}
     results = []
-    for kind, options in ((Accelerator, windows), (FloraAccelerator, exactly)):
+    deferred = {**exactly, "defer_reduction": True}
+    for kind, options in ((Accelerator, windows), (FloraAccelerator, exactly), (FloraAccelerator, deferred)):
         with accelerate_state():
             accelerator, model, optimizer = build(kind, **options)
             norms = accumulated(accelerator, model, optimizer, tokens)
             results.append((norms, whole_parameters(model)))
             accelerator.end_training()
-    (norms, params), (found_norms, found) = results
-    assert found_norms == pytest.approx(norms, rel=1e-4)
-    assert_close(found, params)
+    (norms, params), *others = results
+    for found_norms, found in others:
+        assert found_norms == pytest.approx(norms, rel=1e-4)
+        assert_close(found, params)
+    with accelerate_state(), pytest.raises(ValueError, match="give an fsdp_plugin"):
+        FloraAccelerator(gradient_accumulation_steps=2, cpu=True, defer_reduction=True)
     resumed = []
     for resume in (False, True):
         with accelerate_state():

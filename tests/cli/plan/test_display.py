@@ -44,8 +44,8 @@ def test_every_category_has_its_column() -> None:
 @pytest.mark.parametrize("devices", [{"ddp": 2}, {"fsdp": 2}], ids=str)
 def test_buckets_are_shown_where_there_are_several_devices(devices: dict[str, int]) -> None:
     head, _, _, flora = shown(plan_table(plan(PlanSettings(optimizers=SETTINGS.optimizers, **devices)), "title"))
-    assert head[7] == "buckets"
-    assert flora[7] == "7.0 GB"
+    assert head[7:9] == ["buckets", "sent"]
+    assert flora[7:9] == ["7.0 GB", "0 B"]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,11 @@ def test_buckets_are_shown_where_there_are_several_devices(devices: dict[str, in
             "m: batch 1 x 1,024 tokens, bfloat16, 16 micro-batches, activations recomputed, DDP over 4 devices",
         ),
         (PlanSettings(sequence=8, fsdp=2), True, "m: batch 1 x 8 tokens, float32, FSDP2 over 2 devices"),
+        (
+            PlanSettings(sequence=8, fsdp=2, accumulate=4, defer_reduction=True),
+            True,
+            "m: batch 1 x 8 tokens, float32, 4 micro-batches, FSDP2 over 2 devices, reduced once",
+        ),
     ],
 )
 def test_the_title_says_what_was_asked_for(settings: PlanSettings, reads_text: bool, words: str) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
+from typing import Any
 
 import pytest
 from torch import distributed, nn
@@ -54,12 +56,39 @@ def test_fsdp_shares_what_lasts() -> None:
     assert shared.buckets > 0
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_the_accumulators_row_says_why_it_is_not_there(way: str) -> None:
-    settings = replace(SMALL, optimizers=("flora+accumulator",), **{way: 2})
-    found = plan_subject(subject("llama", 3), settings)
-    assert not found.optimizers
-    assert "one process" in found.unavailable["flora+accumulator"]
+ROWS = ("flora", "flora+accumulator", "flora+release")
+
+
+def rows(**settings: Any) -> dict[str, OptimizerPlan]:
+    planned = plan_subject(subject("llama", 3), replace(SMALL, optimizers=ROWS, accumulate=4, **settings))
+    for name, reason in planned.unavailable.items():
+        assert name == "flora+release"
+        assert "updates inside the backward pass, before gradients are averaged: plan flora+accumulator" in reason
+    return dict(planned.optimizers)
+
+
+def test_the_accumulator_on_several_devices() -> None:
+    """Sketches are summed in place of gradients between replicas, and folded from shards by FSDP2."""
+    alone, beside, shared, deferred = rows(), rows(ddp=4), rows(fsdp=4), rows(fsdp=4, defer_reduction=True)
+    assert alone.keys() == shared.keys() == {*ROWS}
+    assert beside.keys() == deferred.keys() == {"flora", "flora+accumulator"}
+    gradients, sketches = alone["flora"].gradients, alone["flora+accumulator"].accumulation
+    assert all(row.sent == 0 for row in alone.values())
+
+    assert beside["flora"].sent == ceil(2 * 3 / 4 * gradients)
+    assert beside["flora+accumulator"].sent == ceil(2 * 3 / 4 * sketches)
+    assert beside["flora+accumulator"].buckets == 4 * sketches, "messages, and no buckets"
+    assert beside["flora+accumulator"].accumulation == sketches
+
+    assert {row.sent for row in shared.values()} == {4 * 3 * gradients // 4}
+    quarter = shared["flora+accumulator"].accumulation
+    assert sketches / 4 <= quarter <= 1.02 * sketches / 4 + 1
+
+    assert deferred["flora"].sent == 3 * gradients // 4
+    assert deferred["flora"].gradients == gradients, "whole, between the micro-batches"
+    assert deferred["flora+accumulator"].sent == ceil(3 * sketches / 4)
+    assert deferred["flora+accumulator"].accumulation == sketches + quarter
+    assert deferred["flora+accumulator"].peak < deferred["flora"].peak
 
 
 def test_a_module_without_gradients_has_no_buckets() -> None:

@@ -41,7 +41,7 @@ def test_the_optimizers_are_those_that_there_are() -> None:
 
 
 def test_the_columns_are_those_of_the_table() -> None:
-    assert [name for name, _ in rows("column")] == [*WORDS.values(), "peak"]
+    assert [name for name, _ in rows("column")] == [*WORDS.values(), "sent", "peak"]
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", PAGE))))

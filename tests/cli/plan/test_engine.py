@@ -140,6 +140,7 @@ def test_progress_reaches_the_end() -> None:
         ({"optimizers": ("sgd",)}, "optimizers 'sgd' is unknown: choose one of adamw"),
         ({"optimizers": ()}, "optimizers is empty"),
         ({"ddp": 2, "fsdp": 2}, "ddp=2 and fsdp=2: give one of them"),
+        ({"defer_reduction": True, "fsdp": 2}, "defer_reduction with fsdp=2 and accumulate=1: it defers what"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

@@ -48,6 +48,8 @@ def _settings_in_words(settings: PlanSettings, reads_text: bool) -> Iterator[str
     for way, devices in (("DDP", settings.ddp), ("FSDP2", settings.fsdp)):
         if devices > 1:
             yield f"{way} over {devices} devices"
+    if settings.defer_reduction:
+        yield "reduced once"
 
 
 def plan_table(plan: MemoryPlan, heading: str) -> Table:
@@ -58,15 +60,17 @@ def plan_table(plan: MemoryPlan, heading: str) -> Table:
     table.add_column("optimizer", no_wrap=True)
     for category in categories:
         table.add_column(WORDS[category], justify="right")
+    if distributed:
+        table.add_column("sent", justify="right")
     table.add_column("peak", justify="right", style="bold")
     table.add_column("at the peak", overflow="fold")
     for name in plan.settings.optimizers:
         if name in plan.optimizers:
             row = plan.optimizers[name]
-            sizes = (format_bytes(getattr(row, category)) for category in categories)
-            table.add_row(name, *sizes, format_bytes(row.peak), row.peak_moment)
+            sizes = [getattr(row, category) for category in (*categories, *(("sent",) if distributed else ()), "peak")]
+            table.add_row(name, *map(format_bytes, sizes), row.peak_moment)
         else:
-            table.add_row(name, *[""] * (len(categories) + 1), plan.unavailable[name])
+            table.add_row(name, *[""] * (len(table.columns) - 2), plan.unavailable[name])
     return table
 
 

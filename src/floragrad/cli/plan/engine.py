@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from floragrad.cli.plan.distributed import bucket_bytes, sharded
+from floragrad.cli.plan.distributed import bucket_bytes, exchanging, sent_bytes, sharded
 from floragrad.cli.plan.flora import flora_trace
 from floragrad.cli.plan.models import PlannedModel, find_model, planned_model, recompute_activations
 from floragrad.cli.plan.optimizers import ROWS, Row, why_not
@@ -42,7 +42,7 @@ def plan(model: Any, *, progress: Progress | None = None, **settings: Any) -> Me
         progress: Called with the row in work and the fraction of all rows that is done.
         **settings: Of :class:`floragrad.cli.plan.result.PlanSettings`: ``batch=1``, ``sequence=1024``,
             ``dtype="float32"``, ``optimizers=…``, ``rank=128``, ``ratio=None``, ``state_dtype="int8"``,
-            ``accumulate=1``, ``checkpointing=False``, ``ddp=1``, ``fsdp=1``.
+            ``accumulate=1``, ``checkpointing=False``, ``ddp=1``, ``fsdp=1``, ``defer_reduction=False``.
 
     Returns:
         A row for each optimizer. Bytes are counted as on a CPU: a GPU's allocator's rounding, its context and
@@ -136,15 +136,19 @@ class Planner:
             trace = flora_trace(tracer, row.flora(model, settings), accumulate, row.clip)
         else:
             trace = tracer.peer_trace(partial(row.optimizer, settings=settings), accumulate)
+        sent = sent_bytes(model, trace.kept[2], settings, accumulate)
+        if trace.kept[2] and (settings.ddp > 1 or settings.defer_reduction):
+            trace = exchanging(trace)
         if settings.fsdp > 1:
-            trace = sharded(trace, model, settings.fsdp)
-        if settings.ddp > 1:
+            options = {"deferred": settings.defer_reduction, "releases": row.clip is False}
+            trace = sharded(trace, model, settings.fsdp, **options)
+        if settings.ddp > 1 and row.clip is None:
             buckets = bucket_bytes(model)
             first, steady = (
                 tuple(moment.plus(buckets=buckets) for moment in each) for each in (trace.first, trace.steady)
             )
             trace = replace(trace, first=first, steady=steady)
-        return row_of(trace)
+        return replace(row_of(trace), sent=sent)
 
     def _traced(self, row: Row) -> tuple[nn.Module, Tracer]:
         """Return the model that a row trains, on the meta device, and its tracer."""

@@ -94,7 +94,6 @@ def why_not(name: OptimizerName, settings: PlanSettings) -> str | None:
         row.load()
     except ImportError as error:
         return str(error)
-    devices = max(settings.ddp, settings.fsdp)
-    if row.clip is not None and devices > 1:
-        return f"GradientAccumulator is planned for one process, and {devices} devices were asked for: plan flora"
+    if row.clip is False and (settings.ddp > 1 or settings.defer_reduction):
+        return f"{name} updates inside the backward pass, before gradients are averaged: plan flora+accumulator"
     return None

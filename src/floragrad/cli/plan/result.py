@@ -88,6 +88,12 @@ class PlanSettings:
     )
     ddp: int = option("Devices that hold the whole model each.", DEVICE, default=1, minimum=1)
     fsdp: int = option("Devices that share the model (FSDP2).", DEVICE, default=1, minimum=1)
+    defer_reduction: bool = option(
+        "FSDP2: reduce gradients once in a step instead of in every micro-batch; until then each device keeps whole "
+        "ones, and flora+accumulator whole sketches.",
+        DEVICE,
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         for name, each in options_of(PlanSettings).items():
@@ -98,6 +104,11 @@ class PlanSettings:
             raise ValueError(f"optimizers is empty: choose from {', '.join(OPTIMIZERS)}")
         if self.ddp > 1 and self.fsdp > 1:
             raise ValueError(f"ddp={self.ddp} and fsdp={self.fsdp}: give one of them; what of the other is left out")
+        if self.defer_reduction and 1 in (self.fsdp, self.accumulate):
+            raise ValueError(
+                f"defer_reduction with fsdp={self.fsdp} and accumulate={self.accumulate}: it defers what FSDP2 does in "
+                "each of several micro-batches; give 2 or more of both, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ class OptimizerPlan:
         peak_moment: When that is.
         at_peak: Bytes of each category then.
         timeline: A step in the steady state: the highest sample of every moment, in order.
+        sent: Bytes of gradients, or of sketches of them, that the device sends in a step; 0 with one device.
     """
 
     parameters: int
@@ -150,6 +162,7 @@ class OptimizerPlan:
     peak_moment: str
     at_peak: Mapping[str, int]
     timeline: tuple[Sample, ...] = field(repr=False)
+    sent: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All but the timeline, in plain types."""
@@ -158,6 +171,7 @@ class OptimizerPlan:
             "peak": self.peak,
             "peak_moment": self.peak_moment,
             "at_peak": dict(self.at_peak),
+            "sent": self.sent,
         }
 
 

@@ -69,18 +69,18 @@ def _way_out(
         for undone, way in _ways(category, name, settings, reads_text):
             if undone and (row.at_peak[category] >= worth or category == descending[0]):
                 return list(dict.fromkeys((descending[0], category))), way
-    share = f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
-    # What the accumulator holds is planned for one device.
-    return descending[:1], f"flora with {share}" if name in ("flora+accumulator", "flora+release") else share
+    return descending[:1], f"--fsdp {settings.ddp}" if settings.ddp > 1 else f"--fsdp {2 * settings.fsdp}"
 
 
 def _ways(category: str, name: str, settings: PlanSettings, reads_text: bool) -> list[tuple[bool, str]]:
     """Return the remedies that make a category smaller, the best first, and whether each is not applied yet."""
     flora = name.startswith("flora")
+    waits = settings.ddp > 1 or settings.defer_reduction  # with the update until gradients are averaged
+    least = "flora+accumulator" if waits else "flora+release"
     ways = {
         "parameters": [(settings.dtype == "float32", "--dtype bfloat16")],
-        "gradients": [(name != "flora+release", "flora+release")],
-        "accumulation": [(name != "flora+release" and settings.accumulate == 1, "flora+release")],
+        "gradients": [(name not in ("flora+release", least), least)],
+        "accumulation": [(name != "flora+release" and settings.accumulate == 1 and not waits, "flora+release")],
         "optimizer_state": [(not flora, "flora"), (settings.state_dtype != "int4", "--state-dtype int4")],
         "activations": [
             (not settings.checkpointing, "--checkpointing"),

@@ -44,11 +44,12 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             every column, in four bits: an eighth of float32 gradients, and it trains like exact accumulation.
         *args: Of ``accelerate.Accelerator``.
         accumulation: Further options of the windows, as of :class:`floragrad.GradientAccumulator`.
+        defer_reduction: FSDP2 reduces once in a window, sketches of whole tensors, instead of in every micro-batch.
         **kwargs: Of ``accelerate.Accelerator``.
 
     Raises:
         TypeError: ``accumulation`` is no dictionary.
-        ValueError: The rank is given twice, or there is no such option.
+        ValueError: The rank is given twice, there is no such option, or nothing is deferred.
 
     Example:
         >>> from floragrad import Flora
@@ -66,12 +67,14 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
     """
 
     accumulator_type: type[GradientAccumulator] = AcceleratedAccumulator
+    _defers_reduction = False
 
     def __init__(
         self,
         accumulation_compression_rank: int | None = None,
         *args: Any,
         accumulation: AccumulationOptions | None = None,
+        defer_reduction: bool = False,
         **kwargs: Any,
     ) -> None:
         options = checked_options(accumulation)
@@ -81,6 +84,12 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
             options["rank"] = accumulation_compression_rank
         super().__init__(*args, **kwargs)
         self.set_accumulation_options(options)
+        if defer_reduction and not (self.is_fsdp2 and self.window_steps > 1):
+            raise ValueError(
+                "defer_reduction=True defers what FSDP2 does in each of several micro-batches: give an fsdp_plugin "
+                "with fsdp_version=2 and gradient_accumulation_steps of 2 or more, or leave it out"
+            )
+        self._defers_reduction = defer_reduction
 
     def set_accumulation_options(self, options: AccumulationOptions) -> None:
         """Set the options and Flora's attributes, also of an ``Accelerator`` that was constructed elsewhere."""
@@ -247,8 +256,13 @@ class FloraAccelerator(Accelerator):  # type: ignore[misc]
         self._prepared.clear()
 
     def _begin_windows(self, optimizer: AccumulatingOptimizer) -> None:
+        deferred = self._models[-1] if self._defers_reduction else None
         accumulator = self.accumulator_type(
-            optimizer.optimizer, self.window_steps, scaler=self.scaler, **self._accumulation_options
+            optimizer.optimizer,
+            self.window_steps,
+            scaler=self.scaler,
+            defer_reduction=deferred,
+            **self._accumulation_options,
         )
         optimizer.attach_window(accumulator)
         # A deleted accelerator leaves no hooks, even if its optimizers are still referenced.
