@@ -15,6 +15,7 @@ from flax import nnx
 
 from floragrad.jax import compressed_multi_steps
 from tests.jax.accumulation_cases import assert_equal, pair
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -79,7 +80,9 @@ def plain() -> Any:
     return run(PLAIN, PLAIN.init(pair(0)), range(STEPS))[0]
 
 
-@pytest.mark.parametrize("name", list(COMBINED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("schedule", "chain") else ()) for name in COMBINED]
+)
 def test_combined_it_does_what_it_does_alone(name: str, plain: Any) -> None:
     """Bit for bit, but for a learning rate that is an array: one rounding of the update, 2⁻²⁴ of 0.1 · 4."""
     optimizer = COMBINED[name]
@@ -133,7 +136,7 @@ def test_replicas() -> None:
     np.testing.assert_allclose(updates["kernel"][1], 2 * mean, atol=2e-6)
 
 
-@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("cut", [1, slow(3)])
 def test_orbax_resumes_inside_a_window(tmp_path: Path, cut: int) -> None:
     """Bit for bit, in int4, from after the first micro-batch of a window."""
     whole = run(ADAM, ADAM.init(pair(0)), range(STEPS))

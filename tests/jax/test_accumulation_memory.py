@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.jax_memory import MANY, Job, compiled_pair, predicted_difference
 
+pytestmark = pytest.mark.usefixtures("unoptimized")  # bytes are assigned before LLVM sees a program
 JOB = Job()
 
 

@@ -13,6 +13,7 @@ import pytest
 from floragrad.jax import compressed_multi_steps
 from floragrad.jax.quantize import Stored
 from tests.jax.accumulation_cases import assert_close, assert_equal, pair, tree
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -37,11 +38,10 @@ def run(optimizer: Any, steps: int, given: Any = grads, like: Any = pair) -> tup
 @pytest.mark.parametrize(
     ("every", "options", "steps"),
     [
-        (3, {}, 6),
-        (3, {"use_grad_mean": False}, 3),
-        (lambda step: 1 + step, {}, 6),  # windows of 1, 2 and 3
+        slow(3, {}, 6, id="mean"),
+        pytest.param(3, {"use_grad_mean": False}, 3, id="sum"),
+        pytest.param(lambda step: 1 + step, {}, 6, id="schedule"),  # windows of 1, 2 and 3
     ],
-    ids=["mean", "sum", "schedule"],
 )
 def test_every_column_in_float32_equals_multi_steps(every: Any, options: dict[str, Any], steps: int) -> None:
     """Means of three are rounded in another order, by a few 2⁻²⁴ of the largest number; the momentum is linear."""
@@ -96,8 +96,10 @@ def test_the_inner_optimizer_is_not_called_on_mini_steps() -> None:
 
 @pytest.mark.parametrize(
     "should_skip",
-    [optax.skip_not_finite, partial(optax.skip_large_updates, max_squared_norm=1e6)],
-    ids=["not-finite", "large"],
+    [
+        slow(optax.skip_not_finite, id="not-finite"),
+        pytest.param(partial(optax.skip_large_updates, max_squared_norm=1e6), id="large"),
+    ],
 )
 def test_skipped_micro_batches_never_happened(should_skip: Any) -> None:
     """Skipped first, in the middle and as the last of a window: the others give what they give alone."""

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache, partial
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -22,7 +23,16 @@ SPECS = {
     "inputs": {"kernel": ("x", None), "embedding": ("x", None), "stack": ("x", None, None), "bias": (None,)},
 }
 COLLECTIVE = re.compile(r"= .*?\b(?:all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(")
-TYPES = pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+QUICK = {("int4", "outputs", AxisType.Explicit), ("int4", "inputs", AxisType.Auto)}
+
+
+def types_of_axes(quick: AxisType) -> Any:
+    """Both, one of them with ``make test-slow`` only."""
+    rows = [
+        pytest.param(each, marks=() if each is quick else pytest.mark.slow)
+        for each in (AxisType.Auto, AxisType.Explicit)
+    ]
+    return pytest.mark.parametrize("types", rows, ids=["auto", "explicit"])
 
 
 def drawn(seed: int) -> dict[str, np.ndarray]:
@@ -55,10 +65,14 @@ def alone(state_dtype: Any) -> Any:
     return updates
 
 
-@TYPES
-@pytest.mark.parametrize("sharded", list(SPECS))
-@pytest.mark.parametrize("state_dtype", ["int4", pytest.param("float32", marks=pytest.mark.slow)])
-def test_every_column_kept(types: AxisType, sharded: str, state_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("state_dtype", "sharded", "types"),
+    [
+        pytest.param(dtype, sharded, types, marks=() if (dtype, sharded, types) in QUICK else pytest.mark.slow)
+        for dtype, sharded, types in product(["int4", "float32"], SPECS, [AxisType.Auto, AxisType.Explicit])
+    ],
+)
+def test_every_column_kept(state_dtype: str, sharded: str, types: AxisType) -> None:
     """At ρ = 1 nothing at all is sent, whatever is sharded; a window gives the numbers of one device.
 
     A quotient that is rounded in another place may cross an integer, by one step of int4: a seventh of the
@@ -85,7 +99,7 @@ def test_every_column_kept(types: AxisType, sharded: str, state_dtype: str) -> N
             assert apart.max() <= 2 * np.abs(np.asarray(single[name])).max() / 7 * 1.2
 
 
-@TYPES
+@types_of_axes(quick=AxisType.Auto)
 def test_sketches_of_sharded_outputs(types: AxisType) -> None:
     """At ρ = 4 rows stay where they are too: nothing is sent where the outputs are sharded."""
     mesh, specs = jax.make_mesh((8,), ("x",), axis_types=(types,)), SPECS["outputs"]
@@ -115,7 +129,7 @@ def test_sketches_of_sharded_inputs_send_no_more_than_sketches() -> None:
     assert max(map(largest, sent(compiled)), default=0) <= grads["kernel"].size // 4
 
 
-@TYPES
+@types_of_axes(quick=AxisType.Explicit)
 def test_inside_optax_microbatching(types: AxisType) -> None:
     """Weights sharded along their outputs, inside a loop: what is sent is the same as with exact sums.
 

@@ -14,12 +14,12 @@ import optax
 import pytest
 
 from floragrad.jax import compressed_multi_steps, sketch_accumulator
+from tests.marks import slow
 
 DRAWS = 2000
 pytestmark = pytest.mark.usefixtures("unoptimized")
 BOUND = 5.0
 COLUMNS, ROWS = 20, 5
-RATIOS = [2, 5, 8]  # with 10, 4 and 3 buckets, the last of two sizes
 WINDOW = 3
 
 
@@ -66,7 +66,8 @@ def sign_variance(exact: np.ndarray, ratio: int) -> np.ndarray:
     return variance
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+# With 10, 4 and 3 buckets, the last of two sizes.
+@pytest.mark.parametrize("ratio", [slow(2), slow(5), 8])
 def test_signs(ratio: int) -> None:
     exact = gradients().astype(np.float64).sum(0)
     found, variance = draws(ratio=ratio, state_dtype="float32"), sign_variance(exact, ratio)
@@ -84,7 +85,10 @@ def test_gaussian() -> None:
     assert_mean(np.square(found - exact).sum((1, 2)), variance.sum())
 
 
-@pytest.mark.parametrize(("state_dtype", "ratio"), [("int4", 1), ("int8", 1), ("bfloat16", 1), ("int4", 2)])
+@pytest.mark.parametrize(
+    ("state_dtype", "ratio"),
+    [("int4", 1), slow("int8", 1), ("bfloat16", 1), slow("int4", 2)],
+)
 def test_few_bits(state_dtype: str, ratio: int) -> None:
     """Rounded after every micro-batch, the sum stays unbiased.
 

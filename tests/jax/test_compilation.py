@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from floragrad.jax import flora
+from tests.marks import slow
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "int8": {},
-    "int4-paper": {"mu_dtype": "int4", "residual": False},
-    "rounding-alone": {"ratio": 1},
-}
+OPTIONS = [
+    pytest.param({}, id="int8"),
+    slow({"mu_dtype": "int4", "residual": False}, id="int4-paper"),
+    pytest.param({"ratio": 1}, id="rounding-alone"),
+]
 
 
 def program(count: int, options: dict[str, Any]) -> Any:
@@ -35,7 +36,7 @@ def kernels(compiled: str) -> set[str]:
     return {normal(bodies[name]) for name in re.findall(r" fusion\(.*?calls=%([-.\w]+)", text)}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", OPTIONS)
 def test_equal_matrices_share_kernels(options: dict[str, Any]) -> None:
     """One loop draws for all, and what eight have beside four is no kernel of its own.
 

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 
 from floragrad.jax import MatrixAxes, flora, scale_by_flora
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -45,7 +45,7 @@ def options(**changes: Any) -> dict[str, Any]:
     return {"learning_rate": 1e-2, "ratio": 4, "kappa": 2, "mu_dtype": "float32"} | changes
 
 
-@pytest.mark.parametrize("name", ["multi_transform", "masked"])
+@pytest.mark.parametrize("name", ["multi_transform", slow("masked")])
 def test_a_leaf_in_a_group_of_its_own_moves_as_by_itself(name: str) -> None:
     """Groups number their leaves themselves: a lone leaf is the first one, in its group as by itself."""
     if name == "multi_transform":
@@ -146,10 +146,9 @@ def test_a_tree_without_leaves_is_stepped() -> None:
     assert int(optax.tree.get(state, "ScaleByFloraState").count) == 1
 
 
-@pytest.mark.parametrize("given", [{"mu_dtype": "int4"}, {"projection": "adaptive", "mu_dtype": "bfloat16"}], ids=str)
-def test_orbax_resumes_bit_for_bit(given: dict[str, Any], tmp_path: Path) -> None:
+def test_orbax_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Across the end of an epoch, with every buffer that a state can have."""
-    optimizer = flora(**options(**given))
+    optimizer = flora(**options(projection="adaptive", mu_dtype="int4"))
     update = jax.jit(optimizer.update)
 
     def go_on(params: Any, state: Any, steps: range) -> Any:
@@ -168,28 +167,12 @@ def test_orbax_resumes_bit_for_bit(given: dict[str, Any], tmp_path: Path) -> Non
     assert all(map(np.array_equal, *map(jax.tree.leaves, (whole, resumed))))
 
 
-# --- Module libraries: each fits the same line, to a loss that no step at all would not reach ---------------
+# --- Module libraries: each fits the same line, to a loss that no step at all would not reach (NNX: test_modules.py)
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(64, 16)), jnp.float32)
 Y = X @ jnp.asarray(np.random.default_rng(6).normal(size=(16, 8)), jnp.float32)
 STEPS, START, GOAL = 150, 5.0, 1e-3
 RATE = optax.cosine_decay_schedule(5e-2, STEPS)
-
-
-def test_flax_nnx() -> None:
-    model = nnx.Sequential(nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.Linear(32, 8, rngs=nnx.Rngs(1)))
-    optimizer = nnx.Optimizer(model, flora(RATE, ratio=4), wrt=nnx.Param)
-    loss = lambda model: jnp.mean((model(X) - Y) ** 2)  # noqa: E731
-
-    @nnx.jit
-    def step(model: Any, optimizer: Any) -> jax.Array:
-        value, grads = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, grads)
-        return value
-
-    values = [float(step(model, optimizer)) for _ in range(STEPS)]
-    assert values[0] > START
-    assert values[-1] < GOAL
 
 
 def test_flax_linen() -> None:

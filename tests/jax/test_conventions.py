@@ -12,6 +12,7 @@ import pytest
 
 from floragrad.jax import MatrixAxes, flora, scale_by_flora
 from tests.jax.cases import as_kernel, build, kernel_axes, options, tensors
+from tests.marks import slow
 from tests.torch.cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -22,9 +23,9 @@ VARIANTS = ["vector", "paper-estimator", "adaptive-experts", "gaussian", "vocabu
 
 
 def variants(names: list[str] = VARIANTS) -> Any:
-    """Rows of the table; all but three of those with code of their own run with ``make test-slow`` only."""
-    slow = [] if names is not VARIANTS else ["paper-estimator", "gaussian"]
-    rows = [pytest.param(BY_NAME[name], marks=pytest.mark.slow if name in slow else ()) for name in names]
+    """Rows of the table; those that are easier than another one run with ``make test-slow`` only."""
+    easier = ["paper-estimator", "gaussian", "vocabulary-compressed", "adaptive"]
+    rows = [(slow if name in easier else pytest.param)(BY_NAME[name]) for name in names]
     return pytest.mark.parametrize("case", rows, ids=str)
 
 
@@ -55,14 +56,20 @@ def minimise(loss: Callable[[Any], jax.Array], start: Any, steps: int, rate: flo
 SKETCHES: list[dict[str, Any]] = [
     {"ratio": 2},
     {"ratio": 4, "projection": "adaptive", "kappa": 50},
+    {"ratio": 1, "mu_dtype": "int4"},
+]
+MORE_SKETCHES: list[dict[str, Any]] = [
     {"ratio": 2, "residual": False},
     {"ratio": 2, "projection": "gaussian"},
-    {"ratio": 1, "mu_dtype": "int4"},
     {"b1": None},
 ]
 
 
-@pytest.mark.parametrize("given", SKETCHES, ids=lambda given: "-".join(map(str, given.values())))
+@pytest.mark.parametrize(
+    "given",
+    [*SKETCHES, *(slow(each) for each in MORE_SKETCHES)],
+    ids=lambda given: "-".join(map(str, given.values())),
+)
 def test_finds_the_minimum_of_a_parabola(given: dict[str, Any]) -> None:
     """A matrix, a stack, a vector and a scalar, each with its own curvatures."""
     generator = np.random.default_rng(0)
@@ -80,7 +87,14 @@ def test_finds_the_minimum_of_a_parabola(given: dict[str, Any]) -> None:
     assert loss(found) < 1e-4 * loss(start)
 
 
-@pytest.mark.parametrize("given", [{"ratio": 2}, {"ratio": 1}, {"b1": None}], ids=["sketch", "whole", "none"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"ratio": 2}, id="sketch"),
+        slow({"ratio": 1}, id="whole"),
+        slow({"b1": None}, id="none"),
+    ],
+)
 def test_finds_the_minimum_of_rosenbrock_valleys(given: dict[str, Any]) -> None:
     """Sixteen valleys side by side, x in one row of inputs and y in the next; every minimum is at (1, 1)."""
 
@@ -169,9 +183,8 @@ def test_shapes_and_dtypes_of_state_and_updates_are_kept(case: Case, dtype: Any,
     assert updates.shape == param.shape
 
 
-@pytest.mark.parametrize("name", ["wide", "adaptive", "vector"])
-def test_float64_parameters_keep_their_precision(name: str) -> None:
-    case = BY_NAME[name]
+@variants(["wide", "adaptive", "vector"])
+def test_float64_parameters_keep_their_precision(case: Case) -> None:
     with jax.enable_x64(True):
         optimizer, param = kernel(case)
         param = param.astype(jnp.float64)

@@ -12,19 +12,18 @@ import pytest
 from optax.microbatching import microbatch
 
 from floragrad.jax import compressed_multi_steps, flora, scale_by_flora, sketch_accumulator
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
-HOSTILE: dict[str, list[Callable[[], AbstractContextManager[Any]]]] = {
-    "x64": [lambda: jax.enable_x64(True)],
-    "the others": [
-        lambda: jax.numpy_dtype_promotion("strict"),
-        lambda: jax.numpy_rank_promotion("raise"),
-        lambda: jax.default_prng_impl("rbg"),
-        lambda: jax.threefry_partitionable(False),
-        lambda: jax.default_matmul_precision("bfloat16"),
-    ],
-}
+X64: list[Callable[[], AbstractContextManager[Any]]] = [lambda: jax.enable_x64(True)]
+OTHERS: list[Callable[[], AbstractContextManager[Any]]] = [
+    lambda: jax.numpy_dtype_promotion("strict"),
+    lambda: jax.numpy_rank_promotion("raise"),
+    lambda: jax.default_prng_impl("rbg"),
+    lambda: jax.threefry_partitionable(False),
+    lambda: jax.default_matmul_precision("bfloat16"),
+]
 SHAPE, STEPS = (2, 24, 40), 3
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "int8": lambda: flora(1e-2, ratio=5, kappa=2, weight_decay=0.1, multiply_by_parameter_scale=True),
@@ -73,11 +72,18 @@ def expected() -> Any:
     return jax.tree.map(np.asarray, course(*drawn()))
 
 
-@pytest.mark.parametrize("defaults", HOSTILE)
-def test_defaults_change_no_number(defaults: str, expected: Any) -> None:
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        pytest.param(X64 + OTHERS, id="all"),
+        slow(X64, id="x64"),
+        slow(OTHERS, id="the others"),
+    ],
+)
+def test_defaults_change_no_number(defaults: list[Callable[[], AbstractContextManager[Any]]], expected: Any) -> None:
     """Bit for bit, dtypes too: payloads, scales, counts and updates."""
     with ExitStack() as stack:
-        for each in HOSTILE[defaults]:
+        for each in defaults:
             stack.enter_context(each())
         found = course(*drawn())
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):

@@ -16,17 +16,17 @@ from floragrad.jax.draws import LeafDraws, draw_pools, leaf_draws
 from floragrad.jax.leaf import Leaf, init_leaf_state
 from floragrad.jax.options import resolve_options
 from floragrad.jax.quantize import random_words
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 SHAPE, STEPS = (16, 24), 5
-OPTIONS: list[dict[str, Any]] = [
-    {"mu_dtype": "float32"},
-    {"projection": "gaussian", "mu_dtype": "float32"},
-    {"projection": "adaptive", "kappa": 2},
-    {"mu_dtype": "int4", "residual": False},
+OPTIONS = [
+    slow({"mu_dtype": "float32"}, id="sign"),
+    slow({"projection": "gaussian", "mu_dtype": "float32"}, id="gaussian"),
+    pytest.param({"projection": "adaptive", "kappa": 2}, id="adaptive"),
+    pytest.param({"mu_dtype": "int4", "residual": False}, id="int4"),
 ]
-kinds = pytest.mark.parametrize("options", OPTIONS, ids=["sign", "gaussian", "adaptive", "int4"])
 
 
 def grads(step: int, names: str) -> dict[str, jax.Array]:
@@ -48,7 +48,7 @@ def moved_by_name(state: ScaleByFloraState, fresh: ScaleByFloraState) -> ScaleBy
     return ScaleByFloraState(state.count, *parts)
 
 
-@kinds
+@pytest.mark.parametrize("options", OPTIONS)
 def test_another_tree_goes_on_with_each_tensors_own_projection(options: dict[str, Any]) -> None:
     """Bit for bit over the next epoch's end: positions change, and nothing that is drawn for a tensor does."""
     optimizer = scale_by_flora(ratio=4, **({"kappa": STEPS + 1} | options))

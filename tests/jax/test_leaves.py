@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optax.microbatching import microbatch
 
-from floragrad.jax import compressed_multi_steps, flora, flora_report, scale_by_flora, sketch_accumulator
+from floragrad.jax import compressed_multi_steps, flora, flora_report, sketch_accumulator
 from floragrad.jax.second_moment import scale_by_factored_rms_of_matrices
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -31,10 +31,9 @@ LEAVES: dict[str, Any] = {
     "make",
     [
         lambda: flora(1e-2, ratio=2, weight_decay=0.1, multiply_by_parameter_scale=True),
-        lambda: scale_by_flora(ratio=2),
         lambda: compressed_multi_steps(optax.sgd(0.1), 2, ratio=2),
     ],
-    ids=["flora", "scale_by_flora", "compressed_multi_steps"],
+    ids=["flora", "compressed_multi_steps"],
 )
 def test_numbers_and_numpy_arrays_move_as_arrays(make: Any) -> None:
     """Bit for bit as the same numbers in float32 arrays."""

@@ -59,10 +59,12 @@ def test_flax_nnx_trains_with_compressed_attention() -> None:
 
 
 def test_equinox() -> None:
-    attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, use_query_bias=True, key=jax.random.key(0))
-    conv = eqx.nn.Conv2d(16, 32, 3, key=jax.random.key(1))
-    params = {"attention": attention, "conv": conv}
-    found = views(eqx.filter(params, eqx.is_inexact_array), equinox_axes)
+    def params(key: jax.Array) -> Any:
+        attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, use_query_bias=True, key=key)
+        modules = {"attention": attention, "conv": eqx.nn.Conv2d(16, 32, 3, key=key)}
+        return eqx.filter(modules, eqx.is_inexact_array)
+
+    found = views(jax.eval_shape(params, jax.random.key(0)), equinox_axes)
     assert found["attention/query_proj/weight"] == (1, WIDTH, WIDTH)
     assert found["attention/query_proj/bias"] is None
     assert found["conv/weight"] == (1, 32, 16 * 9)

@@ -5,8 +5,10 @@ mean of ±1 exceeds x with probability at most 2 exp(-T x² / 2); ``FALSE_ALARM`
 """
 
 import re
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from math import ceil, log, prod, sqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,10 @@ from floragrad.jax import quantize as module
 from floragrad.jax.quantize import LARGEST, Stored, round_to_bfloat16, specs
 from floragrad.jax.state_checks import describe
 from floragrad.policy import StateDtype, storage
+from tests.marks import slow
 
 # Compiled once for each shape; operation by operation, every one of them would be.
-quantize = jax.jit(module.quantize, static_argnames=("state_dtype", "axis"))
+store = jax.jit(module.save_with_bits, static_argnames=("state_dtype", "axis"))
 save = jax.jit(module.save, static_argnames=("state_dtype", "axis"))
 load = jax.jit(module.load, static_argnames=("width", "state_dtype", "axis"))
 
@@ -39,6 +42,8 @@ ALL_BITS = np.arange(PATTERNS, dtype=np.uint32)
 FALSE_ALARM = 1e-9
 UNIT = 2.0**-24
 
+TYPES = (AxisType.Auto, AxisType.Explicit)
+
 low_bit = pytest.mark.parametrize("state_dtype", LOW_BIT)
 
 
@@ -46,12 +51,13 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def bits_for(values: np.ndarray, seed: int = 0) -> Array:
-    return random_bits(jax.random.key(seed), values.shape, -1)
+def bits_for(values: np.ndarray) -> np.ndarray:
+    """NumPy's: JAX would compile a loop for every shape."""
+    return np.random.default_rng(1).integers(PATTERNS, size=values.shape, dtype=np.uint32)
 
 
-def round_trip(values: np.ndarray, state_dtype: StateDtype, bits: Array | None = None) -> np.ndarray:
-    kept = quantize(jnp.asarray(values), state_dtype, bits_for(values) if bits is None else bits)
+def round_trip(values: np.ndarray, state_dtype: StateDtype, bits: Any = None) -> np.ndarray:
+    kept = store(jnp.asarray(values), state_dtype, bits_for(values) if bits is None else bits)
     return np.asarray(load(kept, values.shape[-1], state_dtype))
 
 
@@ -67,7 +73,7 @@ def whole(values: np.ndarray, bits: int) -> Array:
 
 
 @low_bit
-@pytest.mark.parametrize("width", [1, 7, 64, 130])
+@pytest.mark.parametrize("width", [slow(1), 7, slow(64), 130])
 def test_mean_and_variance_over_all_random_bits(state_dtype: StateDtype, width: int) -> None:
     """E[stored] = x, Var[stored] = p(1 - p) scale² <= scale²/4, with p the part of x/scale above its floor.
 
@@ -79,7 +85,7 @@ def test_mean_and_variance_over_all_random_bits(state_dtype: StateDtype, width: 
     """
     row = drawn(width, seed=3) * np.logspace(-2, 2, width, dtype=np.float32)
     values = np.broadcast_to(row, (PATTERNS, width))
-    kept = quantize(jnp.asarray(values), state_dtype, jnp.broadcast_to(ALL_BITS[:, None], values.shape))
+    kept = store(jnp.asarray(values), state_dtype, jnp.broadcast_to(ALL_BITS[:, None], values.shape))
     scale = np.asarray(kept.scale)
     assert (scale == scale[0]).all()
     step = column_scale(scale[0], width).astype(np.float64)
@@ -98,7 +104,7 @@ def test_mean_and_variance_over_all_random_bits(state_dtype: StateDtype, width: 
 def test_scale_is_the_largest_value_of_a_block_over_the_largest_integer(state_dtype: StateDtype) -> None:
     """So the noise is no larger than it must be. A quotient, or a product with a rounded reciprocal."""
     values = drawn(3, 130)
-    kept = quantize(jnp.asarray(values), state_dtype, bits_for(values))
+    kept = store(jnp.asarray(values), state_dtype, bits_for(values))
     expected = np.stack([np.abs(part).max(-1) for part in np.split(values, (64, 128), axis=-1)], axis=-1)
     scale = np.asarray(kept.scale, np.float64)
     assert scale.shape == (3, 3)
@@ -145,15 +151,23 @@ def test_zeros_stay_zeros(state_dtype: StateDtype) -> None:
     assert found[:, 1::3].any(), "not only zeros are stored"
 
 
-@pytest.mark.parametrize("state_dtype", EVERY)
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize(("leading", "width"), [((3,), 1), ((5,), 65), ((2, 3), 128), ((1, 4), 127)])
+def layouts() -> list[Any]:
+    """Dtypes × axes × shapes: all pairs of two of them, and the rest with ``make test-slow``."""
+    shapes = [((3,), 1), ((5,), 65), ((2, 3), 128), ((1, 4), 127)]
+    return [
+        (slow if (dtype + axis + shape) % 2 else pytest.param)(EVERY[dtype], axis, *shapes[shape])
+        for dtype, axis, shape in product(range(4), (-1, -2), range(4))
+    ]
+
+
+@pytest.mark.parametrize(("state_dtype", "axis", "leading", "width"), layouts())
 def test_storage_is_packed_and_as_planned(
     state_dtype: StateDtype, axis: int, leading: tuple[int, ...], width: int
 ) -> None:
     """The shapes, dtypes and bytes of the policy and of ``specs``; every number is within one step of its own."""
     values = np.moveaxis(drawn(*leading, width), -1, axis)
-    kept = save(jnp.asarray(values), state_dtype, jax.random.key(0), axis=axis)
+    assert np.broadcast_shapes(*module.word_shapes(values.shape, axis)) == values.shape
+    kept = store(jnp.asarray(values), state_dtype, bits_for(values), axis=axis)
     expected = specs(values.shape, state_dtype, axis=axis)
     assert jax.tree.map(describe, kept) == jax.tree.map(describe, expected)
     planned = storage(leading, width, state_dtype)
@@ -174,11 +188,11 @@ def test_storage_is_packed_and_as_planned(
 
 
 @low_bit
-@pytest.mark.parametrize("width", [64, 130, 7])
+@pytest.mark.parametrize("width", [130, 7])
 def test_rows_along_another_axis_are_stored_as_their_transposes(state_dtype: StateDtype, width: int) -> None:
     values, bits = drawn(5, width), bits_for(drawn(5, width))
-    along = quantize(jnp.asarray(values), state_dtype, bits)
-    across = quantize(jnp.asarray(values.T), state_dtype, bits.T, axis=-2)
+    along = store(jnp.asarray(values), state_dtype, bits)
+    across = store(jnp.asarray(values.T), state_dtype, bits.T, axis=-2)
     for one, other in zip(along, across, strict=True):
         np.testing.assert_array_equal(one, np.asarray(other).T)
 
@@ -189,7 +203,7 @@ def test_int4_holds_every_pair_in_one_byte() -> None:
     pairs = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     # A second pair of extremes sets the scale to 1.
     values = np.concatenate([pairs, np.full((225, 2), 7.0, np.float32)], axis=1)
-    kept = quantize(jnp.asarray(values), "int4", bits_for(values))
+    kept = store(jnp.asarray(values), "int4", bits_for(values))
     payload = np.asarray(kept.payload)
     assert payload.shape == (225, 2)
     np.testing.assert_array_equal(load(kept, 4, "int4"), values)
@@ -210,13 +224,11 @@ def test_what_is_not_finite_stays_so_and_spoils_no_other_block(state_dtype: Stat
         values = drawn(64, 130)
         spoilt = values.copy()
         spoilt[row, column] = bad
-        bits = bits_for(values)
-        if axis == -2:
-            bits = bits.T
+        bits = np.moveaxis(bits_for(values), -1, axis)
 
-        def stored(given: np.ndarray, bits: Array = bits) -> np.ndarray:
+        def stored(given: np.ndarray, bits: np.ndarray = bits) -> np.ndarray:
             matrix = jnp.asarray(np.moveaxis(given, -1, axis))
-            kept = quantize(matrix, state_dtype, bits, axis=axis)
+            kept = store(matrix, state_dtype, bits, axis=axis)
             return np.moveaxis(np.asarray(load(kept, 130, state_dtype, axis=axis)), axis, -1)
 
         block = np.zeros((64, 130), bool)
@@ -368,10 +380,21 @@ def test_scan_and_vmap_keep_what_is_stored_as_it_is(state_dtype: StateDtype) -> 
     assert np.abs(error).max() <= step * steps * sqrt(2 * log(2 * error.size / FALSE_ALARM) / replicas)
 
 
-@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("state_dtype", ["int8", "int4", "bfloat16"])
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("sharded", [-1, -2])
+@cache
+def stored_alone(state_dtype: StateDtype, axis: int) -> Stored:
+    """What one device stores."""
+    return save(drawn(512, 512), state_dtype, jax.random.key(1), axis=axis)
+
+
+def placements() -> list[Any]:
+    """Dtypes × axes × shards, each with one of the types of axes: the other one with ``make test-slow``."""
+    return [
+        (slow if (types + dtype + axis + sharded) % 2 else pytest.param)(TYPES[types], EVERY[dtype], axis, sharded)
+        for types, dtype, axis, sharded in product(range(2), range(3), (-1, -2), (-1, -2))
+    ]
+
+
+@pytest.mark.parametrize(("types", "state_dtype", "axis", "sharded"), placements())
 def test_shards_are_stored_where_they_are(types: AxisType, state_dtype: StateDtype, axis: int, sharded: int) -> None:
     """Nothing is communicated, rows sharded or columns; buffers are sharded as the values; the numbers agree.
 
@@ -382,19 +405,18 @@ def test_shards_are_stored_where_they_are(types: AxisType, state_dtype: StateDty
     spec = [None, None]
     spec[sharded] = "x"
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    values = drawn(512, 512)
-    store = jax.jit(partial(module.save, state_dtype=state_dtype, key=jax.random.key(1), axis=axis))
+    program = jax.jit(partial(module.save, state_dtype=state_dtype, key=jax.random.key(1), axis=axis))
     with jax.set_mesh(mesh):
-        compiled = store.lower(jax.device_put(values, sharding)).compile()
-        kept = compiled(jax.device_put(values, sharding))
+        values = jax.device_put(drawn(512, 512), sharding)
+        compiled = program.lower(values).compile()
+        kept = compiled(values)
+    alone = stored_alone(state_dtype, axis)
     assert not re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", compiled.as_text())
-    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(store(values)), strict=True):
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(alone), strict=True):
         assert one.sharding.is_equivalent_to(sharding, 2)
         apart = np.asarray(one) != np.asarray(other)
         assert apart.mean() <= 2.0**-14
-    stored, single = (
-        np.asarray(load(each, 512, state_dtype, axis=axis)) for each in (jax.device_get(kept), store(values))
-    )
+    stored, single = (np.asarray(load(each, 512, state_dtype, axis=axis)) for each in (jax.device_get(kept), alone))
     if state_dtype != "bfloat16":
         step = np.repeat(np.asarray(kept.scale), 64, axis=axis)
         assert (np.abs(stored - single) <= step * 1.001).all()

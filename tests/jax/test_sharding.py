@@ -38,21 +38,18 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 STEPS = 4  # two epoch changes
 MODES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-by_output = pytest.mark.parametrize(("shape", "spec"), OUTPUTS.values(), ids=OUTPUTS.keys())
-by_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
-def combined(shapes: dict[str, tuple[Any, PartitionSpec]], kinds: list[str], quick: set[tuple[str, str]]) -> Any:
-    """Shapes × modes × kinds. Signs in all of them, other kinds in some: the rest with ``make test-slow``.
+def combined(shapes: dict[str, tuple[Any, PartitionSpec]], quick: dict[str, set[str]]) -> Any:
+    """Shapes × modes × kinds: all with ``make test-slow``, some of them with ``make test``.
 
     Args:
         shapes: With their shardings.
-        kinds: Of momentum.
-        quick: Pairs of shape and mode for all kinds.
+        quick: Shapes and modes that always run, as ``"shape-mode"``, for each kind of momentum.
     """
     rows = []
-    for (name, (shape, spec)), (mode_name, mode), kind in product(shapes.items(), MODES.items(), kinds):
-        marks = () if kind == "sign" or (name, mode_name) in quick else pytest.mark.slow
+    for (name, (shape, spec)), (mode_name, mode), kind in product(shapes.items(), MODES.items(), quick):
+        marks = () if f"{name}-{mode_name}" in quick[kind] else pytest.mark.slow
         rows.append(pytest.param(shape, spec, mode, kind, id=f"{name}-{mode_name}-{kind}", marks=marks))
     return pytest.mark.parametrize(("shape", "spec", "mode", "kind"), rows)
 
@@ -99,7 +96,15 @@ def moved(compiled: str) -> list[tuple[str, int]]:
     return [(name, prod(int(size) for size in sizes.split(",") if size)) for sizes, name in found]
 
 
-@combined(OUTPUTS, ["sign", "adaptive", "gaussian", "whole"], {("outputs", "automatic"), ("stack", "explicit")})
+@combined(
+    OUTPUTS,
+    {
+        "sign": {"outputs-automatic", "stack-explicit", "stacked-outputs-automatic", "vocabulary-explicit"},
+        "adaptive": {"outputs-automatic"},
+        "gaussian": {"stack-explicit"},
+        "whole": {"outputs-explicit"},
+    },
+)
 def test_sharded_outputs_stay_where_they_are(
     shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType, kind: str
 ) -> None:
@@ -122,13 +127,16 @@ def test_sharded_outputs_stay_where_they_are(
     assert [each for each in moved(program) if each[1] >= prod(shape) // 8] == []
 
 
-@by_mode
-@by_output
-def test_the_momentum_lies_as_its_parameter_does(shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType) -> None:
+@combined(
+    OUTPUTS, {"int8": {"outputs-explicit", "stack-automatic", "stacked-outputs-explicit", "vocabulary-automatic"}}
+)
+def test_the_momentum_lies_as_its_parameter_does(
+    shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType, kind: str
+) -> None:
     """In 8 bits, payload and scales are shards of an eighth, at birth and after a step; they stay there too."""
     mesh = mesh_of(mode)
     with jax.set_mesh(mesh):
-        optimizer, param = optimizer_of("int8"), jax.device_put(numbers(shape, 0), NamedSharding(mesh, spec))
+        optimizer, param = optimizer_of(kind), jax.device_put(numbers(shape, 0), NamedSharding(mesh, spec))
         state = optimizer.init(param)
         compiled = step_of(optimizer).lower(param, state, param).compile()
         _, after = compiled(param, state, param)
@@ -137,7 +145,13 @@ def test_the_momentum_lies_as_its_parameter_does(shape: tuple[int, ...], spec: P
     assert [each for each in moved(compiled.as_text()) if each[1] >= prod(shape) // 8] == []
 
 
-@combined(INPUTS, ["sign", "adaptive"], {("inputs", "automatic"), ("stacked-inputs", "explicit")})
+@combined(
+    INPUTS,
+    {
+        "sign": {"inputs-automatic", "stacked-inputs-explicit", "features-automatic"},
+        "adaptive": {"stacked-inputs-explicit"},
+    },
+)
 def test_sharded_inputs_give_the_same_numbers(
     shape: tuple[int, ...], spec: PartitionSpec, mode: AxisType, kind: str
 ) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from floragrad.jax import flora
 from tests.jax.test_sharding import assert_same, numbers, step_of
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -72,7 +73,7 @@ def test_clips_by_the_norm_of_all_shards(uninterrupted: dict[int, Any]) -> None:
         assert_same(uninterrupted[8][name], np.asarray(uninterrupted[1][name]))
 
 
-@pytest.mark.parametrize("devices", [8, 4, 1])
+@pytest.mark.parametrize("devices", [8, 4, slow(1)])
 def test_goes_on_with_other_numbers_of_devices(devices: int, uninterrupted: dict[int, Any], tmp_path: Path) -> None:
     """Saved on 8; on 8 again bit for bit, on 4 and on one with the same numbers."""
     mesh = mesh_of(8)

@@ -1,6 +1,7 @@
 """The Llama of the JAX backend next to transformers' own."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ CONFIG = LlamaConfig(
     hidden_size=48,
     intermediate_size=80,
     num_attention_heads=4,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     max_position_embeddings=64,
     initializer_range=0.2,
     bos_token_id=PADDING,
@@ -31,8 +32,9 @@ CONFIG = LlamaConfig(
 Answers = Mapping[str, np.ndarray]
 
 
-def drawn(config: LlamaConfig = CONFIG, dtype: Any = jnp.float32) -> tuple[Any, dict[str, Any]]:
-    graph, state = nnx.split(Llama(config, dtype, nnx.Rngs(0)))
+@cache
+def drawn(dtype: Any = jnp.float32) -> tuple[Any, dict[str, Any]]:
+    graph, state = nnx.split(Llama(CONFIG, dtype, nnx.Rngs(0)))
     return graph, nnx.to_pure_dict(state)
 
 
