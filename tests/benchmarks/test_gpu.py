@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
+from tests.marks import slow
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +20,9 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
-def test_every_section_runs_in_the_interpreter(tmp_path: Path) -> None:
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("sections", [["--only", "cases,fold,peak"], slow([])], ids=["some", "all"])
+def test_sections_run_in_the_interpreter(sections: list[str], tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), *sections]) == 0
     page = (tmp_path / "gpu.md").read_text()
     assert page.endswith("All checks passed.\n")
     assert "(triton)" in page

@@ -55,14 +55,15 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """The launches that are made meanwhile."""
+def launched(monkeypatch: pytest.MonkeyPatch, *, run: bool = True) -> Iterator[list[Launch]]:
+    """The launches that are made meanwhile; with ``run=False`` they compute nothing, for tests that count them."""
     made: list[Launch] = []
-    run = Launch.run
+    original = Launch.run
 
     def remember(launch: Launch) -> None:
         made.append(launch)
-        run(launch)
+        if run:
+            original(launch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Launch, "run", remember)

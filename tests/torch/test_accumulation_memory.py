@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.accumulation_memory import Job, Measured, measure
+from tests.marks import slow
 
 OURS = ("sketches", "gradients", "temporaries")
 
@@ -18,7 +19,7 @@ def exact() -> int:
     return peaks(None)[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"clip": False})], ids=str)
 def test_release_never_holds_two_gradients(options: dict, exact: int) -> None:
     """Sketches as predicted, and three times the largest tensor for a gradient and its step's temporaries."""
     measured, peak = peaks(options)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from floragrad import GradientAccumulator
 from floragrad.policy import plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
+from tests.marks import slow
 
 DRAWS = 2000
 BOUND = 5.0
 ROWS, COLUMNS = 5, 20
-RATIOS = [2, 5, 8]  # with 10, 4 and 3 buckets, the last of two sizes
+RATIOS = [slow(2), slow(5), 8]  # with 10, 4 and 3 buckets, the last of two sizes
 WEIGHTS = [0.5, 0.2, 0.3]
 
 
@@ -109,7 +110,7 @@ def test_gaussian() -> None:
     assert_mean(found["square"], exact.square().sum(), 2 * gram.square().sum() / width)
 
 
-@pytest.mark.parametrize(("state_dtype", "ratio"), [("int4", 1), ("int8", 1), ("bfloat16", 1), ("int4", 2)])
+@pytest.mark.parametrize(("state_dtype", "ratio"), [("int4", 1), slow("int8", 1), ("bfloat16", 1), slow("int4", 2)])
 def test_few_bits(state_dtype: str, ratio: int) -> None:
     """Rounded after every micro-batch, the sum stays unbiased, and so does the norm."""
     exact = exact_sum().double()
@@ -222,7 +223,7 @@ class Recorder(torch.optim.Optimizer):
         self.seen += [param.grad.clone() for group in self.param_groups for param in group["params"]]
 
 
-@pytest.mark.parametrize("release", [True, False])
+@pytest.mark.parametrize("release", [True, slow(False)])
 def test_whole_windows(release: bool) -> None:
     """Through the accumulator: with release all three gradients are sketched, else the last is used whole."""
     param = nn.Parameter(torch.zeros(ROWS, COLUMNS))

@@ -36,6 +36,7 @@ from floragrad.torch.projection import (
 )
 from floragrad.torch.projection import random_signs as signs_of
 from floragrad.torch.random import Philox
+from tests.marks import slow
 
 GOLDEN_ZERO = "+--++-++++-++---+++--+------+----++--+--+-+++-+-"
 GOLDEN_LARGE = "-++-+--+---+-+++-+----+-++--++-++-+--+--++-++-+-"
@@ -148,7 +149,7 @@ def test_error_of_drawn_signs() -> None:
     assert abs(np.mean(errors) - (b - 1) * n) <= SIGMAS * standard_error
 
 
-@pytest.mark.parametrize("piece", [4, 3, pytest.param(1, marks=pytest.mark.slow)])  # 3: two pieces, the last smaller
+@pytest.mark.parametrize("piece", [slow(4), 3, slow(1)])  # 3: two pieces, the last smaller
 def test_error_and_norm_of_gaussian(piece: int) -> None:
     """E‖decode(encode(x)) - x‖² = ((n + 1)/k) ‖x‖² and E‖encode(x)‖² = ‖x‖².
 

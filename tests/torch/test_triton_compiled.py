@@ -13,9 +13,7 @@ from tests.torch.compiled import CASES, FOLDS, TARGETS
 
 # Each kernel, and each way of compiling it that differs much, for one GPU: all of them are among the slow tests.
 CHOSEN = (
-    "gpt2-mlp:sm_80",
-    "llama-down-int4:sm_90",
-    "llama-up:gfx942",
+    "llama-down-int4:gfx942",
     "llama-adaptive:sm_90",
     "norm:sm_80",
     "fold-ratio-32:sm_90",

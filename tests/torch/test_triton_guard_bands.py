@@ -66,7 +66,7 @@ def run(steps: int, folds: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_kernels_stay_in_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(20, 10, 0, monkeypatch)
+    run(10, 5, 0, monkeypatch)
 
 
 @pytest.mark.slow
