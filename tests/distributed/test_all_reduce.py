@@ -15,6 +15,7 @@ from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed import collectives
 from floragrad.torch.distributed.collectives import Ranks
 from tests.distributed.conftest import Worlds
+from tests.marks import slow
 
 BOUND = 5.0
 DRAWS = 400
@@ -57,7 +58,7 @@ def draws(rank: int, state_dtype: Any, ratio: int) -> dict[str, Tensor]:
     return {key: torch.stack(values).double() for key, values in found.items()}
 
 
-@pytest.mark.parametrize(("state_dtype", "ratio"), [("int4", 1), ("int8", 1), ("bfloat16", 1), ("int4", 2)])
+@pytest.mark.parametrize(("state_dtype", "ratio"), [("int4", 1), slow("int8", 1), ("bfloat16", 1), slow("int4", 2)])
 def test_rounded_sums_are_unbiased(worlds: Worlds, state_dtype: str, ratio: int) -> None:
     """The sum, its norm, and the measured noise; bounds are five standard errors of the mean over the draws."""
     first, second = worlds(2).run(draws, state_dtype, ratio)

@@ -13,6 +13,7 @@ from floragrad import Flora
 from tests.distributed import cases
 from tests.distributed.cases import SHAPES, STEPS, Tensors, full, options_of, run_steps, whole_state
 from tests.distributed.conftest import Worlds
+from tests.marks import slow
 
 HALF = 12
 TOLERANCE = 1e-5
@@ -23,6 +24,7 @@ OPTIONS = {
     "adaptive": options_of(projection="adaptive"),
     "no momentum": options_of(beta1=None, factorize_second_moment=False),
 }
+QUICK = {"int4", "adaptive"}
 
 
 SPLIT = {"column-wise": ((16, 48), 0), "row-wise": ((24, 40), 1), "bias": ((16,), 0), "norm": ((24,), None)}
@@ -90,7 +92,7 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
                 assert off.max() <= TOLERANCE * value.float().abs().max(), key
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [(pytest.param if name in QUICK else slow)(name) for name in OPTIONS])
 def test_training_goes_on_with_another_number_of_processes(worlds: Worlds, tmp_path: Path, name: str) -> None:
     """Saved on 2; gone on with 4, with 2 pairs of replicas, and with whole tensors, as if nothing had happened."""
     options, path = OPTIONS[name], str(tmp_path / "checkpoint")
@@ -125,7 +127,7 @@ def loads_plainly(_: int, state: dict[str, Any], weights: dict[str, Any], option
     return [(full(param), whole_state(optimizer, param)) for param in model.tensors]
 
 
-@pytest.mark.parametrize("name", ["float32", "adaptive"])
+@pytest.mark.parametrize("name", [slow("float32"), "adaptive"])
 def test_a_state_of_one_process_is_taken_up_by_shards(worlds: Worlds, name: str) -> None:
     """Whole tensors, through ``set_state_dict`` or ``load_state_dict``, are cut where they are loaded."""
     options = OPTIONS[name]

@@ -18,6 +18,7 @@ from tests.distributed.cases import full
 from tests.distributed.conftest import Worlds
 from tests.distributed.test_integrations import accelerate_state
 from tests.distributed.test_training import batches, llama
+from tests.marks import slow
 
 STEPS, HALF = 6, 3
 TOLERANCE = 1e-4
@@ -222,7 +223,7 @@ def trainer_goes_on(_: int, folder: str, kind: str) -> list[Tensor]:
     return trained_by_trainer(f"{folder}/other", kind, STEPS, accumulation=checkpoint, resume=True)[0]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [slow("ddp"), "fsdp"])  # test_integrations.py has DDP too
 def test_trainer(worlds: Worlds, tmp_path: Path, kind: str) -> None:
     """Sketches in float32 are the Trainer's own sums; clipped, saved, and resumed on 2 processes bit for bit, on 4."""
     expected = worlds(2).run(trainer_saves_and_resumes, str(tmp_path), kind)[0]

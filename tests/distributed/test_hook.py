@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from floragrad.torch import FloraHookState, flora_hook
 from tests.distributed.conftest import Worlds
+from tests.marks import slow
 
 SHAPES = {"square": (64, 64), "wide": (40, 100), "vector": (50,), "words": (8200, 4), "kernel": (32, 8, 3)}
 MATRICES = ("square", "wide", "kernel")
@@ -110,8 +111,8 @@ def test_with_error_feedback_a_steady_gradient_arrives(worlds: Worlds) -> None:
 
 @pytest.mark.parametrize(
     ("projection", "ratio"),
-    # The last takes longest, and repeats the one before it with a wider sketch.
-    [("sign", 2), ("sign", 4), ("gaussian", 4), pytest.param("gaussian", 2, marks=pytest.mark.slow)],
+    # Gaussian projections take longest; test_accumulation_statistics.py has them in one process.
+    [slow("sign", 2), ("sign", 4), slow("gaussian", 4), slow("gaussian", 2)],
 )
 def test_without_error_feedback_it_is_unbiased(worlds: Worlds, ratio: int, projection: str) -> None:
     """The mean of T decoded gradients has 1/T of the variance of one: (ρ − 1)‖G‖², Gaussian ((n + 1)/k)‖G‖².

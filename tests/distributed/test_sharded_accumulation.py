@@ -13,6 +13,7 @@ from floragrad import Flora, GradientAccumulator, param_groups
 from tests.distributed.cases import as_parameter, full
 from tests.distributed.conftest import Worlds
 from tests.distributed.test_training import llama, sharded
+from tests.marks import slow
 
 WINDOWS, MICRO_BATCHES, BATCH = 3, 4, 4
 MAX_NORM = 0.5
@@ -75,11 +76,11 @@ def equals_whole(rank: int, shard: str, release: bool, clip: bool, options: dict
 @pytest.mark.parametrize(
     ("shard", "release", "clip", "options"),
     [
-        ("fsdp", True, True, {"state_dtype": "float32"}),
+        slow("fsdp", True, True, {"state_dtype": "float32"}),
         ("fsdp", True, True, {"state_dtype": "float32", "ratio": 4}),
-        ("fsdp", True, False, {"state_dtype": "float32", "ratio": 4}),
+        slow("fsdp", True, False, {"state_dtype": "float32", "ratio": 4}),
         ("fsdp", False, True, {"state_dtype": "float32", "ratio": 4}),
-        ("fsdp", True, True, {"state_dtype": "float32", "ratio": 4, "projection": "gaussian"}),
+        slow("fsdp", True, True, {"state_dtype": "float32", "ratio": 4, "projection": "gaussian"}),
         ("hsdp", True, True, {"state_dtype": "float32", "ratio": 4}),
     ],
     ids=str,
@@ -113,7 +114,7 @@ def rounds_as_whole(rank: int, state_dtype: str) -> None:
     assert equal >= 0.95 * numbers
 
 
-@pytest.mark.parametrize("state_dtype", ["int4", "int8", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["int4", slow("int8"), "bfloat16"])
 def test_rounds_as_whole_parameters(worlds: Worlds, state_dtype: str) -> None:
     """The same random bits for every row: payloads are the same but where a last bit of a sum decides.
 

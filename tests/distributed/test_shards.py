@@ -11,6 +11,7 @@ from floragrad import Flora
 from tests.distributed import cases
 from tests.distributed.cases import SHAPES, Sharding, Tensors, full, options_of, run_steps, whole_state
 from tests.distributed.conftest import Worlds
+from tests.marks import slow
 
 TOLERANCE = 1e-5
 
@@ -50,17 +51,19 @@ GAUSSIAN = {"projection": "gaussian"}
 FSDP: list[dict[str, Any]] = [
     {},
     {"projection": "adaptive"},
-    GAUSSIAN,
     {"residual": False, "weight_decay": 0.1},
     {"factorize_second_moment": False},
-    {"beta1": None},
     {"ratio": 1, "embedding_momentum": "full"},
     {"scale_parameter": True, "lr": None, "relative_step": True},
     {"state_dtype": "bfloat16", "beta1": None},
 ]
 
 
-@pytest.mark.parametrize(("size", "options"), [(2, FSDP[0]), *((4, each) for each in FSDP)], ids=str)
+# A Gaussian projection is drawn anew in every step, by every process: by two of them here.
+SIZES = [slow(2, {}), (2, GAUSSIAN), slow(4, GAUSSIAN), slow(4, {"beta1": None})]
+
+
+@pytest.mark.parametrize(("size", "options"), [*SIZES, *((4, each) for each in FSDP)], ids=str)
 def test_fsdp_equals_whole_tensors(worlds: Worlds, size: int, options: dict[str, Any]) -> None:
     """25 steps over two resamplings; even, uneven and empty shards."""
     worlds(size).run(fsdp_equals_whole, options_of(**options))
@@ -78,24 +81,28 @@ OTHERS = {
 }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gaussian": GAUSSIAN,
+    "paper": {"residual": False},
+    "whole": {"ratio": 1},
+    "full": {"factorize_second_moment": False, "scale_parameter": True},
+}
+QUICK = {
+    "hsdp": {"plain", "full"},
+    "tensor parallel": {"paper", "full"},
+    "experts in batches and rows": {"plain", "whole"},
+    "fsdp and tensor parallel": {"plain", "full"},
+}
+
+
 def other_equals_whole(_: int, name: str, options: dict[str, Any]) -> None:
     assert_equals_whole(MATRICES | VECTORS, OTHERS[name], options)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        # A Gaussian projection is drawn anew in every step: rows are cut above, columns by tensor parallelism here.
-        pytest.param(name, each, marks=pytest.mark.slow if each == GAUSSIAN and name != "tensor parallel" else ())
-        for name in OTHERS
-        for each in (
-            {},
-            GAUSSIAN,
-            {"residual": False},
-            {"ratio": 1},
-            {"factorize_second_moment": False, "scale_parameter": True},
-        )
-    ],
+    [(pytest.param if key in QUICK[name] else slow)(name, KINDS[key]) for name in OTHERS for key in KINDS],
     ids=str,
 )
 def test_other_shardings_equal_whole_tensors(worlds: Worlds, name: str, options: dict[str, Any]) -> None:

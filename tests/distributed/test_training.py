@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from floragrad import Flora, param_groups
 from tests.distributed.cases import full
 from tests.distributed.conftest import Worlds
+from tests.marks import slow
 
 STEPS = 25
 TOLERANCE = 1e-5
@@ -104,7 +105,8 @@ def equals_one_process(rank: int, name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("fsdp", "float32"), ("fsdp", "adaptive"), ("ddp", "float32"), ("ddp", "not clipped")]
+    ("name", "options"),
+    [slow("fsdp", "float32"), ("fsdp", "adaptive"), ("ddp", "float32"), slow("ddp", "not clipped")],
 )
 def test_equals_one_process(worlds: Worlds, name: str, options: str) -> None:
     """The same batches on 2 processes and on one: the same parameters after 25 steps and eight epochs."""
@@ -128,7 +130,7 @@ def is_one_model(rank: int, name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("fsdp", {}), ("fsdp", {"state_dtype": "int4"}), ("ddp", {"state_dtype": "int4"})],
+    [slow("fsdp", {}), ("fsdp", {"state_dtype": "int4"}), ("ddp", {"state_dtype": "int4"})],
     ids=str,
 )
 def test_replicas_stay_one_model(worlds: Worlds, name: str, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from floragrad import Flora, param_groups
 from floragrad.transformers import FloraFactory, FloraTrainer, FloraTrainerMixin
+from tests.marks import slow
 from tests.torch.accumulation_cases import flat
 
 EXACT = {"state_dtype": "float32"}
@@ -173,7 +174,11 @@ def logged(run: Trainer, key: str) -> torch.Tensor:
     return torch.tensor([entry[key] for entry in run.state.log_history if key in entry])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Each of them with Flora, where gradients are freed on the way; AdamW's rows are of the sketches alone.
+REPEATED = ("adamw-not-clipped", "adamw-bf16", "adamw-fp16", "adamw-means", "flora-checkpointing")
+
+
+@pytest.mark.parametrize("case", [(slow if case.name in REPEATED else pytest.param)(case) for case in CASES], ids=str)
 def test_it_equals_the_trainer(case: Case, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     ours, theirs = (trainer(case, tmp_path, compress) for compress in (True, False))
     ours.train()
