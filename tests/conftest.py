@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -30,9 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt from garbage collection what is imported by now: accelerate collects all of it in each run, in seconds."""
+    """Exempt from garbage collection what is imported by now, and let accelerate not collect the rest after each run.
+
+    Either takes as long as a short run itself.
+    """
     gc.collect()
     gc.freeze()
+    if memory := sys.modules.get("accelerate.utils.memory"):
+        memory.clear_device_cache = lambda garbage_collection=False: None  # type: ignore[attr-defined]
 
 
 def pytest_sessionfinish() -> None:

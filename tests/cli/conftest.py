@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -5,7 +6,9 @@ import huggingface_hub.constants
 import pytest
 
 from floragrad.cli.compare import compare
+from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import run
+from tests.cli.one_layer import ONE_LAYER
 from tests.cli.train.support import Here, save_nothing, write_texts
 
 
@@ -19,6 +22,15 @@ def _same_process_afterwards(monkeypatch: pytest.MonkeyPatch, restored_process: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(run, "save", save_nothing)
+
+
+@pytest.fixture(scope="module")
+def one_layer() -> Iterator[None]:
+    """Let ``tiny`` have one layer instead of three, for what does not depend on how many there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in ONE_LAYER.items():
+            patch.setitem(PRESETS, name, preset)
+        yield
 
 
 @pytest.fixture(scope="session")

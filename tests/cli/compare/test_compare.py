@@ -17,6 +17,8 @@ from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.folder import RunFolder, new_folder
 from tests.cli.train.support import FAST, Here, command, fast_config, read_json, run, timeless, tree
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 QUICK = {**FAST, "steps": 3, "keep_checkpoint": False}
 
 

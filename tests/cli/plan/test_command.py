@@ -13,6 +13,7 @@ from floragrad._text import format_bytes
 from floragrad.cli.plan.engine import plan as plan_of
 from floragrad.cli.plan.result import CATEGORIES, MemoryPlan
 from tests.cli.train.support import command
+from tests.marks import slow
 
 SMALL = {
     "vocab_size": 256,
@@ -142,7 +143,7 @@ def test_json_is_one_object_of_integers(there: Path, capsys: pytest.CaptureFixtu
     assert fits["memory"] == 10**6
 
 
-@pytest.mark.parametrize("picture", ["plan.png", "plan.JPG", "plan.svg"])
+@pytest.mark.parametrize("picture", ["plan.JPG", slow("plan.png"), slow("plan.svg")])
 def test_the_exit_code_says_whether_anything_fits(
     there: Path, capsys: pytest.CaptureFixture[str], planned: MemoryPlan, picture: str
 ) -> None:

@@ -10,10 +10,11 @@ import floragrad
 from floragrad._text import format_bytes
 from floragrad.cli.plan.command import PLAN_OPTIONS
 from floragrad.cli.plan.presets import MODELS
-from floragrad.cli.plan.result import OPTIMIZERS
+from floragrad.cli.plan.result import OPTIMIZERS, OptimizerName
 from floragrad.cli.plan.verdict import WORDS
 from floragrad.cli.reference import page
 from tests.cli.plan.test_presets import CHECKPOINTS, MILLIONS
+from tests.marks import slow
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,9 +66,9 @@ def test_every_command_that_is_shown_is_one() -> None:
     assert {words[1] for words in commands} == {"plan"}
 
 
-def test_the_readmes_rows_are_those_of_its_command() -> None:
+@pytest.mark.parametrize("names", [("flora+accumulator",), slow(("adamw",))], ids=" ".join)
+def test_the_readmes_rows_are_those_of_its_command(names: tuple[OptimizerName, ...]) -> None:
     """Two of them: all would take a minute."""
-    names = ("adamw", "flora+accumulator")
     settings = {"dtype": "bfloat16", "sequence": 2048, "accumulate": 16, "optimizers": names}
     plain = floragrad.plan("llama-3-8b", **settings).optimizers
     recomputed = floragrad.plan("llama-3-8b", **settings, checkpointing=True).optimizers

@@ -24,7 +24,10 @@ from floragrad.cli.train.run import begin, train
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "model", "token", "step", "loss", "rate", "sketch", "sign")
 TIMES = ("seconds", "step_seconds", "memory_bytes")
 """Columns of the metrics that differ between two runs of the same thing."""
-FAST = {"steps": 8, "batch_size": 2, "sequence_length": 16, "vocab_size": 300, "eval_blocks": 4, "threads": 1}
+FAST = {
+    **{"steps": 8, "batch_size": 2, "sequence_length": 16, "vocab_size": 300, "threads": 1},
+    **{"eval_blocks": 4, "eval_every": 4, "save_every": 4},
+}
 """A run that takes about a second."""
 
 

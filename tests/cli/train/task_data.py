@@ -15,10 +15,8 @@ from floragrad.cli.train.tasks import images, pairs
 
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 WORDS = {"Haus": "house", "Hund": "dog", "Baum": "tree", "Licht": "light", "Wasser": "water", "Stein": "stone"}
-FAST = {
-    "vision": {"steps": 8, "batch_size": 4, "eval_blocks": 10, "threads": 1},
-    "seq2seq": {"steps": 8, "batch_size": 4, "eval_blocks": 10, "threads": 1, "vocab_size": 320, "sequence_length": 12},
-}
+SHORT = {"steps": 8, "batch_size": 4, "eval_blocks": 10, "eval_every": 4, "save_every": 4, "threads": 1}
+FAST = {"vision": SHORT, "seq2seq": {**SHORT, "vocab_size": 320, "sequence_length": 12}}
 MEASURES = {"vision": {"accuracy"}, "seq2seq": {"bleu", "token_accuracy"}}
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from typing import Any
 import pytest
 
 from floragrad._version import __version__
+from floragrad.cli import machine
 from tests.cli.train.support import FAST, command, fast_config, read_json, refused, run, tree, write_gpt2, write_texts
+
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
 
@@ -111,13 +115,13 @@ def test_a_wrong_request_gets_one_line_and_makes_nothing(
 
 
 def test_the_console_script_does_the_same(there: Path) -> None:
+    """With a request that is refused before anything is imported, which takes seconds."""
     script = Path(sys.executable).with_name("floragrad")
-    result = subprocess.run([script, "train", "--text", "no.txt"], capture_output=True, text=True, check=False)
+    result = subprocess.run([script, "train", "--stepps", "3"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == (
-        "floragrad: --text no.txt does not exist: give files, folders or patterns like 'books/*.txt'\n"
-    )
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("floragrad: No such option: --stepps")
     assert [path.name for path in there.iterdir()] == ["texts"]
 
 
@@ -218,7 +222,7 @@ def test_a_run_tells_what_it_does(there: Path, capsys: pytest.CaptureFixture[str
     assert first == "run folder: run"
     assert lines[0].startswith("tiny: ")
     compressed = next(number for number, line in enumerate(lines) if line.startswith("Flora keeps a sketch of"))
-    assert "of 21 of 30 tensors" in lines[compressed]
+    assert "of 7 of 12 tensors" in lines[compressed]
     begun = next(number for number, line in enumerate(lines) if line.startswith("step 0/8 · validation loss"))
     assert compressed < begun
     assert f"{summary['validation_loss']:.4f} ({100 * -summary['validation_loss_change']:.1f}% lower)" in said.out
@@ -252,7 +256,23 @@ def test_a_diverged_run_fails_without_a_traceback(there: Path, capsys: pytest.Ca
     assert line.startswith("floragrad: the loss is not a finite number any more at step")
 
 
-@pytest.mark.parametrize("option", ["--model", pytest.param("--dataset", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("option", ["--model", "--dataset"])
+def test_a_hub_that_cannot_be_reached_is_not_asked(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """Its client reads the environment when it is imported, which is after it was set."""
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    seen: dict[str, str | None] = {}
+    monkeypatch.setattr(machine, "require", lambda module, _: seen.update({module: os.environ.get("HF_HUB_OFFLINE")}))
+    assert refused(capsys, "train", option, "nobody/nothing").startswith(f"{option} nobody/nothing ")
+    assert {"transformers", "datasets"} <= seen.keys()
+    assert set(seen.values()) == {"1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--model", "--dataset"])
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(
     there: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:

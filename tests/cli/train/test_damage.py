@@ -15,6 +15,8 @@ from floragrad.cli.train.folder import RunFolder
 from floragrad.cli.train.run import begin, train
 from tests.cli.train.support import Meddler, assert_same_run, command, fast_config, quiet, refused, run
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 GENERIC = "put it back from a copy, or begin a new run"
 
 

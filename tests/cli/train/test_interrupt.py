@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,8 @@ PATIENCE = 120.0
 """Seconds after which a test gives up; nothing is measured with it."""
 STEPS = 40
 """Enough of them for a signal to come before the last one."""
-OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "steps"]
+LONG = {**FAST, "steps": STEPS, "eval_every": STEPS, "save_every": STEPS}
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in LONG.items() if name != "steps"]
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":
@@ -72,18 +74,27 @@ def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
     assert not folder.staging.exists()
 
     assert command("train", "--resume", out) == 0
-    assert timeless(folder) == timeless(run(fast_config(texts, steps=STEPS), tmp_path / "whole"))
+    assert timeless(folder) == timeless(run(fast_config(texts, **LONG), tmp_path / "whole"))
 
 
-def test_ctrl_c_before_the_run_has_begun_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_before_the_run_has_begun_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real signal, but to this process."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # reading it waits for us, so the run is still preparing
-    process = start("train", "--text", pipe, "--out", tmp_path / "run", *OPTIONS)
-    with open(pipe, "w", encoding="utf-8"):
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    assert errors.strip() == "floragrad: stopped before there was anything to save"
+    done = threading.Event()
+
+    def interrupt() -> None:
+        with open(pipe, "w", encoding="utf-8"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            done.wait(PATIENCE)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    code = command("train", "--text", pipe, "--out", tmp_path / "run", *OPTIONS)
+    done.set()
+    thread.join(PATIENCE)
+    assert code == 130
+    assert capsys.readouterr().err.strip() == "floragrad: stopped before there was anything to save"
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
@@ -104,7 +115,7 @@ def test_a_comparison_goes_on_where_it_stopped(texts: Path, tmp_path: Path, here
     assert command("compare", "--resume", out) == 0
     assert len(list((out / "runs").iterdir())) == 2
     assert (out / "table.md").is_file()
-    one = run(fast_config(texts, optimizer="adamw", steps=STEPS), tmp_path / "whole")
+    one = run(fast_config(texts, **LONG, optimizer="adamw"), tmp_path / "whole")
     assert timeless(RunFolder.open(stopped)) == timeless(one)
 
 

@@ -16,6 +16,8 @@ from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.optimizers import CombinedOptimizer, Groups, add_adapters, optimizer_class, state_bytes
 from tests.cli.train.support import assert_same_run, fast_config, interrupt, refused, run
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 Made = tuple[torch.nn.Module, torch.optim.Optimizer]
 TOKENS = torch.arange(24).view(2, 12)
 

@@ -19,6 +19,8 @@ from tests.cli.train.support import (
     write_gpt2,
 )
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 
 def assert_same(folder: RunFolder, other: RunFolder) -> None:
     """The two runs cannot be told apart, but for the time they took."""

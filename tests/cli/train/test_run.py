@@ -34,6 +34,8 @@ from tests.cli.train.support import (
     write_gpt2,
 )
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 
 @dataclass
 class Finished:

@@ -24,6 +24,8 @@ from floragrad.cli.train.folder import RunFolder, new_folder
 from floragrad.cli.train.run import begin, train
 from tests.cli.train.support import FAST, Here, Meddler, assert_same_run, command, fast_config, quiet, run, tree
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 
 @pytest.fixture(scope="module")
 def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:

@@ -55,7 +55,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(task: str, tmp_path: Path
 
 @EVERY_TASK
 def test_a_run_learns_and_says_what_it_measures(task: str, tmp_path: Path) -> None:
-    folder = run(task_config(task, steps=40, lr=3e-3), tmp_path / "run")
+    folder = run(task_config(task, steps=40, lr=3e-3, eval_every=20, save_every=40), tmp_path / "run")
     summary = folder.summary()
     assert summary is not None
     assert (summary["task"], summary["examples"]) == (task, 160)

@@ -38,7 +38,10 @@ from tests.cli.train.support import (
 )
 from tests.cli.train.test_interrupt import wait_for_step
 
-pytestmark = pytest.mark.xdist_group("torchrun")  # one at a time: all of them meet at torchrun's default port
+pytestmark = [
+    pytest.mark.xdist_group("torchrun"),  # one at a time: all of them meet at torchrun's default port
+    pytest.mark.usefixtures("one_layer"),
+]
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 ROOT = Path(__file__).parents[3]
@@ -50,6 +53,10 @@ TOLERANCES = {"adamw": 1e-3}
 HALF, STEPS = 4, 8
 JOB = {**FAST, "steps": STEPS, "batch_size": 4, "eval_every": 3, "save_every": 100, "eval_blocks": 5}
 """Five held-out blocks are a batch and one block, which is nobody's but the first process's."""
+HALFWAY = {"signal": [1, HALF - 1]}
+"""The second process alone is asked to stop."""
+GPT2 = {"rank": 8, "lr": 1e-3}
+"""Options of a model from a folder."""
 WAYS: dict[str, dict[str, Any]] = {
     "flora": {"state_dtype": "float32"},
     "adamw": {"optimizer": "adamw"},
@@ -130,70 +137,123 @@ def assert_close_losses(found: RunFolder, expected: RunFolder, tolerance: float 
             assert line["block_losses"] == pytest.approx(other["block_losses"], rel=tolerance, abs=1e-6)
 
 
+class Alone(dict[str, RunFolder]):
+    """The runs as one process makes them, when they are asked for."""
+
+    def __init__(self, texts: Path, folder: Path) -> None:
+        super().__init__()
+        self._texts, self._folder = texts, folder
+
+    def __missing__(self, name: str) -> RunFolder:
+        self[name] = run(fast_config(self._texts, **{**JOB, **WAYS[name]}), self._folder / name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def one(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    """The runs as one process makes them."""
-    folder = tmp_path_factory.mktemp("one")
-    return {name: run(fast_config(texts, **{**JOB, **way}), folder / name) for name, way in WAYS.items()}
+def one(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(texts, tmp_path_factory.mktemp("one"))
+
+
+@dataclass
+class Jobs:
+    """Jobs of two processes in one folder."""
+
+    texts: Path
+    folder: Path
+
+    def stopped(self, name: str) -> None:
+        """Stop a run of one process halfway."""
+        folder = begin(fast_config(self.texts, **JOB, **WAYS["flora"]), self.folder / name)
+        with pytest.raises(StoppedError):
+            train_here(folder, Meddler(HALF - 1, signal.SIGINT))
+
+    def new(self, name: str, *flags: str, **chosen: Any) -> list[str]:
+        return job(self.folder / name, self.texts, *flags, **chosen)
+
+    def resume(self, name: str, *flags: str) -> list[str]:
+        return ["train", "--resume", str(self.folder / name), *flags]
 
 
 @pytest.fixture(scope="module")
 def two(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """Two processes, and all that they do; at last the first one is killed."""
-    folder = tmp_path_factory.mktemp("two")
-    stopped = begin(fast_config(texts, **JOB, **WAYS["flora"]), folder / "one-half")
-    with pytest.raises(StoppedError):
-        train_here(stopped, Meddler(HALF - 1, signal.SIGINT))
-    shutil.copytree(folder / "one-half", folder / "one-half-fsdp")
-    tied = write_gpt2(folder / "tied-model", texts, dropout=0.0)
-    dropout = write_gpt2(folder / "dropout-model", texts, dropout=0.3)
-    gpt2 = {"rank": 8, "lr": 1e-3}
-
-    def new(name: str, *flags: str, **chosen: Any) -> list[str]:
-        return job(folder / name, texts, *flags, **chosen)
-
-    def resume(name: str, *flags: str) -> list[str]:
-        return ["train", "--resume", str(folder / name), *flags]
-
-    halfway = {"signal": [1, HALF - 1]}  # the second process alone is asked to stop
+    """Two processes, and what they do in the tests that always run; at last the first one is killed."""
+    jobs = Jobs(texts, tmp_path_factory.mktemp("two"))
+    jobs.stopped("one-half-fsdp")
+    dropout = write_gpt2(jobs.folder / "dropout-model", texts, dropout=0.3)
     return session(
-        folder,
+        jobs.folder,
         2,
         {
-            **{name: {"arguments": new(name, **way)} for name, way in WAYS.items()},
-            "fsdp": {"arguments": new("fsdp", "--fsdp", **WAYS["flora"])},
-            "fsdp-exact": {"arguments": new("fsdp-exact", "--fsdp", "--gradient-checkpointing", **WAYS["exact"])},
-            "fsdp-sketched": {"arguments": new("fsdp-sketched", "--fsdp", **WAYS["sketched"])},
-            "fsdp-adamw": {"arguments": new("fsdp-adamw", "--fsdp", **WAYS["adamw"]), **halfway},
-            "fsdp-adamw resumed": {"arguments": resume("fsdp-adamw")},
-            "fsdp-tied": {"arguments": new("fsdp-tied", "--fsdp", model=tied, **gpt2, **WAYS["flora"])},
-            "half": {"arguments": new("half", **WAYS["flora"]), **halfway},
-            "fsdp-half": {"arguments": new("fsdp-half", "--fsdp", **WAYS["flora"]), **halfway},
-            "one-half resumed": {"arguments": resume("one-half")},
-            "one-half-fsdp resumed": {"arguments": resume("one-half-fsdp", "--fsdp")},
-            "dropout": {"arguments": new("dropout", model=dropout, **gpt2)},
-            "dropout-half": {"arguments": new("dropout-half", model=dropout, **gpt2), **halfway},
-            "dropout-half resumed": {"arguments": resume("dropout-half")},
-            "odd": {"arguments": new("odd", batch_size=3)},
-            "jax": {"arguments": new("jax", backend="jax")},
+            "flora": {"arguments": jobs.new("flora", **WAYS["flora"])},
+            "sketched": {"arguments": jobs.new("sketched", **WAYS["sketched"])},
+            "fsdp": {"arguments": jobs.new("fsdp", "--fsdp", **WAYS["flora"])},
+            "fsdp-sketched": {"arguments": jobs.new("fsdp-sketched", "--fsdp", **WAYS["sketched"])},
+            "half": {"arguments": jobs.new("half", **WAYS["flora"]), **HALFWAY},
+            "fsdp-half": {"arguments": jobs.new("fsdp-half", "--fsdp", **WAYS["flora"]), **HALFWAY},
+            "one-half-fsdp resumed": {"arguments": jobs.resume("one-half-fsdp", "--fsdp")},
+            "dropout-half": {"arguments": jobs.new("dropout-half", model=dropout, **GPT2), **HALFWAY},
+            "dropout-half resumed": {"arguments": jobs.resume("dropout-half")},
+            "dropout": {"arguments": jobs.new("dropout", model=dropout, **GPT2)},
+            "odd": {"arguments": jobs.new("odd", batch_size=3)},
+            "jax": {"arguments": jobs.new("jax", backend="jax")},
             "compare": {"arguments": ["compare", "--steps", "2"]},
-            "killed": {"arguments": new("killed", **{**WAYS["flora"], "save_every": 2}), "die": 4},
+            "killed": {"arguments": jobs.new("killed", **{**WAYS["flora"], "save_every": 2}), "die": 4},
         },
     )
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_two_processes_train_what_one_does(one: dict[str, RunFolder], two: Session, name: str) -> None:
-    assert two.codes[name] == 0, two.errors
-    assert_close(two.run(name), one[name], TOLERANCES.get(name, TOLERANCE))
+@pytest.fixture(scope="module")
+def more(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """What two processes do in the slow tests."""
+    jobs = Jobs(texts, tmp_path_factory.mktemp("more"))
+    jobs.stopped("one-half")
+    tied = write_gpt2(jobs.folder / "tied-model", texts, dropout=0.0)
+    exact = ("--fsdp", "--gradient-checkpointing")
+    return session(
+        jobs.folder,
+        2,
+        {
+            "adamw": {"arguments": jobs.new("adamw", **WAYS["adamw"])},
+            "exact": {"arguments": jobs.new("exact", **WAYS["exact"])},
+            "fsdp-exact": {"arguments": jobs.new("fsdp-exact", *exact, **WAYS["exact"])},
+            "fsdp-adamw": {"arguments": jobs.new("fsdp-adamw", "--fsdp", **WAYS["adamw"]), **HALFWAY},
+            "fsdp-adamw resumed": {"arguments": jobs.resume("fsdp-adamw")},
+            "fsdp-tied": {"arguments": jobs.new("fsdp-tied", "--fsdp", model=tied, **GPT2, **WAYS["flora"])},
+            "one-half resumed": {"arguments": jobs.resume("one-half")},
+        },
+    )
+
+
+def assert_trains_as_one(one: Alone, several: Session, name: str) -> None:
+    assert several.codes[name] == 0, several.errors
+    assert_close(several.run(name), one[name], TOLERANCES.get(name, TOLERANCE))
     assert {path.name for path in newest(one[name]).iterdir()} - {"rng_state.pth"} == {
-        path.name for path in newest(two.run(name)).iterdir()
+        path.name for path in newest(several.run(name)).iterdir()
     } - {"rng_state_0.pth", "rng_state_1.pth"}
 
 
-@pytest.mark.parametrize("name", ["flora", "exact", "sketched"])
-def test_shards_train_what_whole_tensors_do(one: dict[str, RunFolder], two: Session, name: str) -> None:
-    sharded = two.run("fsdp" if name == "flora" else f"fsdp-{name}")
+@pytest.mark.parametrize("name", ["flora", "sketched"])
+def test_two_processes_train_what_one_does(one: Alone, two: Session, name: str) -> None:
+    assert_trains_as_one(one, two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "exact"])
+def test_two_processes_train_what_one_does_in_other_ways(one: Alone, more: Session, name: str) -> None:
+    assert_trains_as_one(one, more, name)
+
+
+@pytest.mark.parametrize("name", ["flora", "sketched"])
+def test_shards_train_what_whole_tensors_do(one: Alone, two: Session, name: str) -> None:
+    assert_shards_train_as_one(one, two.run("fsdp" if name == "flora" else f"fsdp-{name}"), name)
+
+
+@pytest.mark.slow
+def test_shards_accumulate_exactly_as_whole_tensors_do(one: Alone, more: Session) -> None:
+    assert_shards_train_as_one(one, more.run("fsdp-exact"), "exact")
+
+
+def assert_shards_train_as_one(one: Alone, sharded: RunFolder, name: str) -> None:
     assert_close(sharded, one[name])
     for tensor, other in zip(saved_state(sharded), saved_state(one[name]), strict=True):
         assert (tensor - other).abs().max() <= TOLERANCE * other.abs().max()
@@ -206,20 +266,22 @@ def test_shards_train_what_whole_tensors_do(one: dict[str, RunFolder], two: Sess
     assert 0.5 < summary["optimizer_state_bytes"] / whole["optimizer_state_bytes"] < 0.6
 
 
-def test_shards_of_adamw_stop_and_go_on(one: dict[str, RunFolder], two: Session) -> None:
-    assert (two.codes["fsdp-adamw"], two.codes["fsdp-adamw resumed"]) == (130, 0)
-    assert_close(two.run("fsdp-adamw"), one["adamw"], TOLERANCES["adamw"])
+@pytest.mark.slow
+def test_shards_of_adamw_stop_and_go_on(one: Alone, more: Session) -> None:
+    assert (more.codes["fsdp-adamw"], more.codes["fsdp-adamw resumed"]) == (130, 0)
+    assert_close(more.run("fsdp-adamw"), one["adamw"], TOLERANCES["adamw"])
 
 
-def test_tied_embeddings_are_sharded_once(texts: Path, two: Session, tmp_path: Path) -> None:
-    model = two.folder / "tied-model"
+@pytest.mark.slow
+def test_tied_embeddings_are_sharded_once(texts: Path, more: Session, tmp_path: Path) -> None:
+    model = more.folder / "tied-model"
     config = {name: value for name, value in JOB.items() if name != "vocab_size"}
     whole = run(fast_config(texts, **config, **WAYS["flora"], model=str(model), rank=8, lr=1e-3), tmp_path / "whole")
-    assert_close_losses(two.run("fsdp-tied"), whole)
-    weights, others = (load_file(newest(each) / "model.safetensors") for each in (two.run("fsdp-tied"), whole))
+    assert_close_losses(more.run("fsdp-tied"), whole)
+    weights, others = (load_file(newest(each) / "model.safetensors") for each in (more.run("fsdp-tied"), whole))
     # Not all weights: attention does not feel the bias of its keys, and trains it on the rounding alone.
     assert weights.keys() == others.keys()
-    loaded = AutoModelForCausalLM.from_pretrained(newest(two.run("fsdp-tied")))
+    loaded = AutoModelForCausalLM.from_pretrained(newest(more.run("fsdp-tied")))
     assert type(loaded).__name__ == "GPT2LMHeadModel"
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
@@ -274,21 +336,26 @@ def test_as_many_go_on_bit_for_bit(two: Session) -> None:
     assert not torch.equal(one["cpu"], other["cpu"])
 
 
-@pytest.mark.parametrize("name", ["one-half", "one-half-fsdp"])
-def test_two_go_on_where_one_stopped(one: dict[str, RunFolder], two: Session, name: str) -> None:
-    assert two.codes[f"{name} resumed"] == 0
-    assert_close(two.run(name), one["flora"])
+def test_two_go_on_with_shards_where_one_stopped(one: Alone, two: Session) -> None:
+    assert two.codes["one-half-fsdp resumed"] == 0
+    assert_close(two.run("one-half-fsdp"), one["flora"])
+
+
+@pytest.mark.slow
+def test_two_go_on_where_one_stopped(one: Alone, more: Session) -> None:
+    assert more.codes["one-half resumed"] == 0
+    assert_close(more.run("one-half"), one["flora"])
 
 
 @pytest.mark.parametrize("name", ["half", "fsdp-half"])
-def test_one_goes_on_where_two_stopped(one: dict[str, RunFolder], two: Session, tmp_path: Path, name: str) -> None:
+def test_one_goes_on_where_two_stopped(one: Alone, two: Session, tmp_path: Path, name: str) -> None:
     shutil.copytree(two.folder / name, tmp_path / name)
     assert command("train", "--resume", tmp_path / name) == 0
     assert_close(RunFolder.open(tmp_path / name), one["flora"])
 
 
 @pytest.mark.slow
-def test_four_go_on_where_two_stopped(one: dict[str, RunFolder], two: Session, tmp_path: Path) -> None:
+def test_four_go_on_where_two_stopped(one: Alone, two: Session, tmp_path: Path) -> None:
     """In the other way: each of the two is written once and read once."""
     ways = {"half": ("--fsdp",), "fsdp-half": ("--no-fsdp",)}
     jobs = {}
@@ -305,7 +372,7 @@ def test_four_go_on_where_two_stopped(one: dict[str, RunFolder], two: Session, t
         assert (summary["processes"], summary["fsdp"]) == (4, name == "half")
 
 
-def test_a_checkpoint_is_whole_or_not_there(one: dict[str, RunFolder], two: Session, tmp_path: Path) -> None:
+def test_a_checkpoint_is_whole_or_not_there(one: Alone, two: Session, tmp_path: Path) -> None:
     """The first process was killed while it wrote the second checkpoint; one process goes on from the first."""
     assert two.returncode != 0
     assert "killed" not in two.codes

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from floragrad.cli import main
+from floragrad.cli.presets import PRESETS
+from tests.cli.one_layer import ONE_LAYER
 
 RANK = int(os.environ["RANK"])
 
@@ -73,6 +75,7 @@ def hurry() -> None:
 
 
 if __name__ == "__main__":
+    PRESETS.update(ONE_LAYER)
     plan = Path(sys.argv[1])
     codes = {}
     for name, each in json.loads(plan.read_text()).items():
