@@ -19,6 +19,7 @@ class Experiment:
         name: ``"accumulation"`` or ``"momentum"``.
         task: Of ``floragrad train``.
         model: Name on the hub, or a folder; empty for a small one.
+        methods: In the order of the rows.
         ranks: r of LoRA and Flora.
         batch: Examples of a micro-batch.
         examples: How many a row reads; 0 for ``epochs``.
@@ -28,11 +29,14 @@ class Experiment:
         our_lr: That of our defaults.
         our_embedding_lr: That of the embedding with them.
         kappa: Steps between two projections of the momentum.
+        kappas: More of them, for Flora with the largest r.
+        width: Of a small model, if another than the preset's.
     """
 
     name: str
     task: str
     model: str = ""
+    methods: tuple[str, ...] = ("None", "Naive", "LoRA", "Flora", "Flora, ours")
     ranks: tuple[int, ...] = (8, 32, 128, 256)
     batch: int
     examples: int = 0
@@ -42,6 +46,8 @@ class Experiment:
     our_lr: float
     our_embedding_lr: float
     kappa: int = 1000
+    kappas: tuple[int, ...] = ()
+    width: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +154,15 @@ _SMALL_MOMENTUM: Final[dict[str, Any]] = {
     "examples": 400 * 16,
     "kappa": 100,
 }
+_SIZES: Final = {**_SMALL_MOMENTUM, "methods": ("None", "Naive", "Flora")}
 SMALL: Final = Preset(
     experiments=(
         Experiment(task="summarization", **_SMALL_ACCUMULATION),
         Experiment(task="seq2seq", **_SMALL_ACCUMULATION),
-        Experiment(task="summarization", **_SMALL_MOMENTUM),
+        Experiment(task="summarization", **_SMALL_MOMENTUM, kappas=(1, 10, 1000)),
         Experiment(task="seq2seq", **{**_SMALL_MOMENTUM, "batch": 32, "examples": 500 * 32}),
+        Experiment(task="summarization", **_SIZES, width=64),
+        Experiment(task="summarization", **_SIZES, width=256),
     ),
     data=_data(
         summarization={"sequence_length": 64, "target_length": 16, "max_megabytes": 4},
@@ -189,6 +198,16 @@ class Row(NamedTuple):
     name: str
     options: dict[str, Any]
 
+    @property
+    def method(self) -> str:
+        """The name without r and κ."""
+        return method(self.name)
+
+
+def method(name: str) -> str:
+    """Return a row's name without r and κ."""
+    return name.partition("(")[0]
+
 
 def rows(experiment: Experiment, preset: Preset, width: int) -> list[Row]:
     """Return the rows of a table.
@@ -211,26 +230,33 @@ def rows(experiment: Experiment, preset: Preset, width: int) -> list[Row]:
             "lr": experiment.lr,
             "set": (*_PAPER, "residual=false", "embedding_momentum=compressed"),
         }
-        return [
+        largest = max(ranks, default=0)
+        made = [
             Row("None", {**base, "optimizer": "flora-none"}),
             Row("Naive", {**base, "optimizer": "flora-full"}),
             *(Row(f"LoRA({r})", {**lora, "optimizer": "lora-adafactor", "rank": rank}) for r, rank in ranks.items()),
             *(Row(f"Flora({r})", {**flora, "rank": rank}) for r, rank in ranks.items()),
+            *(
+                Row(f"Flora({largest}), κ = {kappa}", {**flora, "rank": ranks[largest], "kappa": kappa})
+                for kappa in experiment.kappas
+            ),
             Row("Flora, ours", {**ours, "optimizer": "flora", "rank": width // 4}),
         ]
-    exact = {"accumulate": MICRO_BATCHES, "accumulator": "exact"}
-    adapters = {**lora, **exact, "optimizer": "lora-adafactor-none"}
-    whole = {**base, "optimizer": "flora-none"}
-    sketches = {
-        "accumulate": MICRO_BATCHES,
-        "accumulator": "flora",
-        "accumulator_projection": "gaussian",
-        "accumulator_dtype": "float32",
-    }
-    return [
-        Row("None", whole),
-        Row("Naive", {**whole, **exact}),
-        *(Row(f"LoRA({r})", {**adapters, "rank": rank}) for r, rank in ranks.items()),
-        *(Row(f"Flora({r})", {**whole, **sketches, "accumulator_ratio": width // rank}) for r, rank in ranks.items()),
-        Row("Flora, ours", {**ours, "optimizer": "flora-none", "accumulate": MICRO_BATCHES}),
-    ]
+    else:
+        exact = {"accumulate": MICRO_BATCHES, "accumulator": "exact"}
+        adapters = {**lora, **exact, "optimizer": "lora-adafactor-none"}
+        whole = {**base, "optimizer": "flora-none"}
+        sketches = {
+            "accumulate": MICRO_BATCHES,
+            "accumulator": "flora",
+            "accumulator_projection": "gaussian",
+            "accumulator_dtype": "float32",
+        }
+        made = [
+            Row("None", whole),
+            Row("Naive", {**whole, **exact}),
+            *(Row(f"LoRA({r})", {**adapters, "rank": rank}) for r, rank in ranks.items()),
+            *(Row(f"Flora({r})", {**whole, **sketches, "accumulator_ratio": width // k}) for r, k in ranks.items()),
+            Row("Flora, ours", {**ours, "optimizer": "flora-none", "accumulate": MICRO_BATCHES}),
+        ]
+    return [row for row in made if row.method in experiment.methods]

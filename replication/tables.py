@@ -6,17 +6,19 @@
 Every row is trained by Adafactor and differs in what it keeps beside the factored second moment.
 
 *Accumulation* is fine-tuning in 16 micro-batches a step: *None* makes a step of each micro-batch, *Naive* sums their
-gradients, *LoRA(r)* trains adapters and sums their gradients, *Flora(r)* sums random projections of the gradients, but
-of the embedding's the gradients themselves. All read as many examples. *Momentum* (β₁ = 0.9) is training from scratch:
-*None* has none, *Naive* keeps it whole, *LoRA(r)* keeps the adapters', *Flora(r)* its random projection. *Flora(r)* is
-the paper's: Gaussian projections, unbiased, float32. *Flora, ours* are floragrad's defaults: of the accumulator, int4
-with every column; of the momentum, int8, signs and r = width / 4. Updates are scaled by the size of the weights, as
-Adafactor does by default, but for LoRA's, whose B is 0 at first, and ours: their learning rates are on another scale.
+gradients, *LoRA(r)* trains adapters and sums their gradients, *Flora(r)* sums random projections of the gradients,
+but of the embedding's the gradients themselves. All read as many examples. *Momentum* (β₁ = 0.9) is training from
+scratch: *None* has none, *Naive* keeps it whole, *LoRA(r)* keeps the adapters', *Flora(r)* its random projection.
+*Flora(r)* is the paper's: Gaussian projections, unbiased, float32, and of the momentum a new one every κ steps.
+*Flora, ours* are floragrad's defaults: of the accumulator, int4 with every column; of the momentum, int8, signs and r
+= width / 4. Updates are scaled by the size of the weights, as Adafactor does by default, but for LoRA's, whose B is 0
+at first, and ours: their learning rates are on another scale.
 
 The small preset trains models from scratch on two cores, and fine-tunes them after they have learnt to go on with the
 first half of a package's description. r is given for the width of 512 and scaled to the model's. A T5 summarizes
-descriptions of Debian's packages, and a GPT-2 translates FreeDict's German-English dictionary. The paper's preset takes
-T5-3B and T5-small on XSum and GPT-2 on IWSLT 2017 from the hub, on a GPU. Every tenth example is held out.
+descriptions of Debian's packages, and a GPT-2 translates FreeDict's German-English dictionary; two more tables are
+those of the T5's momentum at other widths. The paper's preset takes T5-3B and T5-small on XSum and GPT-2 on IWSLT
+2017 from the hub, on a GPU. Every tenth example is held out.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from floragrad.cli.train.measures import measure_name
 from floragrad.cli.train.run import check_model, write_corpus
 from floragrad.cli.train.tasks import TASKS
 from floragrad.cli.train.tasks.pair_data import PairData
-from replication.experiments import PRESETS, Experiment, Preset, rows
+from replication.experiments import PRESETS, Experiment, Preset, method, rows
 from replication.models import write_bare, write_halves, write_small
 from replication.runs import run_all
 
@@ -106,7 +108,7 @@ class Work:
         """
         if not self.preset.search:
             return {}
-        largest = {method(name): name for name in configs}
+        largest = {method(name): name for name in configs if "κ" not in name}
         tried = {each: {configs[name].lr * factor for factor in (1 / 3, 1, 3)} for each, name in largest.items()}
         while True:
             runs = {
@@ -131,7 +133,8 @@ class Work:
         }
 
     def _run(self, experiment: Experiment, name: str, config: RunConfig, seed: int) -> tuple[Path, RunConfig]:
-        stem = f"{experiment.name}-{name.lower().translate(str.maketrans('(,', '--', ') '))}-lr{config.lr:.3g}"
+        row = name.lower().translate(str.maketrans("(,κ", "--k", ") ="))
+        stem = f"{experiment.name}{experiment.width or ''}-{row}-lr{config.lr:.3g}"
         return self.folder / experiment.task / f"{stem}-seed{seed}", replace(config, seed=seed)
 
     def _config(self, task: str, **options: Any) -> RunConfig:
@@ -143,7 +146,7 @@ class Work:
         """Return the model to fine-tune, by its name, or to train from scratch, a folder that is written first."""
         if experiment.model and experiment.name == "accumulation":
             return experiment.model
-        folder, preset = home / (Path(experiment.model).name or "small"), self.preset
+        folder, preset = home / (Path(experiment.model).name or f"small{experiment.width or ''}"), self.preset
         if not folder.is_dir():
             data = preset.data[experiment.task]
             with new_folder(folder) as new:
@@ -151,7 +154,8 @@ class Work:
                     write_bare(experiment.model, new)
                 else:
                     positions = data["sequence_length"] + data["target_length"]
-                    write_small(experiment.task, new, preset.width, preset.layers, preset.vocabulary, positions)
+                    width = experiment.width or preset.width
+                    write_small(experiment.task, new, width, preset.layers, preset.vocabulary, positions)
         return str(folder.resolve())
 
     def _data(self, experiment: Experiment, home: Path, model: str) -> PairData:
@@ -182,11 +186,6 @@ class Work:
         return str(checkpoint.resolve())
 
 
-def method(name: str) -> str:
-    """Return a row's name without its rank."""
-    return name.partition("(")[0]
-
-
 def best_rate(losses: Mapping[float, float]) -> float:
     """Return the learning rate of the lowest loss."""
     return min(losses, key=losses.__getitem__)
@@ -213,13 +212,14 @@ def section(experiment: Experiment, runs: Runs, losses: Losses) -> list[str]:
     about = next(each for each in found["Naive"] + found["None"] if "parameters" in each)
     count = config.units_per_step // config.micro_batches
     return [
-        f"## {experiment.name.capitalize()}: {experiment.task}",
+        f"## {experiment.name.capitalize()}: {experiment.task}"
+        + f", width {experiment.width}" * bool(experiment.width),
         "",
         *harness.table(head, cells),
         "",
         f"- {Path(experiment.model).name or 'a small model'}, {about['parameters']:,} parameters; "
         f"{config.steps} steps of {config.micro_batches} × {count} examples"
-        + (f"; κ = {experiment.kappa}" if experiment.name == "momentum" else ""),
+        + (f"; κ = {experiment.kappa} where none is named" if experiment.name == "momentum" else ""),
         f"- learning rates: {_rates(runs, losses)}; of our embedding {experiment.our_embedding_lr:g}",
         f"- scores of {config.eval_blocks} of {about['held_out_blocks']:,} held-out examples; mean ± standard "
         f"deviation over seeds {', '.join(path.name.rpartition('seed')[2] for path in runs['None'])}",

@@ -109,6 +109,9 @@ def test_ranks_are_scaled_to_the_width() -> None:
     found = dict(rows(SMALL.experiments[0], SMALL, 128))
     assert [found[f"LoRA({r})"]["rank"] for r in (8, 32, 128, 256)] == [2, 8, 32, 64]
     assert [found[f"Flora({r})"]["accumulator_ratio"] for r in (8, 32, 128, 256)] == [64, 16, 4, 2]
+    kappas = {name: row for name, row in rows(SMALL.experiments[2], SMALL, 128) if "κ" in name}
+    assert [(row["rank"], row["kappa"]) for row in kappas.values()] == [(64, 1), (64, 10), (64, 1000)]
+    assert [name for name, _ in rows(SMALL.experiments[4], SMALL, 64)] == ["None", "Naive", "Flora(32)", "Flora(256)"]
     momentum = dict(rows(PAPER.experiments[2], PAPER, 512))
     assert [momentum[f"Flora({r})"]["rank"] for r in (32, 256)] == [32, 256]
 
