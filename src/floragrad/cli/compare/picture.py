@@ -87,14 +87,15 @@ def state_figure(found: Picture, title: str) -> Figure:
     axes = figure.subplots()
     points = [*found.rivals, *(point for curve in found.curves.values() for point in curve)]
     positive = [point.bytes for point in points if point.bytes > 0]
-    axes.set_xscale("symlog", linthresh=10.0 ** floor(log10(min(positive, default=1.0))), linscale=0.6)
+    linear = 10.0 ** floor(log10(min(positive, default=1.0)))
+    axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
     for name, curve in found.curves.items():
         axes.errorbar(*_columns(curve), label=name, marker="o", markersize=4, capsize=2, linewidth=1.4)
     for point, dash in zip(found.lines, ("--", ":", "-."), strict=False):
         axes.axhline(point.loss, color="#777777", linestyle=dash, linewidth=1.2, label=point.label)
     if found.rivals:
         axes.errorbar(*_columns(found.rivals), fmt="D", color="#222222", markersize=4, capsize=2, linewidth=0.8)
-    axes.set_xlim(left=-0.3 * min(positive, default=1.0), right=3 * max(positive, default=1.0))
+    axes.set_xlim(left=-0.2 * linear, right=3 * max(positive, default=1.0))
     axes.margins(y=0.08)
     _label(axes, found.rivals)
     finish(axes, "bytes of optimizer state per element of the hidden matrices", "validation loss (nats)")

@@ -69,7 +69,6 @@ def check_replicas(entries: Sequence[ParamEntry], ranks: Ranks, window: int) -> 
     Raises:
         RuntimeError: Naming the first parameter that differs anywhere, on all processes alike.
     """
-    device = next(iter(entries)).param.device
     device = entries[0].param.device
     checksums = torch.stack([_checksum(to_local(entry.param)).to(device) for entry in entries])
     said = ranks.all_gather(checksums.tolist(), device)
