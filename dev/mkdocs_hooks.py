@@ -10,7 +10,7 @@ import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "dev/LOG.md")
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "dev/LOG.md", "dev/upstream/README.md")
 FOLDERS = ("docs", "benchmarks/results", "replication")
 SUFFIXES = {".md", ".png", ".svg"}
 PUBLIC = ("", "torch", "torch.accumulation", "torch.integrations", "jax")
