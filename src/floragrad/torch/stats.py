@@ -33,7 +33,7 @@ class StatsCollector:
     """Measures the updates of a step before it is made, for :meth:`floragrad.Flora.stats`.
 
     Args:
-        every: Distance of measured steps; the first step is one.
+        every: Distance n of measured steps: 1, 1 + n, 1 + 2n, …
 
     Raises:
         ValueError: ``every`` is below 1.
@@ -71,7 +71,8 @@ class StatsCollector:
         measured = [self._measured[param] for param in group["params"] if param in self._measured]
         if not measured:
             return _Sums()
-        return _Sums(*map(sum, zip(*torch.stack(measured).tolist(), strict=True)))
+        together = torch.stack([each.to(measured[0].device) for each in measured])  # one copy to the host
+        return _Sums(*map(sum, zip(*together.tolist(), strict=True)))
 
 
 def _metrics(groups: Sequence[_Sums]) -> dict[str, float]:
