@@ -204,9 +204,16 @@ CASES = {
     "options",
     [slow(CASES["adamw exact"], id="adamw exact"), pytest.param(CASES["flora sketched"], id="flora sketched")],
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(texts: Path, tmp_path: Path, options: dict) -> None:
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """And no step compiles anything again."""
+    traced = []
+    original = loop.next_token_losses
+    monkeypatch.setattr(loop, "next_token_losses", lambda *given: traced.append(1) or original(*given))
     config = jax_config(texts, **{"steps": 6, "eval_every": 3, **options})
     assert_same_run(interrupt(config, tmp_path / "stopped", 4), run(config, tmp_path / "whole"))
+    assert len(traced) == 3 * 2, "once for the step, once for the validation, whenever a run begins or goes on"
 
 
 def test_a_crash_loses_only_what_came_after_the_checkpoint(texts: Path, tmp_path: Path, finished: RunFolder) -> None:
@@ -240,14 +247,6 @@ def test_state_bytes_are_those_of_the_saved_state(finished: RunFolder) -> None:
         record = checkpointer.metadata((newest(finished) / "optimizer").resolve()).item_metadata.tree
     saved = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(record))
     assert read_json(finished.path / "summary.json")["optimizer_state_bytes"] == saved
-
-
-def test_no_step_compiles_anything_again(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = []
-    original = loop.next_token_losses
-    monkeypatch.setattr(loop, "next_token_losses", lambda *given: traced.append(1) or original(*given))
-    run(jax_config(texts, optimizer="adamw", accumulate=2, eval_blocks=4), tmp_path / "run")
-    assert len(traced) == 2, "once for the step, once for the validation"
 
 
 def test_it_needs_no_torch(finished: RunFolder) -> None:

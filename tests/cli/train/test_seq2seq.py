@@ -24,7 +24,10 @@ from tests.cli.train.task_data import WORDS, made_up, write_descriptions, write_
 __all__ = ["made_up"]
 
 pytestmark = pytest.mark.usefixtures("made_up")
-OPTIONS: dict[str, Any] = {"batch_size": 8, "eval_blocks": 10, "generate_blocks": 6, "threads": 1, "rank": 8}
+OPTIONS: dict[str, Any] = {
+    **{"batch_size": 8, "eval_blocks": 10, "generate_blocks": 6, "threads": 1, "rank": 8},
+    **{"eval_every": 2, "save_every": 4},
+}
 GPT2 = {**OPTIONS, "task": "seq2seq", "source_prefix": "translate German to English: ", "source_suffix": " English: "}
 T5 = {**OPTIONS, "task": "summarization", "source_prefix": "summarize: ", "sequence_length": 16, "target_length": 6}
 UNEVEN = [f"{' '.join(list(WORDS)[n % 6 :])} {n} /a/\n{' '.join(list(WORDS.values())[n % 6 :])}\n" for n in range(120)]
@@ -111,7 +114,7 @@ def test_scores_are_those_of_greedy_texts(
     kind: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "DICTIONARY", write_dictionary(tmp_path / "dictd", UNEVEN))
-    config = config_of(kind, models, steps=40, lr=5e-3, embedding_lr=5e-3, eval_every=40)
+    config = config_of(kind, models, steps=40, lr=5e-3, embedding_lr=5e-3, eval_every=40, save_every=40)
     folder = run(config, tmp_path / "run")
     summary, data = folder.summary(), TASKS[config.task].load(folder.corpus)
     assert summary is not None
