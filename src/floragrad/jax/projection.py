@@ -10,7 +10,7 @@ A projection is a pytree of arrays, passed as an argument; only :func:`draw` and
 
 from functools import reduce
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,40 +21,6 @@ from floragrad._streams import ADAPTIVE_NOISE, Stream
 from floragrad.jax import random
 from floragrad.jax.blocks import split_blocks, zero_pad
 from floragrad.policy import Projection as ProjectionKind
-
-
-class Projection(Protocol):
-    """P, k x n, with E[PᵀP] = I or orthonormal rows."""
-
-    def encode(self, matrix: Array, *, axis: int = -2) -> Array:
-        """Return P X: (..., n, m) to (..., k, m)."""
-        ...
-
-    def decode(self, sketch: Array, *, axis: int = -2) -> Array:
-        """Return Pᵀ Z: (..., k, m) to (..., n, m)."""
-        ...
-
-    def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
-        """Return Pᵀ (P Pᵀ)⁻¹ Z: after encoding, the orthogonal projection onto the rows of P."""
-        ...
-
-    def transfer(
-        self, sketch: Array, previous: "Projection", resampled: ArrayLike, *, orthogonal: bool, axis: int = -2
-    ) -> Array:
-        """Decode Z with the previous projection and encode it with this one.
-
-        Args:
-            sketch: Z, (..., k, m).
-            previous: Projection that Z is encoded with, of the same kind.
-            resampled: True where the two differ; otherwise Z is returned unchanged. May be traced.
-            orthogonal: Decode with (P Pᵀ)⁻¹.
-            axis: Axis of the buckets; default -2.
-        """
-        ...
-
-    def matrix(self) -> Array:
-        """Return P as a dense matrix, (..., k, n), float32, for tests."""
-        ...
 
 
 class BucketProjection(NamedTuple):
@@ -82,7 +48,7 @@ class BucketProjection(NamedTuple):
         return cls(weight, jnp.ones(k, jnp.float32))
 
     def encode(self, matrix: Array, *, axis: int = -2) -> Array:
-        """Return P X."""
+        """Return P X: (..., n, m) to (..., k, m)."""
         signed, n, k = (
             matrix * _broadcast_to_axis(self.weight, axis, matrix.ndim),
             self.weight.shape[-1],
@@ -94,17 +60,25 @@ class BucketProjection(NamedTuple):
         return reduce(jnp.add, [zero_pad(part, k, axis=where) for part in parts])
 
     def decode(self, sketch: Array, *, axis: int = -2) -> Array:
-        """Return Pᵀ Z."""
+        """Return Pᵀ Z: (..., k, m) to (..., n, m)."""
         return tile(sketch, self.weight.shape[-1], axis=axis) * _broadcast_to_axis(self.weight, axis, sketch.ndim)
 
     def decode_orthogonal(self, sketch: Array, *, axis: int = -2) -> Array:
-        """Return Pᵀ (P Pᵀ)⁻¹ Z."""
+        """Return Pᵀ (P Pᵀ)⁻¹ Z: after encoding, the orthogonal projection onto the rows of P."""
         return self.decode(sketch / _broadcast_to_axis(self.gram, axis, sketch.ndim), axis=axis)
 
     def transfer(
-        self, sketch: Array, previous: Projection, resampled: ArrayLike, *, orthogonal: bool, axis: int = -2
+        self, sketch: Array, previous: "Projection", resampled: ArrayLike, *, orthogonal: bool, axis: int = -2
     ) -> Array:
-        """Decode Z with the previous projection and encode it with this one."""
+        """Decode Z with the previous projection and encode it with this one.
+
+        Args:
+            sketch: Z, (..., k, m).
+            previous: Projection that Z is encoded with, of the same kind.
+            resampled: True where the two differ; otherwise Z is returned unchanged. May be traced.
+            orthogonal: Decode with (P Pᵀ)⁻¹.
+            axis: Axis of the buckets; default -2.
+        """
         # P_new P_oldᵀ is diagonal: the buckets of both are the same.
         assert isinstance(previous, BucketProjection)
         overlap = split_blocks(self.weight * previous.weight, self.gram.shape[-1], axis=-1).sum(-2)
@@ -112,7 +86,7 @@ class BucketProjection(NamedTuple):
         return sketch * _broadcast_to_axis(jnp.where(resampled, factor, 1.0), axis, sketch.ndim)
 
     def matrix(self) -> Array:
-        """Return P as a dense matrix, (..., k, n), float32."""
+        """Return P as a dense matrix, (..., k, n), float32, for tests."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         buckets = jax.nn.one_hot(jnp.arange(n, dtype=jnp.int32) % k, k, axis=0, dtype=jnp.float32)
         return buckets * self.weight[..., None, :]
@@ -145,7 +119,7 @@ class GaussianProjection(NamedTuple):
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 
     def transfer(
-        self, sketch: Array, previous: Projection, resampled: ArrayLike, *, orthogonal: bool, axis: int = -2
+        self, sketch: Array, previous: "Projection", resampled: ArrayLike, *, orthogonal: bool, axis: int = -2
     ) -> Array:
         """Decode Z with the previous projection and encode it with this one."""
         if orthogonal:
@@ -158,6 +132,10 @@ class GaussianProjection(NamedTuple):
     def matrix(self) -> Array:
         """Return P."""
         return self.dense
+
+
+Projection: TypeAlias = BucketProjection | GaussianProjection
+"""P, k x n, with E[PᵀP] = I or orthonormal rows."""
 
 
 def stream_key(seed: ArrayLike, index: ArrayLike, counter: ArrayLike, stream: ArrayLike) -> Array:

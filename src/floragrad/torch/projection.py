@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,37 +17,6 @@ from floragrad.policy import MatrixView
 from floragrad.policy import Projection as ProjectionKind
 from floragrad.torch import random
 from floragrad.torch.random import Philox
-
-
-class Projection(Protocol):
-    """Interface of a projection P, k x n, with E[PᵀP] = I or orthonormal rows."""
-
-    def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """X Pᵀ: (..., n) to (..., k); ``workspace`` is memory of X's shape, X's own too."""
-        ...
-
-    def decode(self, sketch: Tensor) -> Tensor:
-        """Z P: (..., k) to (..., n)."""
-        ...
-
-    def add_decoded_(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X ← X + Z P, in place."""
-        ...
-
-    def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X ← X + Z (P Pᵀ)⁻¹ P, in place."""
-        ...
-
-    def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
-        """Transfer a sketch of ``previous`` to this projection.
-
-        It is decoded with ``previous`` (orthogonally: with its (P Pᵀ)⁻¹) and encoded with this one.
-        """
-        ...
-
-    def matrix(self) -> Tensor:
-        """Return P as a dense float32 matrix, (..., k, n), for tests and inspection."""
-        ...
 
 
 def random_signs(source: Philox, n: int, device: torch.device) -> Tensor:
@@ -145,7 +114,7 @@ class BucketProjection:
         return self.weight if self.part is None else self.weight[..., self.part]
 
     def encode(self, rows: Tensor, workspace: Tensor | None = None) -> Tensor:
-        """X Pᵀ."""
+        """X Pᵀ: (..., n) to (..., k); ``workspace`` is memory of X's shape, X's own too."""
         return self.sum_buckets(torch.mul(rows, self.columns, out=workspace))
 
     def sum_buckets(self, rows: Tensor) -> Tensor:
@@ -163,31 +132,34 @@ class BucketProjection:
         return rows.new_zeros((*rows.shape[:-1], k)) if sketch is None else sketch
 
     def decode(self, sketch: Tensor) -> Tensor:
-        """Z P."""
+        """Z P: (..., k) to (..., n)."""
         tiles = [(run.buckets_of(sketch) * run.weight).flatten(-2) for run in self._runs()]
         if len(tiles) == 1:
             return tiles[0]
         return torch.cat(tiles, dim=-1) if tiles else sketch[..., :0]
 
     def add_decoded_(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X ← X + Z P."""
+        """X ← X + Z P, in place."""
         for run in self._runs():
             run.of(rows).addcmul_(run.buckets_of(sketch), run.weight)
         return rows
 
     def add_orthogonal_(self, rows: Tensor, sketch: Tensor) -> Tensor:
-        """X ← X + Z (P Pᵀ)⁻¹ P."""
+        """X ← X + Z (P Pᵀ)⁻¹ P, in place."""
         return self.add_decoded_(rows, sketch / self.gram)
 
-    def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
-        """Transfer a sketch of ``previous`` to this projection."""
+    def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
+        """Transfer a sketch of ``previous`` to this projection.
+
+        It is decoded with ``previous`` (orthogonally: with its (P Pᵀ)⁻¹) and encoded with this one.
+        """
         # P_new P_oldᵀ is diagonal: both have the same buckets.
         assert isinstance(previous, BucketProjection)
         overlap = replace(self, part=None).encode(previous.weight)
         return sketch * (overlap / previous.gram if orthogonal else overlap)
 
     def matrix(self) -> Tensor:
-        """P, dense."""
+        """Return P as a dense float32 matrix, (..., k, n), for tests and inspection."""
         n, k = self.weight.shape[-1], self.gram.shape[-1]
         buckets = torch.nn.functional.one_hot(torch.arange(n, dtype=torch.int64, device=self.weight.device) % k, k)
         return buckets.T * self.weight
@@ -259,7 +231,7 @@ class GaussianProjection:
         """Raise NotImplementedError: Gaussian rows are not orthogonal."""
         raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
 
-    def transfer(self, sketch: Tensor, previous: Projection, *, orthogonal: bool) -> Tensor:
+    def transfer(self, sketch: Tensor, previous: "Projection", *, orthogonal: bool) -> Tensor:
         """Transfer a sketch of ``previous`` to this projection."""
         if orthogonal:
             raise NotImplementedError("Gaussian rows are not orthogonal: residual=True is refused with them")
@@ -269,6 +241,10 @@ class GaussianProjection:
     def matrix(self) -> Tensor:
         """P, dense."""
         return torch.cat([drawn for _, drawn in self._pieces()])
+
+
+Projection: TypeAlias = BucketProjection | GaussianProjection
+"""A projection P, k x n, with E[PᵀP] = I or orthonormal rows."""
 
 
 def draw_projection(

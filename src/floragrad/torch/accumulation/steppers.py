@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,46 +17,6 @@ from floragrad.torch.distributed.collectives import all_reduce_shards, is_sharde
 from floragrad.torch.dynamo import caller_stacklevel
 from floragrad.torch.optimizer import Flora
 from floragrad.torch.part import EVERYWHERE, ShardSum
-
-
-class Stepper(Protocol):
-    """Interface of the end of a window.
-
-    Attributes:
-        keeps_last: True if the last micro-batch's gradients are used exactly, without a fold.
-        is_release: True if tensors are updated one at a time.
-    """
-
-    keeps_last: bool
-    is_release: bool
-
-    def last_gradient(self, entry: ParamEntry, window: Window) -> None:
-        """Handle a gradient of the last micro-batch, with ``keeps_last``."""
-        ...
-
-    def end(self, window: Window) -> None:
-        """End the window, after its last micro-batch."""
-        ...
-
-    def warn_of_changed_grads(self) -> None:
-        """Warn, before a step, of changes to ``.grad`` that have no effect."""
-        ...
-
-    def norm(self, window: Window) -> Tensor:
-        """Return the global norm of the window's mean gradient."""
-        ...
-
-    def clip(self, window: Window, max_norm: float) -> None:
-        """Scale the window's mean gradient down to a global norm; ``window.norm`` is known."""
-        ...
-
-    def step(self, window: Window) -> bool:
-        """Update the parameters and free their gradients; False where a scaler skipped the window."""
-        ...
-
-    def close(self) -> None:
-        """Remove the hooks on the optimizers."""
-        ...
 
 
 class ReleaseStepper:
@@ -93,7 +53,7 @@ class ReleaseStepper:
         self._handles = [each.register_step_pre_hook(self._warn_of_step) for each in optimizers]
 
     def last_gradient(self, entry: ParamEntry, window: Window) -> None:
-        """Update the parameter at once."""
+        """Update the parameter at once, with a gradient of the last micro-batch."""
         if entry.updated:
             raise late_gradient_error(entry)
         self._update(entry, window, window.mean_factor)
@@ -289,6 +249,14 @@ class MaterialiseStepper:
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
             window.unscaled = True
+
+
+Stepper: TypeAlias = ReleaseStepper | MaterialiseStepper
+"""The end of a window.
+
+``keeps_last`` is true if the last micro-batch's gradients are used exactly, without a fold, and ``is_release`` if
+tensors are updated one at a time. ``clip`` needs ``window.norm``, and ``step`` returns False where a scaler skipped it.
+"""
 
 
 def late_gradient_error(entry: ParamEntry) -> RuntimeError:
