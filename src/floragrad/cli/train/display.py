@@ -30,12 +30,9 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """The screen of one run: its opening, its progress, its summary.
+    """The screen of one run: its opening, its progress under a title, its summary.
 
-    Args:
-        console: Where to write.
-        title: Label of the progress.
-        brief: Show the progress only, and leave nothing behind.
+    If it is brief, it shows the progress only, and leaves nothing behind.
     """
 
     def __init__(self, console: Console, title: str = "training", brief: bool = False) -> None:

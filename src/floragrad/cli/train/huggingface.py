@@ -56,15 +56,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers carries no 
 class OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
     """The Trainer, but for its shuffling: the blocks come in their final order, each batch divided over processes.
 
-    Args:
-        folder: Of the run.
-        task: Computes the loss.
-        processor: Of the data.
-        processes: Who trains.
-        schedule: Says when to evaluate, save and stop.
-        recorder: Of steps and evaluations.
-        opening: Describes the optimizer before the first step.
-        **kwargs: Of the Trainer.
+    ``opening`` describes the optimizer before the first step; the other arguments are its own.
     """
 
     control: Any

@@ -37,15 +37,9 @@ from floragrad.cli.train.tasks.task import Task
 
 
 class TrainerEngine:
-    """A run with torch and transformers' Trainer.
+    """A run with torch and transformers' Trainer, from the checkpoint of ``step``, or from new weights at 0.
 
-    Args:
-        config: Of the run.
-        folder: Its folder, with the checkpoint to go on from.
-        task: Makes the model and measures it.
-        data: Its data.
-        step: The step of that checkpoint; 0 begins.
-        processes: Who trains; all make an engine.
+    Of several processes all make an engine.
     """
 
     def __init__(

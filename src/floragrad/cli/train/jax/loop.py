@@ -23,14 +23,7 @@ from floragrad.cli.train.recorder import Recorder, Schedule
 
 
 class JaxEngine:
-    """A run with flax NNX, optax and orbax.
-
-    Args:
-        config: Of the run.
-        folder: Its folder, with the checkpoint to go on from.
-        corpus: Its text.
-        step: The step of that checkpoint; 0 begins.
-    """
+    """A run with flax NNX, optax and orbax, from the checkpoint of ``step``, or from new weights at 0."""
 
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers")
 
