@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from floragrad import Flora, GradientAccumulator
 from floragrad.policy import MatrixView, plan_accumulator
@@ -49,10 +49,13 @@ def batch(number: int, rank: int) -> Tensor:
     return torch.randn(3, 64, generator=torch.Generator().manual_seed(10 * number + rank))
 
 
-def build(optimizer: str = "sgd", *, deferred: bool = True, **options: Any) -> tuple[Net, GradientAccumulator]:
+def build(
+    optimizer: str = "sgd", *, deferred: bool = True, bfloat16: bool = False, **options: Any
+) -> tuple[Net, GradientAccumulator]:
     model = Net()
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, torch.float32)
     for module in (model.first, model.second, model.side, model):
-        fully_shard(module)
+        fully_shard(module, mp_policy=policy)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizers: Any = {
         "sgd": lambda: [torch.optim.SGD([param], lr=0.1) for param in params],
@@ -75,7 +78,13 @@ def go(model: Net, accumulator: GradientAccumulator, rank: int, numbers: range) 
 
 
 def equals_reduced(rank: int) -> None:
-    for optimizer, options in (("sgd", {}), ("sgd", {"ratio": 2}), ("adamw", {}), ("flora", {})):
+    for optimizer, options in (
+        ("sgd", {}),
+        ("sgd", {"ratio": 2}),
+        ("sgd", {"bfloat16": True}),
+        ("adamw", {}),
+        ("flora", {}),
+    ):
         (model, deferred), (twin, reduced) = (
             build(optimizer, deferred=defers, state_dtype="float32", **options) for defers in (True, False)
         )
