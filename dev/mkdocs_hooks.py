@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "dev/LOG.md", "dev/upstream/README.md")
 FOLDERS = ("docs", "benchmarks/results", "replication")
 SUFFIXES = {".md", ".png", ".svg"}
-PUBLIC = ("", "torch", "torch.accumulation", "torch.integrations", "jax")
+TRAINERS = ("accelerate", "axolotl", "lightning", "swift", "torchtitan", "transformers")
+PUBLIC = ("", "torch", "torch.accumulation", "torch.integrations", "jax", *TRAINERS)
 """Modules of floragrad whose ``__all__`` is the public interface."""
 
 SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\.(?:py|ipynb)\)")

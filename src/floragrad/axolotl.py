@@ -2,16 +2,12 @@
 
 from typing import Any
 
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
 from torch import nn
 
-from floragrad._extras import require
 from floragrad.torch import Flora
 from floragrad.torch.integrations.transformers import FloraFactory, extend_trainer
-
-require("axolotl", "transformers")
-
-from axolotl.integrations.base import BasePlugin  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
 
 __all__ = ["FloraArgs", "FloraPlugin"]
 

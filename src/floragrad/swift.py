@@ -7,13 +7,10 @@
 from ast import literal_eval
 from typing import Any
 
-from floragrad._extras import require
+from swift.optimizers import OptimizerCallback, optimizers_map
+
 from floragrad.torch import Flora
 from floragrad.transformers import FloraFactory
-
-require("swift", "transformers")
-
-from swift.optimizers import OptimizerCallback, optimizers_map  # noqa: E402
 
 __all__ = ["FloraOptimizerCallback"]
 

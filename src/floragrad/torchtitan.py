@@ -4,14 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import OptimizersContainer
 
-from floragrad._extras import require
 from floragrad.torch import Flora, param_groups
-
-require("torchtitan", "torch")
-
-from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
-from torchtitan.components.optimizer import OptimizersContainer  # noqa: E402
 
 __all__ = ["FloraOptimizersContainer"]
 
@@ -19,8 +15,8 @@ __all__ = ["FloraOptimizersContainer"]
 class FloraOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     """One :class:`floragrad.Flora` for each model part, its parameters grouped by :func:`floragrad.param_groups`.
 
-    The parts are sharded already. Checkpoints are torchtitan's: keyed by parameter names, so that they load on
-    another number of devices. Its loop sums micro-batches in ``.grad``.
+    The parts are sharded already. Checkpoints are torchtitan's, keyed by parameter names; its loop sums micro-batches
+    in ``.grad``.
 
     Args:
         config: Learning rates, weight decay and Flora's options; ``param_groups`` of the base class stay empty.

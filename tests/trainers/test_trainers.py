@@ -1,6 +1,7 @@
 """Flora in trainers that are installed without their dependencies, by `make test-trainers`."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from floragrad import Flora
+from tests.distributed.cases import full
 from tests.integrations.test_transformers import EXACT, OPTIONS, RATES, arguments, examples, flora, llama
 from tests.torch.accumulation_cases import flat
 
@@ -24,7 +28,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
 
 
-def step(model: nn.Module, optimizer: Any, number: int, **inputs: torch.Tensor) -> None:
+def step(model: nn.Module, optimizer: Any, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 64, (2, 8), generator=generator)
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -32,40 +36,49 @@ def step(model: nn.Module, optimizer: Any, number: int, **inputs: torch.Tensor) 
     optimizer.zero_grad()
 
 
-def test_torchtitan_trains_and_resumes(tmp_path: Path) -> None:
-    """As Flora by hand, and bit for bit from a checkpoint that is keyed by names."""
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torchtitan_trains_and_resumes(sharded: bool, tmp_path: Path) -> None:
+    """As Flora by hand, and bit for bit from a checkpoint that is keyed by names; under FSDP2 too."""
     from torchtitan.components.optimizer import LRSchedulersContainer
 
     from floragrad.torchtitan import FloraOptimizersContainer
 
-    def made() -> tuple[nn.Module, Any, Any]:
+    def made() -> dict[str, Any]:
         model = llama()
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         optimizers = FloraOptimizersContainer.Config(**RATES, options=OPTIONS).build(model_parts=[model])
         schedule = LRSchedulersContainer.Config(warmup_steps=2, decay_ratio=0.0)
-        return model, optimizers, schedule.build(optimizers=optimizers, training_steps=4)
+        schedulers = schedule.build(optimizers=optimizers, training_steps=4)
+        return {"model": model, "optimizer": optimizers, "lr_scheduler": schedulers}
 
-    def train(model: nn.Module, optimizers: Any, schedule: Any, numbers: range) -> None:
+    def train(run: dict[str, Any], numbers: range) -> Tensor:
         for number in numbers:
-            step(model, optimizers, number)
-            schedule.step()
+            step(run["model"], run["optimizer"], number)
+            run["lr_scheduler"].step()
+        return torch.cat([full(param).detach().flatten() for param in run["model"].parameters()])
 
-    whole, optimizers, schedule = made()
-    train(whole, optimizers, schedule, range(4))
-    by_hand = llama()
-    optimizer = flora(by_hand)
+    whole = train(made(), range(4))
+    model = llama()
+    optimizer = flora(model)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
-    train(by_hand, optimizer, warmup, range(4))
-    assert torch.equal(flat(whole), flat(by_hand))
+    by_hand = train({"model": model, "optimizer": optimizer, "lr_scheduler": warmup}, range(4))
+    assert (whole - by_hand).abs().max() <= 1e-6 * by_hand.abs().max()
 
-    half, optimizers, schedule = made()
-    train(half, optimizers, schedule, range(2))
-    saved = {"model": half, "optimizer": optimizers, "lr_scheduler": schedule}
-    checkpoint.save(saved, checkpoint_id=tmp_path, no_dist=True)
-    resumed, optimizers, schedule = made()
-    saved = {"model": resumed, "optimizer": optimizers, "lr_scheduler": schedule}
-    checkpoint.load(saved, checkpoint_id=tmp_path, no_dist=True)
-    train(resumed, optimizers, schedule, range(2, 4))
-    assert torch.equal(flat(resumed), flat(whole))
+    half = made()
+    train(half, range(2))
+    checkpoint.save(half, checkpoint_id=tmp_path)
+    resumed = made()
+    checkpoint.load(resumed, checkpoint_id=tmp_path)
+    assert torch.equal(train(resumed, range(2, 4)), whole)
 
 
 def test_torchtitans_llama_is_grouped_by_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
