@@ -17,12 +17,12 @@ from floragrad.jax.projection import (
     normalise_buckets,
     stream_key,
 )
+from tests.marks import paired
 
 SIZES = [(12, 4), (37, 8), (10, 2), (9, 1), (7, 7)]  # whole slots, a short last one, one bucket, a bucket each
 UNIT = 2.0**-24
 pytestmark = pytest.mark.usefixtures("unoptimized")
-by_size = pytest.mark.parametrize(("n", "k"), SIZES)
-by_axis = pytest.mark.parametrize("axis", [-2, -1])
+AXES = (-2, -1)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -41,10 +41,9 @@ def assert_close(found: jax.Array, expected: np.ndarray, axis: int) -> None:
     assert np.abs(back - expected).max() <= 200 * UNIT * max(1.0, np.abs(expected).max())
 
 
-@by_axis
-@by_size
-@pytest.mark.parametrize("kind", ["sign", "gaussian"])
-def test_equals_products_with_its_matrix(kind: Any, n: int, k: int, axis: int) -> None:
+@pytest.mark.parametrize(("kind", "size", "axis"), paired(("sign", "gaussian"), SIZES, AXES))
+def test_equals_products_with_its_matrix(kind: Any, size: tuple[int, int], axis: int) -> None:
+    n, k = size
 
     @jax.jit  # one program; operation by operation, each would be compiled for every shape
     def products(x: Any, z: Any) -> Any:
@@ -61,10 +60,10 @@ def test_equals_products_with_its_matrix(kind: Any, n: int, k: int, axis: int) -
     assert np.array_equal(kept, laid(z, axis))
 
 
-@by_axis
-@by_size
-def test_buckets_decode_orthogonally(n: int, k: int, axis: int) -> None:
+@pytest.mark.parametrize(("size", "axis"), paired(SIZES, AXES))
+def test_buckets_decode_orthogonally(size: tuple[int, int], axis: int) -> None:
     """(P Pᵀ)⁻¹ of unequal buckets too; P is the oracle's."""
+    n, k = size
 
     @jax.jit
     def products(z: Any) -> Any:
@@ -112,9 +111,9 @@ def test_streams_tensors_epochs_and_seeds_are_keys_of_their_own() -> None:
     assert len(set(keys)) == len(keys) == 3 * 3 * 3 * len(Stream)
 
 
-@by_axis
-@by_size
-def test_what_is_learnt_is_the_oracles(n: int, k: int, axis: int) -> None:
+@pytest.mark.parametrize(("size", "axis"), paired(SIZES, AXES))
+def test_what_is_learnt_is_the_oracles(size: tuple[int, int], axis: int) -> None:
+    n, k = size
 
     @jax.jit
     def learning(matrix: Any, weight: Any) -> Any:

@@ -6,7 +6,6 @@ mean of ±1 exceeds x with probability at most 2 exp(-T x² / 2); ``FALSE_ALARM`
 
 import re
 from functools import cache, partial
-from itertools import product
 from math import ceil, log, prod, sqrt
 from typing import Any
 
@@ -21,7 +20,7 @@ from floragrad.jax import quantize as module
 from floragrad.jax.quantize import LARGEST, Stored, round_to_bfloat16, specs
 from floragrad.jax.state_checks import describe
 from floragrad.policy import StateDtype, storage
-from tests.marks import slow
+from tests.marks import paired, slow
 
 # Compiled once for each shape; operation by operation, every one of them would be.
 store = jax.jit(module.save_with_bits, static_argnames=("state_dtype", "axis"))
@@ -41,8 +40,6 @@ PATTERNS = 2**16
 ALL_BITS = np.arange(PATTERNS, dtype=np.uint32)
 FALSE_ALARM = 1e-9
 UNIT = 2.0**-24
-
-TYPES = (AxisType.Auto, AxisType.Explicit)
 
 low_bit = pytest.mark.parametrize("state_dtype", LOW_BIT)
 
@@ -151,20 +148,16 @@ def test_zeros_stay_zeros(state_dtype: StateDtype) -> None:
     assert found[:, 1::3].any(), "not only zeros are stored"
 
 
-def layouts() -> list[Any]:
-    """Dtypes × axes × shapes: all pairs of two of them, and the rest with ``make test-slow``."""
-    shapes = [((3,), 1), ((5,), 65), ((2, 3), 128), ((1, 4), 127)]
-    return [
-        (slow if (dtype + axis + shape) % 2 else pytest.param)(EVERY[dtype], axis, *shapes[shape])
-        for dtype, axis, shape in product(range(4), (-1, -2), range(4))
-    ]
+LAYOUTS = [((3,), 1), ((5,), 65), ((2, 3), 128), ((1, 4), 127)]
+"""Leading dimensions, and the length of a row."""
 
 
-@pytest.mark.parametrize(("state_dtype", "axis", "leading", "width"), layouts())
+@pytest.mark.parametrize(("state_dtype", "axis", "layout"), paired(EVERY, (-1, -2), LAYOUTS))
 def test_storage_is_packed_and_as_planned(
-    state_dtype: StateDtype, axis: int, leading: tuple[int, ...], width: int
+    state_dtype: StateDtype, axis: int, layout: tuple[tuple[int, ...], int]
 ) -> None:
     """The shapes, dtypes and bytes of the policy and of ``specs``; every number is within one step of its own."""
+    leading, width = layout
     values = np.moveaxis(drawn(*leading, width), -1, axis)
     assert np.broadcast_shapes(*module.word_shapes(values.shape, axis)) == values.shape
     kept = store(jnp.asarray(values), state_dtype, bits_for(values), axis=axis)
@@ -386,15 +379,10 @@ def stored_alone(state_dtype: StateDtype, axis: int) -> Stored:
     return save(drawn(512, 512), state_dtype, jax.random.key(1), axis=axis)
 
 
-def placements() -> list[Any]:
-    """Dtypes × axes × shards, each with one of the types of axes: the other one with ``make test-slow``."""
-    return [
-        (slow if (types + dtype + axis + sharded) % 2 else pytest.param)(TYPES[types], EVERY[dtype], axis, sharded)
-        for types, dtype, axis, sharded in product(range(2), range(3), (-1, -2), (-1, -2))
-    ]
-
-
-@pytest.mark.parametrize(("types", "state_dtype", "axis", "sharded"), placements())
+@pytest.mark.parametrize(
+    ("types", "state_dtype", "axis", "sharded"),
+    paired((AxisType.Auto, AxisType.Explicit), ("int8", "int4", "bfloat16"), (-1, -2), (-1, -2)),
+)
 def test_shards_are_stored_where_they_are(types: AxisType, state_dtype: StateDtype, axis: int, sharded: int) -> None:
     """Nothing is communicated, rows sharded or columns; buffers are sharded as the values; the numbers agree.
 

@@ -1,7 +1,6 @@
 """The report's bytes are the state's bytes, exactly; its peers' bytes are the peers'."""
 
 import warnings
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +26,9 @@ REPORTED = (
 )
 
 
+MADE = ("vector", "wide", "adaptive-experts", "gaussian", "vocabulary-compressed")
+
+
 def bytes_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -34,13 +36,17 @@ def bytes_of(tree: Any) -> int:
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_predicted_bytes_are_actual_bytes(case: Case, mu_dtype: str) -> None:
-    """Of float32 and of bfloat16 parameters, and from their shapes alone; arrays are made of one dtype of the state."""
+    """Of float32 and of bfloat16 parameters, and from their shapes alone.
+
+    Few states are made of arrays, for XLA compiles every operation of them; the others are shapes.
+    """
     given = options(case, state_dtype=mu_dtype) | {"learning_rate": 1e-2, "matrix_axes": kernel_axes(case.shape)}
     param = jnp.asarray(as_kernel(tensors(case, 1)[0]))
     abstract = jax.ShapeDtypeStruct(param.shape, param.dtype)
     predicted = flora_report(abstract, **{name: given[name] for name in REPORTED if name in given})
-    init = flora(**given).init if mu_dtype == "int4" else partial(jax.eval_shape, flora(**given).init)
-    assert bytes_of(init(param)) == predicted.state_bytes
+    init = flora(**given).init
+    made = init(param) if mu_dtype == "int4" and case.name in MADE else jax.eval_shape(init, param)
+    assert bytes_of(made) == predicted.state_bytes
     assert bytes_of(jax.eval_shape(init, param.astype(jnp.bfloat16))) == predicted.state_bytes
     assert predicted == flora_report(param, **{name: given[name] for name in REPORTED if name in given})
 

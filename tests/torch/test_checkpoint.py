@@ -10,6 +10,7 @@ import torch
 
 from floragrad import Flora
 from floragrad.policy import SCALAR_STATE
+from tests.marks import paired, slow
 from tests.torch.cases import CASES, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flora compresses no momentum")
@@ -28,15 +29,14 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype", "state_dtype"),
-    [
-        # A Gaussian projection is drawn anew in every step, which takes most of the time: one row has all dtypes.
-        pytest.param(*row, marks=pytest.mark.slow if row[0].name in ("gaussian-experts", "gaussian-wide") else ())
-        for row in product(CASES, (torch.float32, torch.bfloat16), ("float32", "bfloat16", "int8", "int4"))
-    ],
-    ids=str,
-)
+# A Gaussian projection is drawn anew in every step, which takes most of the time: one row of them always runs.
+ROWS = [case for case in CASES if case.name not in ("gaussian-experts", "gaussian-wide")]
+DTYPES = (torch.float32, torch.bfloat16)
+STORAGE = ("float32", "bfloat16", "int8", "int4")
+REST = [slow(*row) for row in product(CASES, DTYPES, STORAGE) if row[0] not in ROWS]
+
+
+@pytest.mark.parametrize(("case", "dtype", "state_dtype"), [*paired(ROWS, DTYPES, STORAGE), *REST], ids=str)
 def test_resume_is_exact(case: Case, dtype: torch.dtype, state_dtype: str) -> None:
     """Interrupted after step 8, resumed in new objects, over two resamplings."""
     options = case.all_options(state_dtype=state_dtype)

@@ -23,7 +23,7 @@ from floragrad import Flora
 from floragrad.policy import StateDtype
 from floragrad.torch.context import StepContext
 from floragrad.torch.projection import BucketProjection, GaussianProjection
-from tests.marks import slow
+from tests.marks import paired, slow
 from tests.torch.cases import CASES, Case
 
 STEPS = 80
@@ -68,8 +68,12 @@ def loss(case: Case, state_dtype: StateDtype) -> float:
 @pytest.mark.parametrize(
     ("case", "state_dtype"),
     [
-        (slow if "gaussian" in case.name and (case.name, dtype) not in GAUSSIAN else pytest.param)(case, dtype)
-        for case, dtype in product(CASES, STORAGE)
+        *paired([case for case in CASES if "gaussian" not in case.name], STORAGE),
+        *(
+            (pytest.param if (case.name, dtype) in GAUSSIAN else slow)(case, dtype)
+            for case, dtype in product(CASES, STORAGE)
+            if "gaussian" in case.name
+        ),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
 """The Triton kernels that fold gradients into an accumulator's sketch and decode it, in the interpreter."""
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from floragrad.policy import plan_accumulator
 from floragrad.torch.accumulation.sketch import GradientSketch
-from tests.marks import slow
+from tests.marks import paired
 from tests.torch.conftest import use
 from tests.torch.interpreter import accesses, launched, use_triton
 
@@ -34,16 +33,9 @@ def windows(sketch: GradientSketch, grads: Tensor, orthogonal: bool) -> tuple[di
     return sketch.buffers, decoded
 
 
-def kinds() -> list[Any]:
-    """Dtypes of gradients × storages × ratios: all pairs of two of them, and the rest with ``make test-slow``."""
-    dtypes = (torch.float32, torch.bfloat16)
-    return [
-        (slow if (dtype + at + ratio) % 2 else pytest.param)(dtypes[dtype], state_dtype, ratio)
-        for dtype, (at, state_dtype), ratio in product(range(2), enumerate(STATE_DTYPES), (1, 2, 3))
-    ]
-
-
-@pytest.mark.parametrize(("dtype", "state_dtype", "ratio"), kinds(), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "ratio"), paired((torch.float32, torch.bfloat16), STATE_DTYPES, (1, 2, 3)), ids=str
+)
 def test_folds_equal_eager_ones(
     dtype: torch.dtype, state_dtype: str, ratio: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
