@@ -122,6 +122,10 @@ def trains(rank: int) -> None:
         job.assert_alike(model, norms)
         assert (full(model.first.weight) - start).abs().max() > 1e-3, "and they have moved"
     job.assert_alike(*job.trained(deferred=True))
+    _, accumulator = job.build(flora, deferred=True)
+    # Each of the four rounds with bits of its own, so that their errors average out.
+    assert {entry.unreduced._rank for entry in accumulator._entries if entry.unreduced is not None} == {rank}
+    accumulator.close()
     for options in ({}, {"ratio": 2}, {"deferred": True}):
         found = job.build(sgd, state_dtype="float32", **options)
         norms = job.go(*found, range(6 * STEPS), [rank])
