@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +13,7 @@ from floragrad.cli.compare.picture import comparison_figure, picture, state_figu
 from floragrad.cli.compare.plan import Plan
 from floragrad.cli.compare.table import Best, difference
 from floragrad.cli.errors import StoppedError, UserError
+from floragrad.cli.presets import PRESETS
 from floragrad.cli.train import adopt
 from floragrad.cli.train.config import RunConfig
 from floragrad.cli.train.folder import RunFolder, new_folder
@@ -101,7 +103,10 @@ def test_the_state_of_hidden_matrices_has_a_column(texts: Path, tmp_path: Path, 
     assert (out / "state.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_settings_are_compared_with_each_other(texts: Path, tmp_path: Path, here: Here) -> None:
+def test_settings_are_compared_with_each_other(
+    texts: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], layers=3))  # of one layer, two settings lose alike
     settings = ("ratio=2,4", "state_dtype=int8,float32")
     made = plan(texts, "flora", "flora-full", "adamw", set=settings, options={"vocabulary": "shared"})
     assert [row.contestant.get("set", ()) for row in made.rows] == [
