@@ -183,6 +183,7 @@ def _arguments(config: RunConfig, folder: RunFolder, processes: Processes, begin
         use_cpu=processes.size > 1 and not torch.cuda.is_available(),  # it takes no other for a group of processes
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        log_level_replica="passive",  # by default a replica shows the warnings that the first process does not
         remove_unused_columns=False,
         report_to="none",  # :func:`reporters` makes them
         run_name=folder.path.name,
