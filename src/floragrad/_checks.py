@@ -142,7 +142,7 @@ def check_renamed(given: Iterable[str], renamed: Mapping[str, str]) -> None:
 
 
 def refuse_renamed(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function with :func:`check_renamed`; its signature stays, with a plain number as default rank."""
+    """Decorate a function with :func:`check_renamed`; its signature stays."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -150,13 +150,21 @@ def refuse_renamed(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             check_renamed(kwargs, renamed)
             return function(*args, **kwargs)
 
-        # Command lines that are made of signatures, as LightningCLI, write defaults as YAML, which has no DefaultRank.
-        given = signature(function)
-        parameters = [
-            each.replace(default=int(each.default)) if isinstance(each.default, DefaultRank) else each
-            for each in given.parameters.values()
-        ]
-        checked.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
         return checked
 
     return decorate
+
+
+def show_plain_rank(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function whose signature command lines are made of: its default rank is shown as a plain number.
+
+    LightningCLI writes defaults as YAML, which has no :class:`DefaultRank`. Not for what
+    ``optax.inject_hyperparams`` calls: it passes the defaults of signatures on, and a plain rank contradicts a ratio.
+    """
+    given = signature(function)
+    parameters = [
+        each.replace(default=int(each.default)) if isinstance(each.default, DefaultRank) else each
+        for each in given.parameters.values()
+    ]
+    function.__signature__ = given.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function

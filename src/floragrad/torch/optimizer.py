@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from floragrad._checks import DEFAULT_RANK, refuse_renamed
+from floragrad._checks import DEFAULT_RANK, refuse_renamed, show_plain_rank
 from floragrad._report import Report
 from floragrad.policy import EmbeddingMomentum, Projection, SecondMomentDtype, StateDtype
 from floragrad.torch import param_info, scheduling
@@ -111,6 +111,7 @@ class Flora(torch.optim.Optimizer):
     _collector: StatsCollector | None = None
     """Measures updates for :meth:`stats`; None unless asked for."""
 
+    @show_plain_rank
     @refuse_renamed(**RENAMED)
     def __init__(
         self,

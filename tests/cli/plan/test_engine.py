@@ -82,7 +82,7 @@ def test_a_peak_is_made_of_its_categories(whole: MemoryPlan, name: str) -> None:
     assert max(sample.total for sample in row.timeline) <= row.peak
     assert row.peak_moment.partition(" (")[0] in {sample.moment for sample in row.timeline}
     assert row.to_json()["peak"] == row.peak
-    assert set(row.to_json()) == {*CATEGORIES, "peak", "peak_moment", "at_peak"}
+    assert set(row.to_json()) == {*CATEGORIES, "peak", "peak_moment", "at_peak", "sent"}
 
 
 def test_compressed_state_and_released_gradients_are_smaller(whole: MemoryPlan) -> None:

@@ -231,7 +231,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(texts: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_stops_and_says_where(texts: Path, tmp_path: Path) -> None:
-    options = {"optimizer": "adamw", "lr": 1e30, "max_grad_norm": 0.0, "save_every": 1, "warmup_steps": 1}
+    each_step = {"eval_every": 1, "save_every": 1}
+    options = {"optimizer": "adamw", "lr": 1e30, "max_grad_norm": 0.0, "warmup_steps": 1, **each_step}
     folder = begin(jax_config(texts, **options), tmp_path / "run")
     with pytest.raises(DivergenceError, match=r"at step \d+: give a lower --lr") as caught:
         train(folder, quiet())

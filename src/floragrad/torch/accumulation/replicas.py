@@ -73,7 +73,7 @@ def check_replicas(entries: Sequence[ParamEntry], ranks: Ranks, window: int) -> 
     checksums = torch.stack([_checksum(to_local(entry.param)).to(device) for entry in entries])
     said = ranks.all_gather(checksums.tolist(), device)
     differing = [
-        torch.tensor(float(len(set(each)) > 1), device=entry.param.device)
+        torch.tensor(len(set(each)) > 1, dtype=torch.float32, device=entry.param.device)
         for entry, each in zip(entries, zip(*said, strict=True), strict=True)
     ]
     # A process whose own shards are equal must not go on alone.
