@@ -68,6 +68,11 @@ def run_steps(
             optimizer.step()
 
 
+def batch(number: int, source: int) -> Tensor:
+    """A micro-batch of one of a few processes, for a model of 64 inputs."""
+    return torch.randn(3, 64, generator=torch.Generator().manual_seed(10 * number + source))
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -17,7 +17,7 @@ from floragrad.torch.accumulation import reduce_scatter
 from floragrad.torch.accumulation.reduce_scatter import ScatteredSketch, reduce_scatter_sketches
 from floragrad.torch.accumulation.sketch import GradientSketch
 from floragrad.torch.distributed.collectives import Ranks, to_local
-from tests.distributed.cases import full
+from tests.distributed.cases import batch, full
 from tests.distributed.conftest import Worlds
 from tests.distributed.test_all_reduce import BOUND, WEIGHTS, gradients, ranks_here
 
@@ -43,10 +43,6 @@ class Net(nn.Module):
         out = out + torch.einsum("bi,eoi->bo", inputs * self.frozen[0], self.experts)
         out = out + self.side(inputs) if aside else out
         return (out - inputs[:, :7]).square().mean()
-
-
-def batch(number: int, rank: int) -> Tensor:
-    return torch.randn(3, 64, generator=torch.Generator().manual_seed(10 * number + rank))
 
 
 def build(

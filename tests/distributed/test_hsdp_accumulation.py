@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from floragrad import Flora, GradientAccumulator
 from floragrad.torch.distributed.collectives import to_local
-from tests.distributed.cases import full
+from tests.distributed.cases import batch, full
 from tests.distributed.conftest import Worlds
 
 STEPS = 2
@@ -34,11 +34,6 @@ class Net(nn.Module):
         hidden = torch.tanh(self.first(inputs))
         loss = (self.second(hidden) * self.gain - inputs[:, :7]).square().mean()
         return loss + (self.second(hidden.detach())[:, 6] * overflow).sum()
-
-
-def batch(number: int, source: int) -> Tensor:
-    """A micro-batch of one of the four processes."""
-    return torch.randn(3, 64, generator=torch.Generator().manual_seed(10 * number + source))
 
 
 def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:

@@ -36,6 +36,9 @@ def shard_difference(window: Window, entries: Iterable[ParamEntry], settings: Se
         same_weights: True if gradients are averaged over these processes before they are weighted.
     """
     entries = list(entries)
+    groups = list(split_groups((entry.part, entry.param.device) for entry in entries))
+    if not groups:
+        return ""
     layout = crc32(repr((settings, [entry.tensor_id for entry in entries])).encode())
     (weights,) = struct.unpack("q", struct.pack("d", window.total_weight)) if same_weights else (0,)
     values = {
@@ -45,7 +48,7 @@ def shard_difference(window: Window, entries: Iterable[ParamEntry], settings: Se
         "the weights of their micro-batches, which FSDP2 has averaged before (as checksums)": weights,
     }
     differences = []
-    for ranks, device in split_groups((entry.part, entry.param.device) for entry in entries):
+    for ranks, device in groups:
         said = zip(*ranks.all_gather(list(values.values()), device), strict=True)
         differences += [_difference(each, what) for what, each in zip(values, said, strict=True) if len(set(each)) > 1]
     return differences[0] if differences else ""
